@@ -1,0 +1,1 @@
+"""Checkpoints: what torchtitan's manager lacks, and conversion to and from Hugging Face."""

@@ -1,0 +1,82 @@
+"""torchtitan's CheckpointManager, with rotation that cannot delete the last good checkpoint."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torchtitan.components.checkpoint import LR_SCHEDULER, AsyncMode
+from torchtitan.components.checkpoint import CheckpointManager as TitanCheckpointManager
+from torchtitan.tools.logging import logger
+
+from flame.errors import UserError
+
+
+def complete_steps(folder: str | Path) -> list[int]:
+    """Steps of the complete checkpoints under `folder`, ascending; DCP writes `.metadata` last."""
+    found = (re.fullmatch(r"step-(\d+)", path.parent.name) for path in Path(folder).glob("step-*/.metadata"))
+    return sorted(int(match[1]) for match in found if match)
+
+
+class CheckpointManager(TitanCheckpointManager):
+    """Saves when told that a save is due, resumes from complete checkpoints only, keeps the newest k of those.
+
+    Mends of torchtitan 0.2.2: rotation counts half-written folders and export folders; an existing but empty folder
+    hides `initial_load_path` and trains from random weights; overwriting a complete checkpoint leaves its metadata
+    in place while its data change; the last save is not rotated, and `close` does not wait for an async save.
+    """
+
+    def __init__(self, *args: Any, checkpoint_config: Any, **kwargs: Any) -> None:
+        super().__init__(*args, checkpoint_config=checkpoint_config, **kwargs)
+        self.every_seconds = checkpoint_config.interval_type == "seconds"
+        self.due = False  # set by the trainer, agreed by all ranks, when saves are counted in seconds
+
+    def _should_save(self, curr_step: int, last_step: bool = False) -> bool:
+        if self.every_seconds and self.enable and not self.load_only and not last_step:
+            return self.due
+        return super()._should_save(curr_step, last_step)
+
+    def load(self, step: int = -1) -> bool:
+        """Resume from step N, or from the newest complete checkpoint (-1). Returns whether anything was loaded."""
+        if not self.enable:
+            return False
+        folder, steps = Path(self.folder), complete_steps(self.folder)
+        for path in sorted(folder.glob("step-*")):
+            if re.fullmatch(r"step-\d+", path.name) and int(path.name[5:]) not in steps:
+                logger.warning(f"{path} is not complete and is not used")
+        if steps or not self.initial_load_path and not self.initial_load_in_hf:
+            if folder.is_dir() and not steps and any(folder.glob("step-*")):
+                raise UserError(f"checkpoint.folder: no complete checkpoint in {folder}; remove it to start anew")
+            loaded = super().load(step)
+        else:  # torchtitan asks whether the folder exists; what counts is whether it holds a checkpoint
+            self.folder = os.path.join(self.folder, "none")
+            try:
+                loaded = super().load(step)
+            finally:
+                self.folder = str(folder)
+        if loaded:
+            self.states[LR_SCHEDULER].apply()
+        return loaded
+
+    def dcp_save(self, state_dict: dict[str, Any], checkpoint_id: str, async_mode: AsyncMode, *args: Any, **kw: Any):  # type: ignore[override]
+        if os.path.exists(os.path.join(checkpoint_id, ".metadata")):
+            dist.barrier()  # every rank has looked before rank 0 takes the mark of completeness away
+            if dist.get_rank() == 0:
+                os.unlink(os.path.join(checkpoint_id, ".metadata"))
+            dist.barrier()
+        return super().dcp_save(state_dict, checkpoint_id, async_mode, *args, **kw)
+
+    def _save_last_step(self, curr_step: int) -> None:
+        super()._save_last_step(curr_step)
+        self._purge_stale_checkpoints()
+
+    def _purge_stale_checkpoints(self) -> None:
+        if self.keep_latest_k > 0 and dist.get_rank() == 0:
+            for step in complete_steps(self.folder)[: -self.keep_latest_k]:
+                self.purge_queue.put(self._create_checkpoint_id(step))
+
+    def close(self) -> None:
+        if getattr(self, "save_future", None) is not None:
+            self._async_wait()
+        super().close()

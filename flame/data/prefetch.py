@@ -1,0 +1,47 @@
+"""Items made ahead by a thread of their own."""
+
+import queue
+import threading
+from collections.abc import Iterator
+from typing import TypeVar
+
+Item = TypeVar("Item")
+
+
+def read_ahead(items: Iterator[Item], depth: int) -> Iterator[Item]:
+    """The same endless items, made in the background, at most depth of them waiting.
+
+    An error of the thread is raised here, after the items made before it. Closing the iterator ends the thread.
+    """
+    ready: queue.Queue[Item | _Failure] = queue.Queue(depth)
+    stop = threading.Event()
+    thread = threading.Thread(target=_fill, args=(items, ready, stop), name="flame-data", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item = ready.get()
+            if isinstance(item, _Failure):
+                raise item.error
+            yield item
+    finally:
+        stop.set()
+        while not ready.empty():  # room for the one item that the thread may be waiting to put
+            ready.get_nowait()
+        thread.join()
+
+
+class _Failure:
+    """Tells an error that was raised from an item that happens to be one."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+
+def _fill(items: Iterator[Item], ready: "queue.Queue[Item | _Failure]", stop: threading.Event) -> None:
+    try:
+        for item in items:
+            if stop.is_set():
+                return
+            ready.put(item)
+    except BaseException as error:  # whatever it is, it is the reader's to raise
+        ready.put(_Failure(error))

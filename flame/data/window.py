@@ -1,0 +1,132 @@
+"""Windows of a source, permuted and dealt to the lanes, with counters for state instead of a buffer.
+
+Window w is rows w*N .. w*N + N - 1. Its order is drawn by a counter-based generator keyed (seed, source, epoch,
+window); permuted place p goes to lane (p + shift) % L, the shift from the same generator. So each row is read once an
+epoch by exactly one lane, every lane gets some of every source, and a source of fewer rows than lanes is shared too.
+"""
+
+import threading
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from flame.errors import UserError
+
+
+class Rows(Protocol):
+    """Rows with random access."""
+
+    def __len__(self) -> int: ...
+
+    def texts(self, indices: list[int]) -> list[str | None]: ...
+
+
+class Stream(Protocol):
+    """Rows in one order only: batches from a mark on (None: the start), each with the mark behind it."""
+
+    def batches(self, size: int, mark: Any = None) -> Iterator[tuple[list[str | None], Any]]: ...
+
+
+@dataclass(frozen=True)
+class Deal:
+    """How the windows of one source are dealt: N rows a window, L lanes."""
+
+    name: str
+    size: int
+    lanes: int
+    seed: int
+
+    def order(self, epoch: int, window: int, rows: int) -> tuple[np.ndarray, int]:
+        """The window's rows (at most N) permuted, and the shift."""
+        key = [((self.seed & 0xFFFFFFFF) << 32) + zlib.crc32(self.name.encode()), (epoch << 32) + window]
+        rng = np.random.Generator(np.random.Philox(key=key))
+        return rng.permutation(rows), int(rng.integers(self.lanes))
+
+    def part(self, order: np.ndarray, shift: int, lane: int) -> np.ndarray:
+        """The rows, counted from the window's first, that are dealt to a lane."""
+        return order[(lane - shift) % self.lanes :: self.lanes]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A lane's part of a window; after: the stream's mark behind the window (None with random access)."""
+
+    texts: list[str | None]
+    after: Any = None
+
+
+class IndexedWindows:
+    """Windows of rows with random access: a lane reads its own part and nothing else."""
+
+    def __init__(self, rows: Rows, deal: Deal) -> None:
+        self.rows, self.deal = rows, deal
+
+    def take(self, lane: int, epoch: int, window: int) -> Part | None:
+        """The lane's part of a window; None behind the last window of the epoch."""
+        first = window * self.deal.size
+        count = min(self.deal.size, len(self.rows) - first)
+        if count <= 0:
+            return None
+        order, shift = self.deal.order(epoch, window, count)
+        chosen = self.deal.part(order, shift, lane) + first
+        return Part(self.rows.texts(chosen.tolist()) if len(chosen) else [])
+
+
+class StreamedWindows:
+    """Windows of a stream: one reader for all lanes of a rank, which keeps what some of them have yet to take.
+
+    places: for each lane the epoch and window it takes next, and the stream's mark before that window. The reader
+    starts at the earliest of them. Lanes take their windows in order, from any thread.
+    """
+
+    def __init__(self, stream: Stream, deal: Deal, places: Mapping[int, tuple[int, int, Any]]) -> None:
+        self.stream, self.deal = stream, deal
+        self._lock = threading.Lock()
+        self._next = {lane: (epoch, window) for lane, (epoch, window, _) in places.items()}
+        self._epoch, self._window = min(self._next.values())
+        marks = [mark for epoch, window, mark in places.values() if (epoch, window) == (self._epoch, self._window)]
+        mark = next((m for m in marks if m is not None), None)
+        if mark is None:
+            self._window = 0  # no mark, so the way to the window is read again
+        self._batches = stream.batches(deal.size, mark)
+        self._held: dict[tuple[int, int], dict[int, Part]] = {}
+        self._ends: dict[int, int] = {}  # epoch -> its number of windows
+
+    def take(self, lane: int, epoch: int, window: int) -> Part | None:
+        """The lane's part of a window; None behind the last window of the epoch."""
+        with self._lock:
+            assert (epoch, window) >= self._next[lane], "a lane takes its windows in order"
+            while (epoch, window) not in self._held:
+                if window >= self._ends.get(epoch, window + 1):
+                    self._next[lane] = (epoch + 1, 0)
+                    return None
+                self._read()
+            self._next[lane] = (epoch, window + 1)
+            parts = self._held[epoch, window]
+            part = parts.pop(lane)
+            if not parts:
+                del self._held[epoch, window]
+            return part
+
+    def _read(self) -> None:
+        """Read one window and keep the parts of the lanes that have not passed it."""
+        epoch, window = self._epoch, self._window
+        batch = next(self._batches, None)
+        if batch is None:
+            if window == 0:
+                raise UserError(f"source {self.deal.name}: the stream has no rows")
+            self._ends[epoch] = window
+            self._epoch, self._window = epoch + 1, 0
+            self._batches = self.stream.batches(self.deal.size)
+            return
+        texts, after = batch
+        self._window += 1
+        waiting = [lane for lane, place in self._next.items() if place <= (epoch, window)]
+        if waiting:
+            order, shift = self.deal.order(epoch, window, len(texts))
+            self._held[epoch, window] = {
+                lane: Part([texts[i] for i in self.deal.part(order, shift, lane)], after) for lane in waiting
+            }

@@ -1,0 +1,139 @@
+"""The files and hub ids a job names: whether those that should be here are, and fit together."""
+
+import glob
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from flame.errors import UserError
+from flame.section import JobConfig
+
+_LOCAL_ENDINGS = (".json", ".jsonl", ".parquet", ".txt", ".arrow", ".gz", ".zst", ".toml")
+_BUILDERS = ("json", "parquet", "text", "csv", "arrow")  # of load_dataset: the data is in data_files
+_LISTS = ("dataset_name", "dataset_split", "data_dir", "data_files", "data_probs")
+
+
+def is_local(name: str) -> bool:
+    """Whether a name means a path here rather than a hub id."""
+    if "://" in name:
+        return False
+    return name.startswith(("/", "./", "../", "~")) or name.endswith(_LOCAL_ENDINGS) or _exists(name)
+
+
+def _exists(name: str) -> bool:
+    path = str(Path(name).expanduser())
+    return bool(glob.glob(path, recursive=True)) or Path(path).exists()
+
+
+def _require(flag: str, name: str) -> None:
+    if is_local(name) and not _exists(name):
+        raise UserError(f"--{flag}: there is no {name}")
+
+
+def check_model(config: JobConfig) -> None:
+    """Refuse a model or tokenizer that is missing or broken, and a tokenizer larger than the model."""
+    model = config.model
+    if model.name != "auto":
+        raise UserError(f"--model.name: found {model.name!r}, must be auto (the model_type of --model.config decides)")
+    if not model.config:
+        raise UserError("--model.config: not set, must be a model JSON (configs/), a Hugging Face folder or a hub id")
+    if not model.tokenizer_path:
+        raise UserError("--model.tokenizer_path: not set, must be byte, a folder, a tokenizer.json or a hub id")
+    _require("model.config", model.config)
+    if model.tokenizer_path != "byte":
+        _require("model.tokenizer_path", model.tokenizer_path)
+    path = Path(model.config).expanduser()
+    path = path / "config.json" if path.is_dir() else path
+    if not is_local(str(path)):
+        return  # a hub id
+    described = _read_json("model.config", path)
+    if not isinstance(described.get("model_type"), str):
+        raise UserError(f"--model.config: {path} names no model_type, so it is no Hugging Face model config")
+    room, ids = described.get("vocab_size"), vocab_of_tokenizer(model.tokenizer_path)
+    if isinstance(room, int) and ids is not None and ids > room and not model.grow_vocab:
+        raise UserError(
+            f"--model.tokenizer_path: {model.tokenizer_path} has {ids} ids, but {model.config} has room for {room} "
+            "(vocab_size); take the model's own tokenizer or add --model.grow_vocab"
+        )
+
+
+def vocab_of_tokenizer(path: str) -> int | None:
+    """Ids a tokenizer needs (largest id + 1, added tokens too); None if only loading it would tell, as for a hub id."""
+    if path == "byte":
+        return 257
+    file = Path(path).expanduser()
+    file = file / "tokenizer.json" if file.is_dir() else file
+    if file.suffix != ".json" or not file.is_file():
+        return None
+    tokenizer = _read_json("model.tokenizer_path", file)
+    try:
+        vocab = tokenizer["model"]["vocab"]
+        ids = vocab.values() if isinstance(vocab, dict) else range(len(vocab))
+        return max([*ids, *(token["id"] for token in tokenizer.get("added_tokens") or [])], default=-1) + 1
+    except (KeyError, TypeError) as e:
+        raise UserError(f"--model.tokenizer_path: {file} is no tokenizer: {e!r}") from None
+
+
+def _read_json(flag: str, path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise UserError(f"--{flag}: cannot read {path}: {e.strerror}") from None
+    except ValueError as e:
+        raise UserError(f"--{flag}: {path} is no valid JSON: {e}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"--{flag}: {path} holds a {type(found).__name__}, must be a JSON object")
+    return found
+
+
+def check_data(config: JobConfig) -> None:
+    """Refuse data that is missing here, lists of unequal length and shares that are none."""
+    training = config.training
+    datasets = training.dataset.split(",")
+    if not all(name.strip() for name in datasets):
+        raise UserError(f"--training.dataset: found {training.dataset!r}, every item must be a path or a hub id")
+    if training.dataset_path:
+        raise UserError("--training.dataset_path: not used here, give the path to --training.dataset")
+    items: dict[str, list[str]] = {}
+    for name in _LISTS:
+        text = getattr(training, name)
+        if text is None:
+            continue
+        items[name] = [i.strip() for i in (text.split(",") if len(datasets) > 1 or name == "data_probs" else [text])]
+        if len(items[name]) != len(datasets):
+            raise UserError(
+                f"--training.{name}: found {len(items[name])} items for {len(datasets)} datasets, must be as many "
+                "(an empty item is none)"
+            )
+    _check_shares(items.get("data_probs", []))
+    empty = [""] * len(datasets)
+    rows = zip(datasets, items.get("data_dir", empty), items.get("data_files", empty), strict=True)
+    for dataset, folder, files in rows:
+        _check_source(dataset.strip(), folder, files)
+
+
+def _check_shares(texts: list[str]) -> None:
+    try:
+        shares = [float(text) for text in texts]
+    except ValueError:
+        shares = [-1.0]
+    if not all(0 < share < math.inf for share in shares):
+        raise UserError(f"--training.data_probs: found {','.join(texts)}, every item must be a number above 0")
+    if shares and abs(sum(shares) - 1) > 1e-3:
+        raise UserError(f"--training.data_probs: found a sum of {sum(shares):g}, the items must sum to 1")
+
+
+def _check_source(dataset: str, folder: str, files: str) -> None:
+    if dataset == "stdlib":
+        return
+    _require("training.dataset", dataset)
+    root = Path(dataset).expanduser()
+    if root.is_dir() and folder and not _exists(str(root / folder)):
+        raise UserError(f"--training.data_dir: there is no {folder} in {dataset}")
+    # What a hub id calls its files only the hub knows.
+    if files and (root.is_dir() or dataset in _BUILDERS):
+        base = root / folder if root.is_dir() else Path(folder)
+        for file in files.split(","):
+            if not _exists(file.strip()) and not _exists(str(base / file.strip())):
+                raise UserError(f"--training.data_files: there is no {file.strip()}, here or in {base}")

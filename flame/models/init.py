@@ -1,0 +1,75 @@
+"""Weights that do not depend on the layout: every module is drawn whole, seeded by its name, then sharded.
+
+DTensor's own random init draws the same numbers on every CPU rank, and Hugging Face's `_init_weights` alone forgets
+what only constructors set. So each block is built anew by its own constructor, one at a time; a NaN left anywhere
+afterwards is an error that names the tensor.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch.distributed.tensor import DTensor, Replicate
+
+_WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")  # activation checkpointing, torch.compile
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A module that is initialised on its own: its name, the (sharded) module, and how to build a fresh whole one."""
+
+    name: str
+    module: nn.Module
+    build: Callable[[], nn.Module]
+
+
+@torch.no_grad()
+def init_weights(model: nn.Module, units: Iterable[Unit], init_module: Callable[[nn.Module], None], seed: int) -> None:
+    """Fill every parameter and buffer of `model`, which is made of `units`.
+
+    `init_module` is Hugging Face's `_init_weights`. Peak extra memory is one unit. Raises RuntimeError naming
+    parameters or buffers that nothing initialised.
+    """
+    for _, tensor in _tensors(model):
+        if tensor.is_floating_point():
+            _local(tensor).fill_(float("nan"))
+    for unit in units:
+        _fill(unit, init_module, seed)
+    unset = [name for name, tensor in _tensors(model) if tensor.is_floating_point() and _local(tensor).isnan().any()]
+    if unset:
+        raise RuntimeError(f"initialisation left {len(unset)} tensors unset: {', '.join(unset[:8])}")
+
+
+def _fill(unit: Unit, init_module: Callable[[nn.Module], None], seed: int) -> None:
+    targets = dict(_tensors(unit.module))
+    if not targets:
+        return
+    device = _local(next(iter(targets.values()))).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
+        torch.manual_seed(int.from_bytes(hashlib.blake2b(f"{seed}/{unit.name}".encode(), digest_size=7).digest()))
+        fresh = unit.build().apply(init_module)
+    values = dict(_tensors(fresh))
+    assert values.keys() == targets.keys(), f"{unit.name}: {sorted(values.keys() ^ targets.keys())}"
+    for name, target in targets.items():
+        _copy(target, values[name])
+
+
+def _copy(target: torch.Tensor, value: torch.Tensor) -> None:
+    if isinstance(target, DTensor):
+        mesh = target.device_mesh
+        whole = DTensor.from_local(value.to(mesh.device_type), mesh, [Replicate()] * mesh.ndim, run_check=False)
+        value = whole.redistribute(placements=target.placements).to_local()
+    _local(target).copy_(value)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        for wrapper in _WRAPPERS:
+            name = name.replace(wrapper, "")
+        yield name, tensor

@@ -1,0 +1,75 @@
+"""The language-model head that returns the loss itself: logits are made chunk by chunk and never all alive."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+IGNORE_INDEX = -100
+CHUNK = 1024  # tokens whose logits are alive at a time
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Sum over tokens of the cross entropy of `hidden @ weight.T + bias`, in fp32; labels of -100 do not count.
+
+    hidden: (batch, seq, hidden), weight: (vocab, hidden), labels: (batch, seq) int64; returns a scalar.
+    On a GPU this is fla's fused Triton kernel; elsewhere chunks of logits, computed again in the backward.
+    """
+    hidden, labels = hidden.flatten(0, -2), labels.flatten()
+    if hidden.is_cuda:
+        from fla.modules.fused_linear_cross_entropy import fused_linear_cross_entropy_loss
+
+        return fused_linear_cross_entropy_loss(hidden, labels, weight, bias, IGNORE_INDEX, reduction="sum")
+    chunks = zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True)
+    losses = [checkpoint(_chunk_loss, x, weight, bias, y, use_reentrant=False) for x, y in chunks]
+    return torch.stack(losses).sum()
+
+
+def _chunk_loss(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
+) -> torch.Tensor:
+    logits = F.linear(hidden, weight, bias).float()
+    return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+class Head(nn.Linear):
+    """The output projection: logits, or the summed loss when labels are given.
+
+    The loss goes through this module's own forward so that FSDP gathers its weight around it.
+    """
+
+    def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        if labels is None:
+            return super().forward(hidden)
+        return linear_cross_entropy(hidden, self.weight, labels, self.bias)
+
+
+class TiedHead(nn.Module):
+    """A head that owns no parameter and multiplies with the embedding table (tie_word_embeddings)."""
+
+    def __init__(self, embedding_weight: Callable[[], torch.Tensor]) -> None:
+        super().__init__()
+        self.embedding_weight = embedding_weight
+
+    def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        if labels is None:
+            return F.linear(hidden, self.embedding_weight())
+        return linear_cross_entropy(hidden, self.embedding_weight(), labels)
+
+
+def build_loss(job_config: Any, **_: Any) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """torchtitan's loss hook: passes a summed loss through, and sums the cross entropy of logits."""
+
+    def loss(prediction: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if prediction.ndim == 0:
+            return prediction
+        return F.cross_entropy(
+            prediction.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+        )
+
+    return loss

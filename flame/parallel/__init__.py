@@ -1,0 +1,1 @@
+"""Parallelisms, driven by a model family's row; the work is torchtitan's own functions."""

@@ -1,0 +1,59 @@
+"""Activation checkpointing, compile, then FSDP2, HSDP or DDP: torchtitan's functions in torchtitan's order."""
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch.distributed.fsdp import FSDPModule
+from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed.activation_checkpoint import apply_ac
+from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list, apply_compile, apply_ddp, apply_fsdp
+from torchtitan.tools.utils import device_type
+
+
+def parallelize(model: Any, parallel_dims: ParallelDims, job_config: Any) -> nn.Module:
+    """torchtitan's `parallelize_fn` for a flame.models.causal_lm.CausalLM on the meta device."""
+    compiled = job_config.compile.enable and "model" in job_config.compile.components
+    if job_config.activation_checkpoint.mode != "none":
+        apply_ac(
+            model,
+            job_config.activation_checkpoint,
+            model_compile_enabled=compiled,
+            op_sac_save_list=_op_sac_save_list,
+            base_folder=job_config.job.dump_folder,
+        )
+    if compiled and model.family.from_fla:
+        _compile_with_graph_breaks(model, job_config.compile.backend)
+    elif compiled:
+        apply_compile(model, job_config.compile)
+
+    if parallel_dims.fsdp_enabled:
+        names = ["dp_replicate", "fsdp"] if parallel_dims.dp_replicate_enabled else ["fsdp"]
+        apply_fsdp(
+            model,
+            parallel_dims.get_mesh(names),
+            param_dtype=TORCH_DTYPE_MAP[job_config.training.mixed_precision_param],
+            reduce_dtype=TORCH_DTYPE_MAP[job_config.training.mixed_precision_reduce],
+            pp_enabled=parallel_dims.pp_enabled,
+            cpu_offload=job_config.training.enable_cpu_offload,
+            reshard_after_forward_policy=job_config.parallelism.fsdp_reshard_after_forward,
+        )
+        if device_type == "cpu":
+            _sum_without_scaling(model)
+    elif parallel_dims.dp_replicate_enabled:
+        apply_ddp(model, parallel_dims.get_mesh("dp_replicate"), enable_compile=compiled)
+    return model
+
+
+def _compile_with_graph_breaks(model: Any, backend: str) -> None:
+    # torchtitan compiles with fullgraph=True; fla's dispatched kernels are torch.compiler.disable'd and break the graph.
+    for name, block in model.layers.items():
+        model.layers.register_module(name, torch.compile(block, backend=backend))
+
+
+def _sum_without_scaling(model: nn.Module) -> None:
+    # gloo has no PREMUL_SUM, which FSDP2 picks for torchtitan's gradient divide factor of 1.
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)

@@ -1,0 +1,139 @@
+"""The settings of a run: torchtitan's sections with our fields and defaults. The docstrings are the --help text.
+
+No `from __future__ import annotations` here: torchtitan and tyro read the real types of the fields.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torchtitan.config import job_config as titan
+
+
+@dataclass
+class Model(titan.Model):
+    name: str = "auto"
+    """Which model to train. "auto" reads the family off the model_type of model.config."""
+
+    config: str | None = None
+    """Model to build: path of a Hugging Face config JSON, a local Hugging Face folder, or a hub id."""
+
+    tokenizer_path: str | None = "byte"
+    """Tokenizer: "byte" (built in, 257 ids), a folder, a tokenizer.json, or a hub id."""
+
+    grow_vocab: bool = False
+    """Enlarge the vocabulary of the model to that of the tokenizer instead of refusing a tokenizer that is larger."""
+
+    trust_remote_code: bool = False
+    """Run Python code that a hub model, tokenizer or dataset brings along."""
+
+
+@dataclass
+class DataLoader(titan.DataLoader):
+    num_workers: int = 2
+    """Background threads that tokenize and pack ahead of the step; 0 does it in the step. The batches are the same."""
+
+    prefetch_factor: int | None = 2
+    """Batches each background thread prepares ahead."""
+
+
+@dataclass
+class Training(titan.Training):
+    dataset: str = "stdlib"
+    """Comma list of sources: a local path or a hub id each, or "stdlib", Python's own source code, read in place."""
+
+    dataset_name: str | None = None
+    """Configuration of each source, a comma list as long as training.dataset; an empty item is none."""
+
+    dataset_split: str | None = None
+    """Split of each source (default train), a comma list as long as training.dataset."""
+
+    data_dir: str | None = None
+    """Folder inside each source, a comma list as long as training.dataset; an empty item is none."""
+
+    data_files: str | None = None
+    """Files or patterns inside each source, a comma list as long as training.dataset; one source takes it whole."""
+
+    data_probs: str | None = None
+    """Share of the tokens that each source gives, a comma list as long as training.dataset that sums to 1."""
+
+    streaming: bool = False
+    """Read hub sources over the network as training goes instead of downloading them first."""
+
+    varlen: bool = False
+    """Keep documents apart inside a row: attention and recurrent state do not cross from one to the next."""
+
+    context_len: int | None = None
+    """Longest piece of a document when training.varlen is on; default 2048, or training.seq_len if that is less."""
+
+    skip_nan_inf: bool = False
+    """Leave the weights as they are in a step whose gradients hold NaN or Inf, and count it, instead of stopping."""
+
+    gradient_accumulation_steps: int | None = None
+    """
+    Batches per rank and step, another way to say training.global_batch_size, which becomes training.local_batch_size x
+    this x data-parallel ranks (and this setting reads None afterwards).
+    """
+
+    dataloader: DataLoader = field(default_factory=DataLoader)
+    """How the data stream runs ahead of the step"""
+
+
+@dataclass
+class Data:
+    lanes: int = 64
+    """
+    Independent streams the data is dealt into, fixed for the life of a run; the data-parallel ranks must divide it. A
+    run may resume on any number of ranks that does.
+    """
+
+    window: int = 1024
+    """Rows that are shuffled together; 1 keeps the order of the source."""
+
+    column: str | None = None
+    """Column that holds the text; default "text", then "content"."""
+
+
+@dataclass
+class Checkpoint(titan.Checkpoint):
+    enable: bool = True
+    """Save checkpoints, and resume from the newest whole one"""
+
+    last_save_model_only: bool = False
+    """Leave optimizer and data position out of the last checkpoint, which then cannot be resumed."""
+
+    interval_type: Literal["steps", "seconds"] = "steps"
+    """Unit of checkpoint.interval."""
+
+    export: bool = True
+    """Write the final weights as a Hugging Face folder too, hf/step-N in the run folder."""
+
+
+@dataclass
+class ActivationCheckpoint(titan.ActivationCheckpoint):
+    mode: Literal["selective", "full", "memory_budget", "none"] = "none"
+    """Type of activation checkpointing to use"""
+
+
+@dataclass
+class Comm(titan.Comm):
+    train_timeout_seconds: int = 1800
+    """Timeout for communication after the first step. Long, as a stall in reading data must not kill the job."""
+
+
+@dataclass
+class Debug(titan.Debug):
+    seed: int | None = 42
+    """Seed of the initial weights, the data order and everything else that is random"""
+
+
+@dataclass
+class JobConfig(titan.JobConfig):
+    """Everything a run can be told, torchtitan's settings and ours."""
+
+    model: Model = field(default_factory=Model)
+    training: Training = field(default_factory=Training)
+    data: Data = field(default_factory=Data)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
+    comm: Comm = field(default_factory=Comm)
+    debug: Debug = field(default_factory=Debug)

@@ -1,0 +1,153 @@
+"""One setting as a user wrote it, on the command line or in a TOML, and its conversion to the type of its field."""
+
+import contextlib
+import difflib
+import math
+import sys
+import types
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from flame.errors import UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+@dataclass(frozen=True)
+class Setting:
+    """`path` is dotted, `where` is how to name it to the user. The value of a flag is text: one word as a string, none
+    or several as a tuple; the value of a TOML key is what the TOML holds."""
+
+    path: str
+    where: str
+    value: Any
+    from_flag: bool = False
+
+
+def read_flags(argv: list[str]) -> list[Setting]:
+    """The settings of a command line in its order; how many words one may take is for its type to say."""
+    found: list[tuple[str, list[str]]] = []
+    for word in argv:
+        if word.startswith("--"):
+            flag, equals, value = word.partition("=")
+            found.append((flag, [value] if equals else []))
+        elif not found:
+            raise UserError(f"{word!r} is not a flag; flags start with --, as in --training.steps 100")
+        else:
+            found[-1][1].append(word)
+    return [
+        Setting(flag[2:].replace("-", "_"), flag, words[0] if len(words) == 1 else tuple(words), from_flag=True)
+        for flag, words in found
+    ]
+
+
+def read_toml(file: str) -> list[Setting]:
+    """The settings of a TOML file. UserError if it cannot be read or is no TOML, with the line."""
+    try:
+        tables = tomllib.loads(Path(file).expanduser().read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"--job.config_file: there is no file {file}") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"--job.config_file: cannot read {file}: {e}") from None
+    except tomllib.TOMLDecodeError as e:
+        raise UserError(f"--job.config_file: {file} is no valid TOML: {e}") from None
+    return list(_flatten(tables, "", file))
+
+
+def _flatten(table: dict[str, Any], prefix: str, file: str) -> Iterable[Setting]:
+    for key, value in table.items():
+        path = prefix + key.replace("-", "_")
+        if isinstance(value, dict) and value:
+            yield from _flatten(value, path + ".", file)
+        else:
+            yield Setting(path, f"{file}: {prefix}{key}", value)
+
+
+def typed(setting: Setting, kind: Any) -> Any:
+    """The value of a setting as its type wants it; UserError says what is allowed instead."""
+    value = setting.value
+    arms = _arms(kind)
+    if isinstance(value, tuple):
+        if value == () and bool in arms:
+            return True
+        if value == ():
+            raise UserError(f"{setting.where} needs a value: {describe(kind)}")
+        if list[str] not in arms:
+            raise UserError(f"unexpected {value[1]!r} after {setting.where} {value[0]}; quote a value that has spaces")
+        value = ",".join(value)
+    for arm in arms:
+        try:
+            return _convert(arm, value, setting.from_flag)
+        except (ValueError, OverflowError):
+            continue
+    raise UserError(f"{setting.where}: {value!r} is not allowed, it must be {describe(kind)}")
+
+
+_TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
+def _convert(kind: Any, value: Any, from_flag: bool) -> Any:
+    """`value` as one plain type, ValueError if it is none. Text counts as a number or a truth only in a flag."""
+    if kind is type(None) and value in ("none", "None"):  # TOML has no null, so the word means it there too
+        return None
+    if kind is bool and isinstance(value, str) and from_flag and value.lower() in _TRUTH:
+        return _TRUTH[value.lower()]
+    if kind is bool and isinstance(value, bool):
+        return value
+    if kind in (int, float) and not isinstance(value, bool) and (from_flag or isinstance(value, int | float)):
+        return _number(kind, value)
+    if kind is str and isinstance(value, str):
+        return value
+    if get_origin(kind) is Literal and value in get_args(kind):
+        return value
+    if kind == list[str] and isinstance(value, str):
+        return [item.strip() for item in value.split(",") if item.strip()]
+    if kind == list[str] and isinstance(value, list) and all(isinstance(v, str) for v in value):
+        return value
+    if kind == list[list[str]] and isinstance(value, list):
+        return [_convert(list[str], v, from_flag) for v in value]
+    raise ValueError(value)
+
+
+def _number(kind: Any, value: Any) -> int | float:
+    if kind is int and not isinstance(value, float):
+        with contextlib.suppress(ValueError):
+            return int(value)
+    number = float(value)
+    if math.isnan(number) or (kind is int and not number.is_integer()):
+        raise ValueError(value)
+    return int(number) if kind is int else number
+
+
+def describe(kind: Any) -> str:
+    """The values a type allows, in words."""
+    words = {
+        bool: "true or false",
+        int: "an integer",
+        float: "a number",
+        str: "text",
+        type(None): "none",
+        list[str]: "a list such as a,b",
+        list[list[str]]: "a list of lists of names, set in a TOML",
+    }
+    # none is tried first and named last; an integer among numbers goes without saying
+    arms = [arm for arm in reversed(_arms(kind)) if arm is not int or float not in _arms(kind)]
+    return " or ".join(words.get(arm) or "one of " + ", ".join(map(str, get_args(arm))) for arm in arms)
+
+
+def _arms(kind: Any) -> list[Any]:
+    arms = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    return sorted(arms, key=lambda arm: arm is not type(None))  # none first: any word would do as text
+
+
+def nearest(path: str, known: Iterable[str]) -> str | None:
+    """The known path a user most likely meant: the same last name in another section, else the closest spelling."""
+    known = list(known)
+    same = [k for k in known if k.rpartition(".")[2] == path.rpartition(".")[2]]
+    close = difflib.get_close_matches(path, same or known, 1, cutoff=0.0 if same else 0.6)
+    return close[0] if close else None

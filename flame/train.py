@@ -1,0 +1,30 @@
+"""Trains one job: parse the flags, choose the device, register the model, run. Started by torchrun; see train.sh."""
+
+import sys
+
+from flame import device, log
+from flame.errors import UserError
+
+
+def main(argv: list[str]) -> int:
+    """Run the job that `argv` describes on this rank; returns the exit code."""
+    log.configure()
+    device.choose()  # before the imports below, which import torchtitan, which reads the device
+    from flame.config import parse, world_size
+    from flame.plan import check
+    from flame.spec import register
+    from flame.trainer import FlameTrainer, run
+
+    try:
+        config = parse(argv)
+        check(config, world_size())
+        register(config)
+    except UserError as error:
+        print(f"flame: {error}", file=sys.stderr)
+        return 2
+    run(FlameTrainer, config)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,133 @@
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from flame.errors import UserError
+from flame.models.causal_lm import CausalLM, ModelArgs, load_hf_config
+from flame.models.init import Unit, init_weights
+from tests.tiny import CONFIGS, write_config
+
+FAMILIES = sorted(CONFIGS)
+
+
+class FakeTokenizer:
+    bos_id = None
+    eos_id = 256
+
+    def __init__(self, vocab_size):
+        self.vocab_size = vocab_size
+
+
+def build(path, seed=0):
+    family, config = load_hf_config(str(path))
+    args = ModelArgs(seed=seed).bind(family, config)
+    with torch.device("meta"):
+        model = CausalLM(args)
+    model.to_empty(device="cpu")
+    model.init_weights()
+    return model
+
+
+def hf_twin(model):
+    twin = AutoModelForCausalLM.from_config(model.hf.config).eval()
+    missing, unexpected = twin.load_state_dict(model.state_dict(), strict=False)
+    assert not unexpected
+    assert all(name == "lm_head.weight" and model.tied for name in missing)
+    twin.tie_weights()
+    return twin
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_equal_those_of_transformers_own_model_with_the_same_weights(name, tmp_path):
+    model = build(write_config(tmp_path, name)).eval()
+    tokens = torch.randint(0, 320, (2, 96))
+    with torch.no_grad():
+        assert torch.equal(model(tokens), hf_twin(model)(tokens, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_loss_and_gradients_equal_plain_cross_entropy_on_transformers_own_model(name, tied, tmp_path):
+    model = build(write_config(tmp_path, name, tie_word_embeddings=tied))
+    twin = hf_twin(model).train()
+    tokens, labels = torch.randint(0, 320, (2, 2, 96)).unbind()
+    labels = labels.masked_fill(torch.rand(2, 96) < 1 / 3, -100)
+
+    loss = model(tokens, labels=labels)
+    loss.backward()
+    logits = twin(tokens, use_cache=False).logits.flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum")
+    expected.backward()
+
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    gradients = dict(twin.named_parameters())
+    for key, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[key].grad, rtol=1e-4, atol=1e-4, msg=key)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_initial_weights_are_distributed_as_in_an_eager_transformers_build(name, tmp_path):
+    path = write_config(tmp_path, name, hidden_size=128, vocab_size=512)
+    model = build(path)
+    eager = dict(AutoModelForCausalLM.from_config(model.hf.config).named_parameters())
+    for key, parameter in model.named_parameters():
+        assert parameter.shape == eager[key].shape
+        torch.testing.assert_close(parameter.std(), eager[key].std(), rtol=0.15, atol=1e-6, msg=key)
+        torch.testing.assert_close(parameter.mean(), eager[key].mean(), rtol=0, atol=5e-3, msg=key)
+    for key, buffer in model.hf.base_model.named_buffers():
+        torch.testing.assert_close(buffer, dict(model.backbone.named_buffers())[key])
+
+
+def test_initial_weights_depend_on_the_seed_and_differ_between_blocks(tmp_path):
+    path = write_config(tmp_path, "llama")
+    one, same, other = build(path, seed=1), build(path, seed=1), build(path, seed=2)
+    name = "self_attn.q_proj.weight"
+    weights = [m.get_parameter(f"model.layers.0.{name}") for m in (one, same, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    assert not torch.equal(weights[0], one.get_parameter(f"model.layers.1.{name}"))
+
+
+def test_a_parameter_that_nothing_initialises_is_named():
+    model = torch.nn.ModuleDict({"covered": torch.nn.Linear(2, 2), "forgotten": torch.nn.Linear(2, 2)})
+    units = [Unit("covered", model["covered"], lambda: torch.nn.Linear(2, 2))]
+    with pytest.raises(RuntimeError, match=r"forgotten\.weight, forgotten\.bias"):
+        init_weights(model, units, lambda module: None, seed=0)
+
+
+def test_a_tied_model_has_one_embedding_and_no_head_parameter(tmp_path):
+    model = build(write_config(tmp_path, "llama", tie_word_embeddings=True))
+    assert [name for name, _ in model.named_parameters() if "embed" in name or "head" in name] == [
+        "model.embed_tokens.weight"
+    ]
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused_with_both_numbers(tmp_path):
+    path = str(write_config(tmp_path, "llama"))
+    with pytest.raises(UserError, match=r"321 ids.*vocab_size is 320"):
+        load_hf_config(path, tokenizer=FakeTokenizer(321))
+    _, config = load_hf_config(path, tokenizer=FakeTokenizer(321), grow_vocab=True)
+    assert config.vocab_size == 384
+    assert config.eos_token_id == 256
+
+
+def test_an_unknown_model_type_is_refused_with_the_known_ones(tmp_path):
+    path = tmp_path / "bert.json"
+    path.write_text('{"model_type": "bert"}')
+    with pytest.raises(UserError, match=r'"bert"; known: gla, gpt_neox, llama, transformer'):
+        load_hf_config(str(path))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_packed_documents_give_the_loss_of_each_alone(name, tmp_path):
+    model = build(write_config(tmp_path, name, initializer_range=0.2)).eval()
+    first, second = torch.randint(0, 320, (1, 70)), torch.randint(0, 320, (1, 58))
+    packed = torch.cat([first, second], dim=1).view(2, 64)  # the first document ends inside the second row
+    positions = torch.cat([torch.arange(64), torch.arange(6), torch.arange(58)]).view(2, 64)
+    boundaries = torch.tensor([0, 64, 70, 128], dtype=torch.int32)
+    with torch.no_grad():
+        alone = torch.cat([model(first[:, :64]), model(first[:, 64:]), model(second)], dim=1)
+        together = model(packed, positions=positions, cu_seqlens=boundaries).view(1, 128, -1)
+        leaking = model(packed).view(1, 128, -1)
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+    assert (leaking[:, 70:] - alone[:, 70:]).abs().max() > 1e-2

@@ -1,0 +1,42 @@
+import json
+
+from flame.run import Run
+
+
+def test_records_after_the_resumed_step_are_moved_aside_and_a_torn_line_is_dropped(tmp_path):
+    run = Run(tmp_path, writes=True)
+    for step in (1, 2, 3):
+        run.log({"step": step, "loss": 1.0})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')
+    run.rewind(1)
+    run.log({"step": 2, "loss": 2.0})
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert records == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}]
+    replaced = [json.loads(line)["step"] for line in (tmp_path / "metrics.replaced.jsonl").read_text().splitlines()]
+    assert replaced == [2, 3]
+
+
+def test_status_keeps_step_and_tokens_and_forgets_an_old_reason(tmp_path):
+    run = Run(tmp_path, writes=True)
+    run.set_status("failed", step=7, tokens=70, reason="out of memory")
+    run.start("", {})
+    assert run.read_status() == {"status": "running", "step": 7, "tokens": 70, "reason": None}
+
+
+def test_a_rank_that_does_not_write_leaves_no_file(tmp_path):
+    run = Run(tmp_path / "run", writes=False)
+    run.start("", {})
+    run.log({"step": 1})
+    run.rewind(0)
+    run.set_status("completed", step=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_environment_record_holds_no_environment_variable(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    run = Run(tmp_path, writes=True)
+    run.start("", {"name": "CPU"})
+    recorded = (tmp_path / "environment.json").read_text()
+    assert "hf_secret" not in recorded
+    assert json.loads(recorded)["packages"]["torchtitan"] == "0.2.2"

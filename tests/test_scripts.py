@@ -1,0 +1,243 @@
+"""train.sh and scripts/setup.sh, run for real; a recording stand-in takes the place of Python."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PREFLIGHT, LAUNCH = ["-m", "flame.preflight"], ["-m", "torch.distributed.run"]
+RECORDER = """#!/bin/bash
+# One record: NNODE, NGPU, OMP_NUM_THREADS, the folder, then the arguments; each ended by NUL, the record by a newline.
+printf '%s\\0' "${NNODE-}" "${NGPU-}" "${OMP_NUM_THREADS-}" "$PWD" "$@" >>"$RECORDS"; printf '\\n' >>"$RECORDS"
+case "$*" in
+  *flame.preflight*) exit "${PREFLIGHT_CODE-0}" ;;
+  *torch.distributed.run*) exit "${TORCHRUN_CODE-0}" ;;
+  *"install"*"-e"*) exit "${INSTALL_CODE-0}" ;;
+esac
+"""
+
+
+def write_program(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+class Shell:
+    """Runs a script in an empty folder and an environment of its own; `calls` are what the stand-in was asked."""
+
+    def __init__(self, tmp_path: Path):
+        self.bin, self.cwd, self.records = tmp_path / "bin", tmp_path / "a folder", tmp_path / "records"
+        self.cwd.mkdir()
+        write_program(
+            self.bin / "nvidia-smi", "#!/bin/bash\nexit 9\n"
+        )  # a machine without a GPU, until a test says else
+        self.env = {
+            "PATH": f"{self.bin}:{os.environ['PATH']}",
+            "HOME": os.environ.get("HOME", str(tmp_path)),
+            "RECORDS": str(self.records),
+            "FLAME_PYTHON": str(write_program(tmp_path / "python stand-in", RECORDER)),
+        }
+
+    def run(self, *command: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
+        self.records.unlink(missing_ok=True)
+        return subprocess.run(
+            ["bash", *map(str, command)], cwd=self.cwd, env=self.env | env, capture_output=True, text=True, timeout=60
+        )
+
+    def train(self, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
+        return self.run(ROOT / "train.sh", *args, **env)
+
+    @property
+    def calls(self) -> list[dict[str, object]]:
+        if not self.records.exists():
+            return []
+        rows = [line.split("\0")[:-1] for line in self.records.read_text().splitlines()]
+        return [{"nnode": r[0], "ngpu": r[1], "omp": r[2], "cwd": r[3], "args": r[4:]} for r in rows]
+
+
+@pytest.fixture
+def shell(tmp_path):
+    return Shell(tmp_path)
+
+
+def launch_line(*, nnode="1", ngpu="1", rendezvous=(), run_id="none", endpoint="localhost:0", log_rank="0", args=()):
+    return [
+        *LAUNCH, "--nnodes", nnode, "--nproc_per_node", ngpu, "--rdzv_backend", "c10d", "--rdzv_id", run_id, *rendezvous,
+        "--rdzv_endpoint", endpoint, "--local-ranks-filter", log_rank, "--role", "rank", "--tee", "3",
+        "-m", "flame.train", *args,
+    ]  # fmt: skip
+
+
+def test_without_arguments_the_debug_job_is_checked_and_launched(shell):
+    done = shell.train()
+    job = ["--job.config_file", f"{ROOT}/configs/jobs/debug.toml"]
+    assert done.returncode == 0, done.stderr
+    assert [call["args"] for call in shell.calls] == [PREFLIGHT + job, launch_line(args=job)]
+
+
+def test_arguments_reach_both_steps_untouched(shell):
+    args = ["--job.description=two words = one", "--data", "a b", "", "*", "$HOME", "--help-me", "-m", "'\""]
+    shell.train(*args)
+    assert [call["args"] for call in shell.calls] == [PREFLIGHT + args, launch_line(args=args)]
+
+
+def test_the_folder_stays_the_users(shell):
+    shell.train("--x")
+    assert {call["cwd"] for call in shell.calls} == {str(shell.cwd)}
+    assert list(shell.cwd.iterdir()) == []
+
+
+def test_the_environment_sets_the_layout_and_the_preflight_knows_it(shell):
+    shell.train("--x", NNODE="2", NGPU="8", LOG_RANK="0,7", MASTER_ADDR="node-1", MASTER_PORT="1234")
+    checked, launched = shell.calls
+    assert (checked["nnode"], checked["ngpu"]) == ("2", "8")
+    assert launched["args"] == launch_line(
+        nnode="2", ngpu="8", log_rank="0,7", endpoint="node-1:1234", args=["--x"]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "visible, listed, expected",
+    [
+        ("0,1,3", "", "3"),
+        ("", "GPU 0: A\nGPU 1: B", "1"),  # hidden on purpose: the CPU
+        (None, "GPU 0: A\n  MIG 1g Device 0: C\nGPU 1: B", "2"),
+        (None, "", "1"),
+    ],
+)
+def test_the_processes_of_a_node_are_its_visible_gpus_and_one_without_any(shell, visible, listed, expected):
+    write_program(shell.bin / "nvidia-smi", f"#!/bin/bash\n[[ $1 == -L ]] && printf '%s\\n' '{listed}'\n")
+    shell.train("--x", **({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}))
+    assert [call["ngpu"] for call in shell.calls] == [expected, expected]
+
+
+@pytest.mark.parametrize("ngpu, given, expected", [("1", None, ""), ("2", None, "1"), ("2", "6", "6")])
+def test_ranks_that_share_a_machine_get_one_thread_unless_told(shell, ngpu, given, expected):
+    shell.train("--x", NGPU=ngpu, **({} if given is None else {"OMP_NUM_THREADS": given}))
+    assert [call["omp"] for call in shell.calls] == [expected, expected]
+
+
+@pytest.mark.parametrize("node, is_host", [("0", "1"), ("2", "0")])
+def test_slurm_supplies_the_layout_the_meeting_point_and_the_name_of_the_run(shell, node, is_host):
+    write_program(
+        shell.bin / "scontrol", '#!/bin/bash\n[[ $* == "show hostnames n[5-8]" ]] && printf "n%s\\n" 5 6 7 8\n'
+    )
+    slurm = {"SLURM_NNODES": "4", "SLURM_NODEID": node, "SLURM_JOB_ID": "720123", "SLURM_JOB_NODELIST": "n[5-8]"}
+    shell.train("--x", NGPU="8", **slurm)
+    rendezvous = ["--rdzv_conf", f"is_host={is_host}"]
+    expected = {"nnode": "4", "ngpu": "8", "run_id": "720123", "endpoint": "n5:29623", "rendezvous": rendezvous}
+    assert shell.calls[-1]["args"] == launch_line(**expected, args=["--x"])
+
+
+def test_several_nodes_without_a_meeting_point_are_refused(shell):
+    done = shell.train("--x", NNODE="2")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "MASTER_ADDR" in done.stderr
+    assert LAUNCH not in [call["args"][:2] for call in shell.calls]
+
+
+@pytest.mark.parametrize("name", ["NNODE", "NGPU"])
+@pytest.mark.parametrize("value", ["0", "two", "1:4", "-1"])
+def test_a_layout_that_is_no_number_is_refused_in_one_line(shell, name, value):
+    done = shell.train("--x", **{name: value})
+    assert (done.returncode, done.stderr) == (2, f"flame: {name}: found '{value}', allowed are whole numbers from 1\n")
+    assert shell.calls == []
+
+
+@pytest.mark.parametrize("code", ["0", "1", "7"])
+def test_the_exit_code_is_torchruns(shell, code):
+    assert shell.train("--x", TORCHRUN_CODE=code).returncode == int(code)
+
+
+@pytest.mark.parametrize("code, expected", [("2", 2), ("1", 1), ("64", 0)])
+def test_nothing_is_launched_after_a_refusal_or_the_help(shell, code, expected):
+    assert shell.train("-h", PREFLIGHT_CODE=code).returncode == expected
+    assert [call["args"] for call in shell.calls] == [[*PREFLIGHT, "-h"]]
+
+
+def test_the_help_lists_flags_and_makes_nothing_even_beside_a_folder_named_flame(shell):
+    (shell.cwd / "flame").mkdir()  # a namespace package to Python, unless this checkout comes first
+    done = shell.train("-h", FLAME_PYTHON=sys.executable)
+    assert done.returncode == 0, done.stderr
+    assert "--training.steps" in done.stdout and "--model.config" in done.stdout
+    assert [p.name for p in shell.cwd.rglob("*")] == ["flame"]
+
+
+# scripts/setup.sh, in a checkout of its own whose .venv holds the stand-in
+
+
+@pytest.fixture
+def checkout(tmp_path, shell):
+    root = tmp_path / "my checkout"
+    for name in ("scripts/setup.sh", "pyproject.toml", "3rdparty/constraints.txt", "flame/__init__.py"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, root / name)
+    write_program(root / ".venv/bin/python", RECORDER)
+    shell.env.pop("FLAME_PYTHON")
+    return root
+
+
+def installs(shell: Shell) -> list[list[str]]:
+    return [call["args"][5:] for call in shell.calls if call["args"][:3] == ["-m", "pip", "install"]]
+
+
+def test_setup_installs_torch_alone_then_the_rest_with_the_pins(shell, checkout):
+    done = shell.run(checkout / "scripts/setup.sh")
+    assert (done.returncode, done.stdout) == (0, f"{checkout}/.venv/bin/python\n"), done.stderr
+    torch, rest = installs(shell)
+    assert torch[-3:] == ["3rdparty/constraints.txt", "--quiet", "torch"]
+    assert rest[-3:-1] == ["--quiet", "-e"] and rest[-1].startswith(".[dev")
+
+
+def test_setup_does_nothing_twice_and_says_nothing(shell, checkout):
+    shell.run(checkout / "scripts/setup.sh")
+    again = shell.run(checkout / "scripts/setup.sh")
+    assert (again.stdout, again.stderr, shell.calls) == (f"{checkout}/.venv/bin/python\n", "", [])
+
+
+@pytest.mark.parametrize("name", ["pyproject.toml", "3rdparty/constraints.txt"])
+def test_setup_installs_again_when_a_requirement_changed(shell, checkout, name):
+    shell.run(checkout / "scripts/setup.sh")
+    with (checkout / name).open("a") as file:
+        file.write("# changed\n")
+    shell.run(checkout / "scripts/setup.sh")
+    assert len(installs(shell)) == 2
+
+
+def test_setup_installs_again_after_the_checkout_moved(shell, checkout):
+    shell.run(checkout / "scripts/setup.sh")
+    moved = checkout.rename(checkout.with_name("elsewhere"))
+    assert shell.run(moved / "scripts/setup.sh").stdout == f"{moved}/.venv/bin/python\n"
+    assert len(installs(shell)) == 2
+
+
+def test_setup_that_was_cut_short_fails_and_is_resumed(shell, checkout):
+    cut = shell.run(checkout / "scripts/setup.sh", INSTALL_CODE="3")
+    assert (cut.returncode, cut.stdout) == (3, "")
+    assert shell.run(checkout / "scripts/setup.sh").returncode == 0
+    assert len(installs(shell)) == 2
+
+
+def test_setup_uses_an_active_environment_that_already_has_this_checkout(shell, checkout):
+    path = f"{Path(sys.executable).parent}:{shell.env['PATH']}"
+    active = shell.run(checkout / "scripts/setup.sh", PATH=path, PYTHONPATH=str(checkout))
+    assert active.returncode == 0 and Path(active.stdout.strip()).samefile(sys.executable)
+    other = shell.run(checkout / "scripts/setup.sh", PATH=path, PYTHONPATH=str(ROOT))  # another checkout's flame
+    assert other.stdout == f"{checkout}/.venv/bin/python\n"
+
+
+def test_setup_refuses_an_old_python_in_one_line(shell, checkout):
+    shutil.rmtree(checkout / ".venv")
+    tools = shell.bin.with_name("tools")
+    for name in ("python3", "python3.10", "python3.11", "python3.12"):
+        write_program(tools / name, '#!/bin/bash\n[[ $1 == -V ]] && echo "Python 3.8.10" && exit\nexit 1\n')
+    for name in ("bash", "dirname", "cat", "cksum"):
+        (tools / name).symlink_to(shutil.which(name) or name)
+    done = shell.run(checkout / "scripts/setup.sh", PATH=str(tools))
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "3.10 or newer" in done.stderr and "Python 3.8.10" in done.stderr

@@ -1,0 +1,37 @@
+"""Tiny models of each family, as the Hugging Face configs a user would write."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+_FLA = {"fuse_cross_entropy": True, "fuse_norm": True, "fuse_swiglu": True, "hidden_size": 64, "vocab_size": 320}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "vocab_size": 320,
+    },
+    "gpt_neox": {
+        "model_type": "gpt_neox",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 256,
+        "vocab_size": 320,
+    },
+    "transformer": {"model_type": "transformer", "num_hidden_layers": 2, "num_heads": 4, **_FLA},
+    "gla": {"model_type": "gla", "num_hidden_layers": 2, "num_heads": 2, **_FLA},
+}
+
+
+def write_config(folder: Path, name: str, **changes: Any) -> Path:
+    """Write CONFIGS[name] with `changes` to folder/name.json; returns the path."""
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(CONFIGS[name] | changes))
+    return path
