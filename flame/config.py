@@ -27,6 +27,8 @@ logger = logging.getLogger("flame")
 # How one setting was given in a TOML or in flags: {spelling: (what to call it, its last value or Later)}.
 Spellings = dict[str, tuple[str, Any]]
 
+_PATHS = ("job.dump_folder", "model.config", "model.tokenizer_path", "checkpoint.initial_load_path")
+
 
 def setting_types(section: Any = JobConfig, prefix: str = "") -> dict[str, Any]:
     """{dotted path: type} of every setting of a config class."""
@@ -65,11 +67,6 @@ def parse(argv: list[str]) -> JobConfig:
         if path not in placed:
             _assign(config, path, value)
 
-    for path in ("job.dump_folder", "model.config", "model.tokenizer_path", "checkpoint.initial_load_path"):
-        if value := attrgetter(path)(config):  # the shell leaves the ~ of --flag=~/folder to us
-            _assign(config, path, os.path.expanduser(value))
-    if config.model.config:
-        config.model.config = _shipped("--model.config", config.model.config)
     _compute(config, placed)
     config.job.config_file = file or None
     if config.model.tokenizer_path:
@@ -87,7 +84,7 @@ def _config_class(settings: list[Setting]) -> type[JobConfig]:
         return JobConfig
     try:
         return ConfigManager._merge_configs(JobConfig, importlib.import_module(module).JobConfig)
-    except (ImportError, AttributeError) as e:
+    except (ImportError, AttributeError, TypeError, ValueError) as e:
         raise UserError(f"{named[-1].where}: cannot take a JobConfig from {module}: {e}") from None
 
 
@@ -105,9 +102,12 @@ def _targets(setting: Setting, types: dict[str, Any]) -> tuple[str, dict[str, An
         near = nearest(setting.path, [*types, *legacy.TABLE])
         hint = f", did you mean {'--' if setting.from_flag else ''}{near}?" if near else "; -h lists all"
         raise UserError(f"{setting.where} is not a setting{hint}")
-    if isinstance(setting.value, str | list):
-        setting = dataclasses.replace(setting, value=legacy.rename_value(path, setting.value))
+    setting = dataclasses.replace(setting, value=legacy.rename_value(path, setting.value))
     value = typed(setting, kind) != negated if kind is bool else typed(setting, kind)
+    if path in _PATHS and value:
+        value = os.path.expanduser(value)  # the shell leaves the ~ of --flag=~/folder alone
+    if path == "model.config" and value:
+        value = _shipped(setting.where, value)
     if old is None:
         return path, {path: value}, {}
     with _naming(setting.where):

@@ -3,6 +3,7 @@
 import glob
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ def is_local(name: str) -> bool:
 
 
 def _exists(name: str) -> bool:
-    path = str(Path(name).expanduser())
-    return bool(glob.glob(path, recursive=True)) or Path(path).exists()
+    # os.path, as pathlib raises where a name is too long or a folder may not be read
+    path = os.path.expanduser(name)
+    return os.path.exists(path) or bool(glob.glob(path, recursive=True))
 
 
 def _require(flag: str, name: str) -> None:
@@ -44,7 +46,7 @@ def check_model(config: JobConfig) -> None:
     if model.tokenizer_path != "byte":
         _require("model.tokenizer_path", model.tokenizer_path)
     path = Path(model.config).expanduser()
-    path = path / "config.json" if path.is_dir() else path
+    path = path / "config.json" if os.path.isdir(path) else path
     if not is_local(str(path)):
         return  # a hub id
     described = _read_json("model.config", path)
@@ -63,8 +65,8 @@ def vocab_of_tokenizer(path: str) -> int | None:
     if path == "byte":
         return 257
     file = Path(path).expanduser()
-    file = file / "tokenizer.json" if file.is_dir() else file
-    if file.suffix != ".json" or not file.is_file():
+    file = file / "tokenizer.json" if os.path.isdir(file) else file
+    if file.suffix != ".json" or not os.path.isfile(file):
         return None
     tokenizer = _read_json("model.tokenizer_path", file)
     try:
@@ -129,11 +131,11 @@ def _check_source(dataset: str, folder: str, files: str) -> None:
         return
     _require("training.dataset", dataset)
     root = Path(dataset).expanduser()
-    if root.is_dir() and folder and not _exists(str(root / folder)):
+    if os.path.isdir(root) and folder and not _exists(str(root / folder)):
         raise UserError(f"--training.data_dir: there is no {folder} in {dataset}")
     # What a hub id calls its files only the hub knows.
-    if files and (root.is_dir() or dataset in _BUILDERS):
-        base = root / folder if root.is_dir() else Path(folder)
+    if files and (os.path.isdir(root) or dataset in _BUILDERS):
+        base = root / folder if os.path.isdir(root) else Path(folder)
         for file in files.split(","):
             if not _exists(file.strip()) and not _exists(str(base / file.strip())):
                 raise UserError(f"--training.data_files: there is no {file.strip()}, here or in {base}")

@@ -6,6 +6,7 @@ config and the world size, called once everything the user typed has been placed
 """
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,7 +102,7 @@ def _model_parts(points: list[str]) -> dict[str, Any]:
 def _layer_count(model_config: str | None) -> int:
     """Number of blocks a local model JSON describes; UserError if it cannot be read off."""
     path = Path(model_config or "").expanduser()
-    path = path / "config.json" if path.is_dir() else path
+    path = path / "config.json" if os.path.isdir(path) else path
     try:
         described = json.loads(path.read_text())
         return int(described.get("num_hidden_layers") or described["n_layer"])
@@ -222,15 +223,17 @@ _JOB_FILES = ("train.toml", "flame/models/fla.toml", "llmonade/models/llmon.toml
 
 def rename_value(path: str, value: Any) -> Any:
     """Today's spelling of a setting's value (of each item, for a list or a comma list); others pass unchanged."""
-    names = VALUES.get(path, {})
+    names = VALUES.get(path)
+    if names and isinstance(value, list | tuple):
+        return type(value)(rename_value(path, item) for item in value)
     if names and isinstance(value, str):
         return ",".join(names.get(item, item) for item in value.split(","))
-    return [names.get(item, item) for item in value] if names and isinstance(value, list) else value
+    return value
 
 
 def shipped_file(path: str) -> str:
     """The file of this repository that a path of the older systems means, if nothing is at that path; else the path."""
-    if Path(path).expanduser().exists():
+    if os.path.exists(os.path.expanduser(path)):
         return path
     name = path.removeprefix("./")
     name = "configs/jobs/pretrain.toml" if name in _JOB_FILES else name.removeprefix("llmonade/")

@@ -1,5 +1,6 @@
 """What can be refused before a process group or a folder exists: `check(config, world_size)`. Imports no torch."""
 
+import os
 from collections.abc import Callable, Iterator
 from operator import attrgetter
 from pathlib import Path
@@ -110,14 +111,14 @@ def _multiples(value: int, step: int) -> str:
 def _check_folders(config: JobConfig) -> None:
     dump, checkpoint = Path(config.job.dump_folder), config.checkpoint
     for folder in (dump, *dump.parents):
-        if folder.exists():
-            if not folder.is_dir():
+        if os.path.exists(folder):
+            if not os.path.isdir(folder):
                 raise UserError(f"--job.dump_folder: {folder} is a file, must be a folder")
             break
     if checkpoint.create_seed_checkpoint and not checkpoint.enable:
         raise UserError("--checkpoint.create_seed_checkpoint: checkpoint.enable is false, must be true")
     initial = checkpoint.initial_load_path
-    if initial and "://" not in initial and not Path(initial).exists():
+    if initial and "://" not in initial and not os.path.exists(initial):
         raise UserError(f"--checkpoint.initial_load_path: there is no {initial}")
     steps = dump / checkpoint.folder
     if checkpoint.enable and checkpoint.load_step > 0 and checkpoint.load_step not in (there := list(_steps(steps))):

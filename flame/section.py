@@ -20,6 +20,9 @@ class Model(titan.Model):
     tokenizer_path: str | None = "byte"
     """Tokenizer: "byte" (built in, 257 ids), a folder, a tokenizer.json, or a hub id."""
 
+    hf_assets_path: str = "byte"
+    """The same setting as model.tokenizer_path, under torchtitan's name."""
+
     grow_vocab: bool = False
     """Enlarge the vocabulary of the model to that of the tokenizer instead of refusing a tokenizer that is larger."""
 
@@ -40,6 +43,9 @@ class DataLoader(titan.DataLoader):
 class Training(titan.Training):
     dataset: str = "stdlib"
     """Comma list of sources: a local path or a hub id each, or "stdlib", Python's own source code, read in place."""
+
+    dataset_path: str | None = None
+    """Not used: training.dataset takes paths as well."""
 
     dataset_name: str | None = None
     """Configuration of each source, a comma list as long as training.dataset; an empty item is none."""

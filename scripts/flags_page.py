@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import itertools
 import json
 import textwrap
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ def field_help(section: type, name: str) -> str:
     for owner in section.__mro__:
         if name in vars(owner).get("__annotations__", {}):
             body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0].body
-            for field, below in zip(body, body[1:], strict=False):
+            for field, below in itertools.pairwise(body):
                 if isinstance(field, ast.AnnAssign) and field.target.id == name and isinstance(below, ast.Expr):
                     return " ".join(below.value.value.split())
             return ""

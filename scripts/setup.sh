@@ -38,7 +38,7 @@ installed() { # the stamp is written last, so an install that was cut short has 
 
 new_venv() {
   local candidate
-  for candidate in python3.12 python3.11 python3.10 python3; do
+  for candidate in python3 python3.12 python3.11 python3.10; do
     if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
       say "making $venv with $("$candidate" -V)"
       "$candidate" -m venv "$venv" >&2 && return
@@ -57,7 +57,7 @@ if ! installed; then
   # Several nodes may start at once on one shared folder: one installs, the others wait.
   if command -v flock >/dev/null; then
     exec 9>"$root/.venv.lock"
-    flock 9
+    flock -n 9 || { say "waiting for another setup of $root" && flock 9; }
   fi
   if ! installed; then
     "$venv/bin/python" -m pip --version >/dev/null 2>&1 || new_venv

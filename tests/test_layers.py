@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROWS = (
     "errors",
-    "legacy setting section device schedule checkpoint.convert data.window models.family",
+    "legacy setting section log device schedule checkpoint.convert data.window data.prefetch models.family",
     "data.source data.mixture data.tokenize data.pack data.ledger models.loss models.flops models.reference",
     "config data.lane models.llama models.neox models.fla models.init parallel.* checkpoint.manager checkpoint.export",
     "input run data.loader models.table",
@@ -23,7 +23,7 @@ STRANGERS = {"data": {"models"}, "models": {"data"}, "checkpoint": {"data", "mod
 
 
 def modules() -> dict[str, Path]:
-    """Every module under flame/ by its dotted name without the leading "flame."; a package goes by its folder's name."""
+    """Every module under flame/ by its dotted name without "flame." before it; a package goes by its folder's name."""
     found = {}
     for path in sorted((ROOT / "flame").rglob("*.py")):
         parts = path.relative_to(ROOT / "flame").with_suffix("").parts

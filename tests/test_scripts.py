@@ -68,9 +68,9 @@ def shell(tmp_path):
 
 def launch_line(*, nnode="1", ngpu="1", rendezvous=(), run_id="none", endpoint="localhost:0", log_rank="0", args=()):
     return [
-        *LAUNCH, "--nnodes", nnode, "--nproc_per_node", ngpu, "--rdzv_backend", "c10d", "--rdzv_id", run_id, *rendezvous,
-        "--rdzv_endpoint", endpoint, "--local-ranks-filter", log_rank, "--role", "rank", "--tee", "3",
-        "-m", "flame.train", *args,
+        *LAUNCH, "--nnodes", nnode, "--nproc_per_node", ngpu,
+        "--rdzv_backend", "c10d", "--rdzv_id", run_id, *rendezvous, "--rdzv_endpoint", endpoint,
+        "--local-ranks-filter", log_rank, "--role", "rank", "--tee", "3", "-m", "flame.train", *args,
     ]  # fmt: skip
 
 
@@ -97,9 +97,8 @@ def test_the_environment_sets_the_layout_and_the_preflight_knows_it(shell):
     shell.train("--x", NNODE="2", NGPU="8", LOG_RANK="0,7", MASTER_ADDR="node-1", MASTER_PORT="1234")
     checked, launched = shell.calls
     assert (checked["nnode"], checked["ngpu"]) == ("2", "8")
-    assert launched["args"] == launch_line(
-        nnode="2", ngpu="8", log_rank="0,7", endpoint="node-1:1234", args=["--x"]
-    )  # fmt: skip
+    expected = launch_line(nnode="2", ngpu="8", log_rank="0,7", endpoint="node-1:1234", args=["--x"])
+    assert launched["args"] == expected
 
 
 @pytest.mark.parametrize(

@@ -30,8 +30,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def write_config(folder: Path, name: str, **changes: Any) -> Path:
-    """Write CONFIGS[name] with `changes` to folder/name.json; returns the path."""
-    path = folder / f"{name}.json"
+def write_config(folder: Path, name: str, stem: str | None = None, **changes: Any) -> Path:
+    """Write CONFIGS[name] with `changes` to folder/stem.json (stem: name); returns the path."""
+    path = folder / f"{stem or name}.json"
     path.write_text(json.dumps(CONFIGS[name] | changes))
     return path

@@ -26,11 +26,11 @@ class Encoder(Protocol):
 
 
 class Place(NamedTuple):
-    """Where a lane is in one source; index: document of its part of the window; mark: a stream's, before the window."""
+    """Where a lane is in one source; at: document of its part of the window; mark: a stream's, before the window."""
 
     epoch: int = 0
     window: int = 0
-    index: int = 0
+    at: int = 0
     tokens: int = 0
     documents: int = 0
     skipped: int = 0
@@ -60,14 +60,14 @@ class Cursor:
     def document(self) -> np.ndarray:
         """Ids of the document at hand, EOS last, int32 (length,)."""
         barren = 0
-        while self._part is None or self.place.index >= len(self._texts):
+        while self._part is None or self.place.at >= len(self._texts):
             if barren > BARREN * self.windows.deal.lanes:
                 raise UserError(f"source {self.name}: no text in {barren} windows in a row of lane {self.lane}")
             barren += 1
             self._advance()
-        if self.place.index >= self._first + len(self._ids):
+        if self.place.at >= self._first + len(self._ids):
             self._encode()
-        return self._ids[self.place.index - self._first]
+        return self._ids[self.place.at - self._first]
 
     def spend(self, tokens: int) -> None:
         """Count tokens handed out."""
@@ -75,8 +75,8 @@ class Cursor:
 
     def close(self) -> None:
         """Go on to the next document."""
-        self.place = self.place._replace(index=self.place.index + 1, documents=self.place.documents + 1)
-        if self.place.index == len(self._texts):
+        self.place = self.place._replace(at=self.place.at + 1, documents=self.place.documents + 1)
+        if self.place.at == len(self._texts):
             self._advance()
 
     def state(self) -> Place:
@@ -86,19 +86,19 @@ class Cursor:
         """Leave the window if one is open, else open the one at hand."""
         if self._part is not None:
             window, skipped = self.place.window + 1, self.place.skipped + len(self._part.texts) - len(self._texts)
-            self.place = self.place._replace(window=window, index=0, skipped=skipped, mark=self._part.after)
+            self.place = self.place._replace(window=window, at=0, skipped=skipped, mark=self._part.after)
             self._part = None
             return
         part = self.windows.take(self.lane, self.place.epoch, self.place.window)
         if part is None:
-            self.place = self.place._replace(epoch=self.place.epoch + 1, window=0, index=0, mark=None)
+            self.place = self.place._replace(epoch=self.place.epoch + 1, window=0, at=0, mark=None)
             return
         self._part, self._texts = part, [text for text in part.texts if isinstance(text, str) and text]
-        self._ids, self._first = [], self.place.index
+        self._ids, self._first = [], self.place.at
 
     def _encode(self) -> None:
         """Tokenize the block of texts that begins with the document at hand."""
-        self._first = end = self.place.index
+        self._first = end = self.place.at
         size = 0
         while end < len(self._texts) and size < BLOCK:
             size, end = size + len(self._texts[end]), end + 1
@@ -119,7 +119,7 @@ class Lane:
         row, fill, starts = np.empty(need, np.int32), 0, []
         while fill < need:
             if self._open < 0:
-                self._open, self._offset = mixture.pick(self._credits), 0
+                self._open, self._offset = mixture.pick(self._credits, self._shares), 0
                 starts.append(fill)
             cursor = self._cursors[self._open]
             ids = cursor.document()

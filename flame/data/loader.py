@@ -1,7 +1,7 @@
 """Batches of a rank's lanes, read ahead in the background; the state is that of the last batch handed out."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from flame.config import JobConfig
     from flame.data.tokenize import Tokenizer
 
-SAMPLE = 16  # documents of a source whose mean length sets the lanes' phases
+SAMPLE = 16  # documents of a source whose lengths set the phases of the lanes
 
 Row = tuple[np.ndarray, list[int], LaneState]
 
@@ -58,7 +58,7 @@ class Loader(BaseDataLoader):
         self._deals = [Deal(name, window, lanes, seed) for name in self._names]
         self._order = json.dumps({"lanes": lanes, "window": window, "seed": seed})
         self._workers, self._prefetch = min(workers, lanes // world), prefetch
-        lengths = [_mean_length(source, encoder) for source in sources]
+        lengths = [_typical_length(source, encoder) for source in sources]
         places = tuple(Place() for _ in sources)
         self._fresh = {
             lane: LaneState(-1, 0, mixture.open_credits(lane, self._shares, lengths), places)
@@ -74,7 +74,7 @@ class Loader(BaseDataLoader):
         first = self._sequence // self._world
         lanes = self._open_lanes()
         shares = max(1, self._workers)
-        parts: list[Iterator[list[Row]]] = []
+        parts: list[Generator[list[Row], None, None]] = []
         for k in range(shares):
             mine = _read([lanes[lane] for lane in own], first, self._batch, k, shares)
             parts.append(read_ahead(mine, self._prefetch) if self._workers else mine)
@@ -82,7 +82,7 @@ class Loader(BaseDataLoader):
             for begin in count(first, self._batch):
                 ready = [iter(next(part)) for part in parts]
                 if self._turn is not turn:
-                    raise RuntimeError("a newer iterator of this loader is in use")
+                    raise RuntimeError("stale iterator: the loader was iterated anew or given another state since")
                 places = [j % len(own) for j in range(begin, begin + self._batch)]
                 rows = [next(ready[place % shares]) for place in places]
                 self._states.update((own[place], row[2]) for place, row in zip(places, rows, strict=True))
@@ -95,7 +95,7 @@ class Loader(BaseDataLoader):
     def _open_lanes(self) -> dict[int, Lane]:
         windows = [
             StreamedWindows(
-                source.rows, deal, {lane: s.places[i][:2] + (s.places[i].mark,) for lane, s in self._states.items()}
+                source.rows, deal, {lane: (*s.places[i][:2], s.places[i].mark) for lane, s in self._states.items()}
             )
             if source.streamed
             else IndexedWindows(source.rows, deal)
@@ -191,13 +191,14 @@ def build_dataloader(*, dp_world_size: int, dp_rank: int, tokenizer: "Tokenizer"
     )
 
 
-def _mean_length(source: Source, encoder: Encoder) -> float:
-    """Mean tokens of a few documents of a source; the same on every rank."""
+def _typical_length(source: Source, encoder: Encoder) -> float:
+    """Mean length of a few documents of a source, weighted by tokens; the same on every rank."""
     texts = [text for text in source.sample(SAMPLE) if isinstance(text, str) and text]
-    return float(np.mean([len(ids) + 1 for ids in encoder.encode_batch(texts)])) if texts else 1.0
+    lengths = np.array([len(ids) + 1.0 for ids in encoder.encode_batch(texts)])
+    return float((lengths**2).sum() / lengths.sum()) if texts else 1.0
 
 
-def _read(lanes: Sequence[Lane], first: int, batch: int, worker: int, workers: int) -> Iterator[list[Row]]:
+def _read(lanes: Sequence[Lane], first: int, batch: int, worker: int, workers: int) -> Generator[list[Row], None, None]:
     """The rows of each batch that come from a worker's lanes; worker k owns every workers-th lane from k on."""
     for begin in count(first, batch):
         places = [j % len(lanes) for j in range(begin, begin + batch)]

@@ -1,7 +1,8 @@
 """Which source the next document of a lane comes from, so that the sources' shares of tokens are the ones asked for.
 
 Each lane keeps one credit a source, in tokens: what the source's share entitles it to, less what it was given. The
-largest credit is next. Credits stay within about a document of zero, so new weights on resume take effect at once.
+largest for its share is next, as in stride scheduling (Waldspurger and Weihl, 1995). Credits are counted in tokens and
+stay within a few documents of zero, so that new weights on resume take effect at once.
 """
 
 from collections.abc import Sequence
@@ -18,25 +19,25 @@ def normalize(weights: Sequence[float]) -> tuple[float, ...]:
 
 
 def open_credits(lane: int, shares: Sequence[float], lengths: Sequence[float]) -> tuple[float, ...]:
-    """The credits a lane starts with; lengths: the mean tokens of a document of each source.
+    """The credits a lane starts with; lengths: the tokens of a document of each source, about.
 
     Lanes that all started alike would all draw their long documents at the same time, and the shares would be wrong
     until many were read. So each lane has a phase, a point on a circle that the sources divide by their shares. A lane
-    first draws the source its phase lies in; another source waits one document's length for each share-wide stretch of
-    the circle between them, so that when the first lanes are done with that source's documents the next ones take over.
+    first draws the source its phase lies in; every other source waits until the lanes a share's width ahead are through
+    with a document of it, or those two shares ahead with their second, and so on round the circle.
     """
-    phase = (lane + 0.5) * GOLDEN
-    starts = np.cumsum([0.0, *shares[:-1]])
-    around = (phase - starts) % 1.0
+    ends = np.cumsum(shares)
+    around = ((lane + 0.5) * GOLDEN - (ends - np.asarray(shares))) % 1.0
+    turns = (around / np.asarray(shares)).astype(int).tolist()
     return tuple(
-        0.0 - length * share * int(distance / share)
-        for length, share, distance in zip(lengths, shares, around.tolist(), strict=True)
+        -turn * length * share / (1 - share) if turn else 0.0
+        for turn, length, share in zip(turns, lengths, shares, strict=True)
     )
 
 
-def pick(credits: Sequence[float]) -> int:
-    """Index of the source with the largest credit (the first of equals)."""
-    return max(range(len(credits)), key=credits.__getitem__)
+def pick(credits: Sequence[float], shares: Sequence[float]) -> int:
+    """Index of the source with the largest credit for its share (the first of equals)."""
+    return max(range(len(credits)), key=lambda i: credits[i] / shares[i])
 
 
 def charge(credits: Sequence[float], shares: Sequence[float], source: int, tokens: int) -> tuple[float, ...]:

@@ -1,6 +1,7 @@
 """Rows to model inputs: the shift by one, and with varlen what keeps packed documents apart."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -30,7 +31,7 @@ def mark_documents(
         targets = [s - 1 for s in opened if s > 0]
         labels[row, targets] = IGNORE
         documents = [0, *(s for s in opened if 0 < s < seq), seq]
-        for begin, end in zip(documents, documents[1:], strict=False):
+        for begin, end in pairwise(documents):
             for cut in range(begin, end, context_len or seq):
                 stop = min(end, cut + (context_len or seq))
                 positions[row, cut:stop] = np.arange(stop - cut)

@@ -2,13 +2,13 @@
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import TypeVar
 
 Item = TypeVar("Item")
 
 
-def read_ahead(items: Iterator[Item], depth: int) -> Iterator[Item]:
+def read_ahead(items: Iterator[Item], depth: int) -> Generator[Item, None, None]:
     """The same endless items, made in the background, at most depth of them waiting.
 
     An error of the thread is raised here, after the items made before it. Closing the iterator ends the thread.
@@ -27,7 +27,7 @@ def read_ahead(items: Iterator[Item], depth: int) -> Iterator[Item]:
         stop.set()
         while not ready.empty():  # room for the one item that the thread may be waiting to put
             ready.get_nowait()
-        thread.join()
+        thread.join(timeout=10)  # it may be waiting for the network; a daemon does not keep the process
 
 
 class _Failure:

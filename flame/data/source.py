@@ -78,7 +78,12 @@ class TableStream:
         self._dataset, self._column = dataset.select_columns([column]).with_format("arrow"), column
 
     def batches(self, size: int, mark: dict | None = None) -> Iterator[tuple[list[str | None], dict]]:
-        dataset = copy.deepcopy(self._dataset)  # a dataset that loaded a state starts every later epoch from it
+        # A copy, as a dataset that loaded a state starts every later epoch from it; but for the file systems that all
+        # datasets of the process hold on to, and that other threads may be adding to.
+        from huggingface_hub import HfFileSystem
+
+        shared = HfFileSystem._cache
+        dataset = copy.deepcopy(self._dataset, {id(shared): shared})
         if mark is not None:
             dataset.load_state_dict(mark)
         for batch in dataset.iter(size):
@@ -98,7 +103,9 @@ def build_sources(training: Any, data: Any) -> list[Source]:
 
     def aligned(flag: str) -> list[str | None]:
         value = getattr(training, flag)
-        items = [item.strip() or None for item in value.split(",")] if value else [None] * len(paths)
+        items: list[str | None] = [item.strip() or None for item in value.split(",")] if value else [None] * len(paths)
+        if flag == "data_files" and len(paths) == 1:
+            return [value or None]  # the files of the one source, however many
         if len(items) != len(paths):
             raise UserError(f"--training.{flag} {value!r}: {len(items)} items for {len(paths)} datasets; one each")
         return items
@@ -144,7 +151,8 @@ def _open_rows(
     from datasets.exceptions import DatasetsError
 
     try:
-        dataset = _load(path, name, split, folder, files, streaming)
+        inner = [file.strip() for file in files.split(",")] if files else None
+        dataset = _load(path, name, split, folder, inner, streaming)
         streamed = isinstance(dataset, datasets.IterableDataset)
         names = dataset.column_names or list(next(iter(dataset), {}))
     except UserError:
@@ -152,7 +160,7 @@ def _open_rows(
     except (OSError, ValueError, RuntimeError, ImportError, DatasetsError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"{FLAG} {path}: not loadable ({reason})") from error
-    if not names or not streamed and not len(dataset):
+    if not names or (not streamed and len(dataset) == 0):
         raise UserError(f"{FLAG} {path}: split {split} has no rows")
     found = next((c for c in ([column] if column else COLUMNS) if c in names), None)
     if found is None:
@@ -164,7 +172,7 @@ def _open_rows(
     return TableStream(dataset, found) if streamed else TableRows(dataset, found)
 
 
-def _load(path: str, name: str | None, split: str, folder: str | None, files: str | None, streaming: bool) -> Any:
+def _load(path: str, name: str | None, split: str, folder: str | None, files: list[str] | None, streaming: bool) -> Any:
     """A `datasets` dataset, map-style or iterable; one saved by save_to_disk is always map-style."""
     from datasets import DatasetDict, load_dataset, load_from_disk
 
@@ -177,7 +185,7 @@ def _load(path: str, name: str | None, split: str, folder: str | None, files: st
             raise UserError(f"--training.dataset_split {split}: {path} has the splits {', '.join(saved)}")
         return saved[split]
     if local.is_dir():
-        kinds = {kind for file in local.rglob("*") if (kind := _kind(file))}
+        kinds = {_kind(file) for file in local.rglob("*")} - {None}
         if not kinds:
             raise UserError(f"{FLAG} {path}: no files to read in this folder; allowed: {', '.join(KINDS)}")
         options = {"sample_by": "document"} if kinds == {"text"} else {}
@@ -195,7 +203,8 @@ def _load(path: str, name: str | None, split: str, folder: str | None, files: st
         return load_dataset(kind, data_files={"train": found}, split=split, streaming=streaming, **options)
     if pattern or path[0] in "./~" or path.count("/") > 1 or _kind(local):
         raise UserError(f"{FLAG} {path}: no such file or folder")
-    return load_dataset(path, name, split=split, data_dir=folder, data_files=files, streaming=streaming)
+    options = {"sample_by": "document"} if path == "text" else {}
+    return load_dataset(path, name, split=split, data_dir=folder, data_files=files, streaming=streaming, **options)
 
 
 def _kind(file: Path) -> str | None:

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torchtitan.components.tokenizer import BaseTokenizer
@@ -56,7 +56,7 @@ class Tokenizer(BaseTokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text, int32 (length,), without special tokens; parallel in Rust, the GIL released."""
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+        return [np.fromiter(encoding.ids, np.int32) for encoding in encodings]
 
     def encode(self, text: str) -> list[int]:
         """Ids of one text, without special tokens."""
@@ -64,7 +64,7 @@ class Tokenizer(BaseTokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of some ids, special tokens included."""
-        return self.hf.decode(list(ids), clean_up_tokenization_spaces=False)
+        return str(self.hf.decode(list(ids), clean_up_tokenization_spaces=False))
 
 
 def build_tokenizer(path: str | None, trust_remote_code: bool = False) -> Tokenizer:
@@ -81,6 +81,7 @@ def build_tokenizer(path: str | None, trust_remote_code: bool = False) -> Tokeni
     local = Path(path).expanduser()
     if not local.exists() and (path[0] in "./~" or path.count("/") > 1 or path.endswith(".json")):
         raise UserError(f"{FLAG} {path}: no such file or folder; {ALLOWED}")
+    hf: Any
     try:
         if local.is_file():
             hf = PreTrainedTokenizerFast(tokenizer_file=str(local))

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def install() -> None:
-    """Switch the interpreter on (TRITON_INTERPRET is read when a kernel is defined, so fla must not be imported yet)."""
+    """Switch the interpreter on, before fla is imported: a kernel reads TRITON_INTERPRET when it is defined."""
     os.environ["TRITON_INTERPRET"] = "1"
     from triton.runtime import autotuner, interpreter
 

@@ -13,6 +13,11 @@ reference.enable()
 from fla.models import GLAConfig, GLAForCausalLM, TransformerConfig, TransformerForCausalLM  # noqa: E402
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 def worst(found, expected):
     """The largest difference relative to the largest expected value, over pairs of tensors."""
     pairs = [(a.double(), b.double()) for a, b in zip(found, expected, strict=True)]
@@ -268,8 +273,9 @@ def test_a_model_trains_and_every_parameter_gets_a_gradient(name):
     x = torch.randint(0, 64, (2, 80))
     first = model(x, labels=x, use_cache=False).loss
     first.backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-    assert all(p.grad.abs().max() > 0 for n, p in model.named_parameters() if "_res_" not in n and "attn.gk" not in n)
+    # attention residuals start at zero, so the norms behind them have no gradient yet
+    used = [p for name, p in model.named_parameters() if "res_" not in name]
+    assert all(p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in used)
     torch.optim.SGD(model.parameters(), 0.1).step()
     assert model(x, labels=x, use_cache=False).loss < first
 
@@ -315,7 +321,7 @@ def test_generation_of_a_left_padded_batch_equals_generation_of_each_prompt(name
 def test_a_block_compiles_without_a_graph_break(name):
     model = build(name)
     if name == "transformer":
-        model.eval()  # in training fla's rotary module asks `tensor.is_inference()`, which breaks the graph on any device
+        model.eval()  # in training fla's rotary module asks `tensor.is_inference()`: a graph break on any device
     block, x = model.model.layers[0], torch.randn(1, 80, 32, requires_grad=True)
     model.model(torch.zeros(1, 80, dtype=torch.long), use_cache=False)  # fills the rotary tables
     options = {} if name == "transformer" else {"cu_seqlens": torch.tensor([0, 30, 80])}

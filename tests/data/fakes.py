@@ -1,0 +1,71 @@
+"""Small hand-made sources and an encoder of bytes."""
+
+import numpy as np
+
+from flame.data.loader import Loader
+from flame.data.source import Source
+
+EOS = 256
+
+
+class Bytes:
+    """Ids are the bytes of the text."""
+
+    eos_id = EOS
+
+    def encode_batch(self, texts):
+        return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
+
+
+class Texts(list):
+    """Rows with random access."""
+
+    def texts(self, indices):
+        return [self[i] for i in indices]
+
+
+class Tape:
+    """Rows in one order only; a mark is the number of rows read, boxed as datasets boxes its own."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def batches(self, size, mark=None):
+        at = mark["row"] if mark else 0
+        while at < len(self.rows):
+            batch, at = self.rows[at : at + size], min(at + size, len(self.rows))
+            yield batch, {"row": at}
+
+
+def documents(name, count, length):
+    """Documents that can be told apart: "<name row>" and filling, of about a length."""
+    rng = np.random.default_rng(count)
+    return [f"<{name}{i}>" + "." * int(rng.integers(length // 2, length * 3 // 2 + 1)) for i in range(count)]
+
+
+def three(kind=Texts):
+    return [
+        Source("a", 0.5, kind(documents("a", 90, 20))),
+        Source("b", 0.3, kind(documents("b", 41, 60))),
+        Source("c", 0.2, kind(documents("c", 3, 150))),  # fewer rows than lanes
+    ]
+
+
+def one(kind=Texts):
+    return [Source("a", 1.0, kind(documents("a", 90, 20)))]
+
+
+def loader(sources, rank=0, world=1, batch=4, **options):
+    return Loader(
+        sources,
+        Bytes(),
+        **{"rank": rank, "world": world, "batch": batch, "seq_len": 24, "lanes": 8, "window": 16, **options},
+    )
+
+
+def take(iterator, count):
+    """So many batches as lists: inputs, labels and whatever else is in them."""
+    return [
+        {**{k: v.tolist() for k, v in fed.items()}, "labels": labels.tolist()}
+        for fed, labels in (next(iterator) for _ in range(count))
+    ]

@@ -1,0 +1,278 @@
+"""The law of every stage: take k, save, take the rest; restore, take the rest: the same."""
+
+import gc
+import json
+import threading
+import time
+
+import pytest
+from tests.data.fakes import Bytes, Tape, Texts, documents, loader, one, take, three
+
+from flame.config import JobConfig
+from flame.data.loader import build_dataloader
+from flame.data.source import Source
+from flame.data.tokenize import build_tokenizer
+from flame.errors import UserError
+
+TOTAL = 150  # batches: several windows and epochs of every source
+
+
+def rows(sources, world, steps, states=None, **options):
+    """The run's rows in their global order, from all ranks, and the ranks' states merged as a checkpoint merges them."""
+    loaders = [loader(sources(), rank, world, batch=8 // world, **options) for rank in range(world)]
+    if states is not None:
+        for each in loaders:
+            each.load_state_dict(states)
+    iterators = [iter(each) for each in loaders]
+    found = []
+    for _ in range(steps):
+        batches = [take(iterator, 1)[0]["input"] for iterator in iterators]
+        found += [row for same in zip(*batches, strict=True) for row in same]
+    return found, {key: value for each in loaders for key, value in each.state_dict().items()}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("sources", [one, three])
+@pytest.mark.parametrize("kind", [Texts, Tape])
+def test_a_restored_loader_goes_on_where_the_saved_one_was(workers, sources, kind):
+    whole = iter(loader(sources(kind), workers=workers, varlen=True))
+    expected = take(whole, TOTAL)
+    whole.close()
+    epochs = 0.0
+    for k in (0, 1, 7, 23, 130):
+        before = loader(sources(kind), workers=workers, varlen=True)
+        running = iter(before)
+        assert take(running, k) == expected[:k]
+        state = json.loads(json.dumps(before.state_dict()))
+        epochs = before.counts()["a"][1]
+        running.close()
+        after = loader(sources(kind), workers=2 - workers, varlen=True)
+        assert after.state_dict().keys() == state.keys()
+        after.load_state_dict(state)
+        assert after.state_dict() == state
+        resumed = iter(after)
+        assert take(resumed, TOTAL - k) == expected[k:], f"saved after {k}"
+        resumed.close()
+    assert epochs > 1, "the law was not put to the test past an epoch"
+
+
+@pytest.mark.parametrize("kind", [Texts, Tape])
+def test_the_runs_rows_are_the_same_on_any_number_of_ranks_and_across_a_change_of_it(kind):
+    def sources():
+        return three(kind)
+
+    expected, _ = rows(sources, 1, 40)
+    assert rows(sources, 2, 40)[0] == expected
+    assert rows(sources, 4, 40, workers=2)[0] == expected
+    first, state = rows(sources, 2, 13)
+    second, state = rows(sources, 1, 11, state)
+    third, _ = rows(sources, 4, 16, state)
+    assert first + second + third == expected
+
+
+@pytest.mark.parametrize("kind", [Texts, Tape])
+def test_every_row_is_read_once_an_epoch_and_each_epoch_has_another_order(kind):
+    texts = documents("a", 50, 20)
+    run = loader([Source("a", 1.0, kind(texts))], batch=1, lanes=1)
+    tokens = [
+        t
+        for row in take(iter(run), 3 * sum(len(t) + 1 for t in texts) // 25)
+        for t in [*row["input"][0], row["labels"][0][-1]]
+    ]
+    read = bytes(t if t < 256 else 10 for t in tokens).decode().split("\n")
+    first, second = read[:50], read[50:100]
+    assert sorted(first) == sorted(second) == sorted(texts)
+    assert first != texts and first != second
+
+
+def test_the_lanes_share_out_every_row_of_an_epoch_without_reading_one_twice():
+    texts = documents("a", 90, 20)
+    run = loader([Source("a", 1.0, Texts(texts))], batch=8)
+    streams = {lane: [] for lane in range(8)}
+    for batch in take(iter(run), 40):
+        for lane, (inputs, labels) in enumerate(zip(batch["input"], batch["labels"], strict=True)):
+            streams[lane] += [*inputs, labels[-1]]
+    places = {lane: state.places[0] for lane, state in run._states.items()}
+    assert all(place.epoch >= 1 for place in places.values())
+    found = []
+    for lane, tokens in streams.items():
+        part = [d for d in bytes(t if t < 256 else 10 for t in tokens).decode().split("\n")]
+        seen = set()
+        for document in part:
+            if document in seen:  # the lane's second epoch begins; rows of it may be others
+                break
+            seen.add(document)
+        found.append((lane, part))
+    once = [d for lane, part in found for d in part[: sum(len(p) for p in _parts(lane))]]
+    assert sorted(once) == sorted(texts)
+
+
+def _parts(lane):
+    from flame.data.window import Deal
+
+    deal = Deal("a", 16, 8, 0)
+    for window in range(6):
+        order, shift = deal.order(0, window, min(16, 90 - 16 * window))
+        yield deal.part(order, shift, lane)
+
+
+def test_the_shares_of_tokens_are_the_ones_asked_for_from_early_on():
+    sources = [
+        Source(name, weight, Texts(documents(name, 400, length)))
+        for name, weight, length in (("s", 0.5, 50), ("m", 0.3, 500), ("l", 0.2, 5000))
+    ]
+    run = loader(sources, batch=64, seq_len=512, lanes=64)
+    running = iter(run)
+    for steps, tolerance in ((4, 0.05), (60, 0.015)):
+        take(running, steps)
+        counts = {name: tokens for name, (tokens, _) in run.counts().items()}
+        total = sum(counts.values())
+        for source in sources:
+            assert abs(counts[source.name] / total - source.weight) < tolerance, (steps, counts)
+
+
+def test_a_new_weight_holds_from_the_restart_and_leaves_the_others_where_they_were():
+    def sources(weights):
+        lengths = {"a": 40, "b": 90, "c": 200, "d": 60}
+        return [Source(n, w, Texts(documents(n, 3000, lengths[n]))) for n, w in weights.items()]
+
+    before = loader(sources({"a": 0.5, "b": 0.3, "c": 0.2}), batch=8)
+    take(iter(before), 200)
+    after = loader(sources({"d": 0.3, "c": 0.5, "b": 0.2}), batch=8)  # a is gone, d is new, all in another order
+    after.load_state_dict(before.state_dict())
+    assert after.counts()["b"] == before.counts()["b"] and after.counts()["d"] == (0, 0.0)
+    start = after.counts()
+    take(iter(after), 400)
+    gained = {name: tokens - start[name][0] for name, (tokens, _) in after.counts().items()}
+    for name, share in (("d", 0.3), ("c", 0.5), ("b", 0.2)):
+        assert abs(gained[name] / sum(gained.values()) - share) < 0.015, gained
+
+
+def test_counts_add_up_to_the_tokens_handed_out_and_rows_without_text_are_counted():
+    texts = [text for pair in zip(documents("a", 40, 20), [None, ""] * 20, strict=True) for text in pair]
+    run = loader([Source("a", 1.0, Texts(texts))], workers=2)
+    take(iter(run), 30)
+    tokens, epochs = run.counts()["a"]
+    assert tokens == 30 * 4 * 25
+    size = sum(len(text) + 1 for text in texts if text)
+    assert abs(epochs - tokens / size) < 0.3
+    assert run.skipped()["a"] == pytest.approx(40 * epochs, rel=0.25)
+
+
+def test_the_state_of_a_lane_is_small_and_holds_no_text():
+    run = loader(three(), batch=8)
+    take(iter(run), 50)
+    lanes = [value for key, value in run.state_dict().items() if key.startswith("lane_")]
+    assert len(lanes) == 8 and max(map(len, lanes)) < 400
+    assert not any(".." in lane or "<" in lane for lane in lanes)
+
+
+def test_batches_read_ahead_are_not_in_the_state():
+    run = loader(three(), workers=2, prefetch=4)
+    running = iter(run)
+    take(running, 3)
+    state = run.state_dict()
+    time.sleep(0.1)
+    assert run.state_dict() == state and state["sequence"] == 12
+
+
+class Broken(Texts):
+    def texts(self, indices):
+        if 41 in indices:
+            raise OSError("disk on fire")
+        return super().texts(indices)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_of_a_worker_is_raised_to_the_reader(workers):
+    run = loader([Source("a", 1.0, Broken(documents("a", 90, 20)))], workers=workers)
+    with pytest.raises(OSError, match="disk on fire"):
+        take(iter(run), 100)
+
+
+def test_threads_end_with_the_iterator():
+    before = threading.active_count()
+    run = loader(three(), workers=3)
+    running = iter(run)
+    take(running, 2)
+    assert threading.active_count() == before + 3
+    running.close()
+    assert threading.active_count() == before
+    other = iter(run)
+    take(other, 1)
+    del run, other
+    gc.collect()
+    assert threading.active_count() == before
+
+
+def test_an_iterator_left_behind_says_so():
+    run = loader(one())
+    old = iter(run)
+    take(old, 1)
+    take(iter(run), 1)
+    with pytest.raises(RuntimeError, match="stale"):
+        next(old)
+
+
+@pytest.mark.parametrize(
+    "change, flag",
+    [({"lanes": 4}, "--data.lanes 4"), ({"window": 8}, "--data.window 8"), ({"seed": 3}, "--debug.seed 3")],
+)
+def test_a_checkpoint_in_another_order_is_refused(change, flag):
+    with pytest.raises(UserError, match=flag):
+        loader(one(), **change).load_state_dict(loader(one()).state_dict())
+
+
+def test_lanes_that_the_ranks_do_not_divide_are_refused():
+    with pytest.raises(UserError, match="--data.lanes 8"):
+        loader(one(), 0, 3)
+
+
+def test_text_or_tokenizer_that_changed_under_a_checkpoint_is_said():
+    run = loader([Source("a", 1.0, Texts(["x" * 1000]))], lanes=1)
+    take(iter(run), 5)
+    other = loader([Source("a", 1.0, Texts(["x" * 10]))], lanes=1)
+    other.load_state_dict(run.state_dict())
+    with pytest.raises(UserError, match="not the text"):
+        take(iter(other), 1)
+
+
+@pytest.mark.parametrize("rows", [Texts(["", None] * 9), Tape([""] * 9), Tape([])])
+def test_a_source_without_any_text_ends_the_run_instead_of_searching_for_ever(rows):
+    with pytest.raises(UserError, match="source a"):
+        take(iter(loader([Source("a", 1.0, rows)])), 1)
+
+
+def test_varlen_batches_agree_with_their_tokens():
+    run = loader(three(), varlen=True, context_len=10)
+    for batch in take(iter(run), 20):
+        flat = [t for row in batch["input"] for t in row]
+        bounds = batch["cu_seqlens"]
+        assert bounds[0] == 0 and bounds[-1] == len(flat) == 4 * 24
+        for begin, end in zip(bounds, bounds[1:], strict=False):
+            assert 0 < end - begin <= 10
+            assert 256 not in flat[begin : end - 1], "a piece holds one document"
+        positions = [p for row in batch["positions"] for p in row]
+        assert positions == [i for begin, end in zip(bounds, bounds[1:], strict=False) for i in range(end - begin)]
+        labels = [t for row in batch["labels"] for t in row]
+        assert all((label == -100) == (token == 256) for token, label in zip(flat, labels, strict=True))
+
+
+def test_a_job_of_the_standard_library_in_bytes_runs_as_configured():
+    job = JobConfig()
+    job.training.seq_len, job.training.local_batch_size = 128, 2
+    run = build_dataloader(dp_world_size=2, dp_rank=1, tokenizer=build_tokenizer("byte"), job_config=job)
+    running = iter(run)
+    fed, labels = next(running)
+    running.close()
+    assert list(fed) == ["input"] and fed["input"].shape == labels.shape == (2, 128)
+    assert fed["input"][:, 1:].equal(labels[:, :-1])
+    assert list(run.counts()) == ["stdlib"]
+    assert sorted(k for k in run.state_dict() if k.startswith("lane"))[0] == "lane_001"
+
+
+def test_context_len_without_varlen_is_refused():
+    job = JobConfig()
+    job.training.context_len = 128
+    with pytest.raises(UserError, match="--training.varlen"):
+        build_dataloader(dp_world_size=1, dp_rank=0, tokenizer=Bytes(), job_config=job)

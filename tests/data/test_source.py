@@ -1,0 +1,182 @@
+"""What --training.dataset can name, and what is said when it cannot be read."""
+
+import gzip
+import json
+
+import pytest
+from datasets import Dataset, DatasetDict
+
+from flame.config import JobConfig
+from flame.data.source import build_sources
+from flame.errors import UserError
+from tests.data.fakes import loader, take
+
+TEXTS = [f"document {i}\nsecond line" for i in range(40)]
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory):
+    """The same 40 documents in every form."""
+    root = tmp_path_factory.mktemp("shelf")
+    table = Dataset.from_dict({"text": TEXTS, "id": list(range(40))})
+    for folder in ("folder", "texts"):
+        (root / folder).mkdir()
+    table.to_parquet(root / "t.parquet")
+    lines = [json.dumps({"text": text}) + "\n" for text in TEXTS]
+    (root / "j.jsonl").write_text("".join(lines))
+    (root / "folder" / "part-0.jsonl").write_text("".join(lines[:25]))
+    (root / "folder" / "part-1.jsonl").write_text("".join(lines[25:]))
+    with gzip.open(root / "z.jsonl.gz", "wt") as file:
+        file.writelines(lines)
+    for i, text in enumerate(TEXTS):
+        (root / "texts" / f"{i:02d}.txt").write_text(text)
+    table.save_to_disk(root / "saved")
+    DatasetDict({"train": table, "few": table.select(range(5))}).save_to_disk(root / "splits")
+    (root / "content.jsonl").write_text("".join(json.dumps({"content": text}) + "\n" for text in TEXTS))
+    (root / "other.jsonl").write_text(json.dumps({"body": "b", "number": 1}) + "\n")
+    (root / "empty").mkdir()
+    (root / "broken.jsonl").write_text('{"text": ')
+    return root
+
+
+def build(dataset, column=None, **training):
+    job = JobConfig()
+    job.training.dataset = str(dataset)
+    job.data.column = column
+    for key, value in training.items():
+        setattr(job.training, key, value)
+    return build_sources(job.training, job.data)
+
+
+def read(source):
+    if source.streamed:
+        return [text for batch, _ in source.rows.batches(16) for text in batch]
+    return source.rows.texts(list(range(len(source.rows))))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "t.parquet",
+        "j.jsonl",
+        "folder",
+        "folder/*.jsonl",
+        "z.jsonl.gz",
+        "texts",
+        "texts/*.txt",
+        "saved",
+        "splits",
+        "content.jsonl",
+    ],
+)
+def test_every_form_gives_the_same_documents(shelf, path, streaming):
+    (source,) = build(shelf / path, streaming=streaming)
+    assert sorted(read(source)) == sorted(TEXTS)
+    assert set(source.sample(7)) <= set(TEXTS) and len(source.sample(7)) == 7
+
+
+def test_a_split_a_slice_of_one_and_files_inside_a_folder_can_be_named(shelf):
+    assert len(build(shelf / "splits", dataset_split="few")[0].rows) == 5
+    assert len(build(shelf / "j.jsonl", dataset_split="train[:10]")[0].rows) == 10
+    assert len(build(shelf / "folder", data_files="part-1.jsonl")[0].rows) == 15
+    assert len(build(shelf / "folder", data_files="part-0.jsonl, part-1.jsonl")[0].rows) == 40
+    assert len(build("json", data_files=str(shelf / "j.jsonl"))[0].rows) == 40
+
+
+def test_rows_come_by_index(shelf):
+    (source,) = build(shelf / "t.parquet")
+    assert source.rows.texts([31, 2, 2]) == [TEXTS[31], TEXTS[2], TEXTS[2]]
+
+
+def test_the_standard_library_is_read_in_place():
+    (source,) = build("stdlib")
+    texts = source.rows.texts(range(len(source.rows)))
+    assert source.name == "stdlib" and len(texts) > 500
+    assert any("class ArgumentParser" in text for text in texts)
+    assert not any("site-packages" in str(path) for path in source.rows._files)
+
+
+@pytest.mark.parametrize("path", ["t.parquet", "folder", "z.jsonl.gz", "texts"])
+def test_a_stream_goes_on_from_its_mark_in_this_and_the_next_epoch(shelf, path):
+    (source,) = build(shelf / path, streaming=True)
+    whole = list(source.rows.batches(7))
+    assert [len(batch) for batch, _ in whole] == [7, 7, 7, 7, 7, 5]
+    for k, (_, mark) in enumerate(whole[:-1]):
+        mark = json.loads(json.dumps(mark))
+        assert len(json.dumps(mark)) < 700
+        rest = list(source.rows.batches(7, mark))
+        assert [batch for batch, _ in rest] == [batch for batch, _ in whole[k + 1 :]]
+        for later, (_, again) in enumerate(rest[:-1]):  # a resumed stream's own marks
+            batches = [batch for batch, _ in source.rows.batches(7, json.loads(json.dumps(again)))]
+            assert batches == [batch for batch, _ in rest[later + 1 :]], (k, later)
+        assert list(source.rows.batches(7)) == whole, "an epoch after a resumed one is a whole one"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_streamed_mixture_resumes_on_other_ranks_past_windows_and_epochs(shelf, workers):
+    def run(rank, world, state=None):
+        paths = f"{shelf / 'folder'},{shelf / 't.parquet'},{shelf / 'texts'}"
+        made = loader(build(paths, streaming=True), rank, world, batch=8 // world, workers=workers)
+        if state:
+            made.load_state_dict(state)
+        return made, iter(made)
+
+    one, reader = run(0, 1)
+    rows = [batch["input"] for batch in take(reader, 10)]
+    state = json.loads(json.dumps(one.state_dict()))
+    rest = [batch["input"] for batch in take(reader, 30)]
+    reader.close()
+    assert min(place.epoch for place in one._states[0].places) >= 1 and len(rows) == 10
+    pair = [run(rank, 2, state)[1] for rank in range(2)]
+    for expected in rest:
+        first, second = (take(iterator, 1)[0]["input"] for iterator in pair)
+        assert [row for both in zip(first, second, strict=True) for row in both] == expected
+    for iterator in pair:
+        iterator.close()
+    assert max(len(value) for key, value in state.items() if key.startswith("lane")) < 2048
+
+
+def test_names_are_short_unlike_and_independent_of_their_neighbours(shelf):
+    paths = [shelf / p for p in ("z.jsonl.gz", "folder/*.jsonl", "folder", "saved")]
+    assert [s.name for s in build(",".join(map(str, paths)))] == ["z", "folder", "folder-2", "saved"]
+
+
+def test_weights_are_equal_unless_given(shelf):
+    path = shelf / "j.jsonl"
+    assert [s.weight for s in build(f"{path},stdlib")] == [1.0, 1.0]
+    assert [s.weight for s in build(f"{path}, stdlib", data_probs="0.7,0.3")] == [0.7, 0.3]
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"dataset": "stdlib,stdlib", "dataset_name": "a"}, "--training.dataset_name 'a': 1 items for 2"),
+        ({"dataset": "stdlib,stdlib", "data_probs": "1,2,3"}, "--training.data_probs '1,2,3': 3 items"),
+        ({"dataset": "stdlib,stdlib", "data_probs": "1,x"}, "--training.data_probs 1,x"),
+        ({"dataset": "stdlib,stdlib", "data_probs": "1,0"}, "positive"),
+        ({"dataset": "stdlib,"}, "empty item"),
+        ({"dataset": "{}/nowhere.jsonl"}, "no such file"),
+        ({"dataset": "{}/*.nothing"}, "no such file"),
+        ({"dataset": "{}/empty"}, "no files to read"),
+        ({"dataset": "{}/broken.jsonl"}, "not loadable"),
+        ({"dataset": "{}/other.jsonl"}, "choose with --data.column from body, number"),
+        ({"dataset": "{}/j.jsonl", "column": "body"}, "no column 'body'"),
+        ({"dataset": "{}/other.jsonl", "column": "number"}, "holds int64, not text"),
+        ({"dataset": "{}/j.jsonl", "dataset_split": "test"}, "not loadable"),
+        ({"dataset": "{}/splits", "dataset_split": "test"}, "has the splits train, few"),
+        ({"dataset": "{}/j.jsonl", "dataset_split": "train[:0]"}, "no data"),
+        ({"dataset": "{}/j.jsonl,{}/texts/*"}, None),
+        ({"dataset": "{}/*.*"}, "files of one kind"),
+        ({"dataset": "nobody/nothing-of-this-name"}, "not loadable"),
+        ({"dataset": "nobody/nothing-of-this-name", "streaming": True}, "not loadable"),
+    ],
+)
+def test_what_cannot_be_read_is_said_in_one_line(shelf, settings, said):
+    settings = {k: v.replace("{}", str(shelf)) if isinstance(v, str) else v for k, v in settings.items()}
+    if said is None:
+        assert len(build(**settings)) == 2
+        return
+    with pytest.raises(UserError) as caught:
+        build(**settings)
+    assert said in str(caught.value) and "\n" not in str(caught.value)

@@ -1,0 +1,110 @@
+import sysconfig
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from flame.data.tokenize import build_tokenizer
+from flame.errors import UserError
+
+HARD = [
+    "",
+    "a b\n\tc  ",
+    "né日本🙂👩‍👩‍👧 \u200b",
+    "\x00\x7f\u00ad\ufffd",
+    "<|endoftext|>x",
+    "x" * 5000,
+    " ".join(map(chr, range(300))),
+]
+
+
+@pytest.fixture(scope="module")
+def library():
+    return [p.read_text(encoding="utf-8") for p in sorted(Path(sysconfig.get_path("stdlib")).glob("c*.py"))]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, library):
+    """A folder with a small BPE that puts a BOS before every text unless told not to, and truncates if let."""
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<s>", "</s>"]
+    backend.train_from_iterator(
+        library,
+        trainers.BpeTrainer(vocab_size=600, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+    )
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    path = tmp_path_factory.mktemp("bpe")
+    hf = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", model_max_length=8)
+    hf.save_pretrained(path)
+    return path
+
+
+def test_a_byte_is_its_own_id_and_every_text_comes_back():
+    tokenizer = build_tokenizer("byte")
+    assert (tokenizer.vocab_size, tokenizer.get_vocab_size(), tokenizer.eos_id, tokenizer.bos_id) == (
+        257,
+        257,
+        256,
+        None,
+    )
+    assert tokenizer.encode("aé🙂") == list("aé🙂".encode())
+    for text in HARD:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    everything = "".join(map(chr, range(0x2FF)))
+    assert tokenizer.encode(everything) == list(everything.encode())
+
+
+def test_the_byte_tokenizer_can_be_saved_and_loaded_by_transformers(tmp_path):
+    tokenizer = build_tokenizer("byte")
+    tokenizer.hf.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(again) == 257 and again.eos_token_id == 256
+    for text in HARD:
+        assert again.encode(text, add_special_tokens=False) == tokenizer.encode(text)
+        assert again.decode(tokenizer.encode(text)) == text
+    assert build_tokenizer(str(tmp_path)).encode(HARD[2]) == tokenizer.encode(HARD[2])
+
+
+def test_ids_are_those_of_the_hugging_face_tokenizer_without_special_tokens(folder, library):
+    tokenizer = build_tokenizer(str(folder))
+    hf = AutoTokenizer.from_pretrained(folder)
+    texts = [text for text in HARD + library if text]
+    assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == hf(texts, add_special_tokens=False)["input_ids"]
+    assert tokenizer.encode(texts[0])[:1] != [tokenizer.bos_id] == [0]
+    assert tokenizer.eos_id == 1 and tokenizer.vocab_size == len(hf)
+
+
+def test_a_truncating_call_of_the_same_tokenizer_leaves_the_stream_whole(folder, library):
+    tokenizer = build_tokenizer(str(folder))
+    tokenizer.hf(library[0], truncation=True, max_length=4)
+    assert len(tokenizer.encode(library[0])) > 100
+
+
+def test_a_bare_tokenizer_file_is_enough(folder, tmp_path):
+    bare = tmp_path / "tokenizer.json"
+    bare.write_bytes((folder / "tokenizer.json").read_bytes())
+    assert build_tokenizer(str(bare)).eos_id == 1
+
+
+def test_a_tokenizer_without_an_end_of_text_is_refused(tmp_path):
+    Backend(models.WordLevel({"a": 0, "?": 1}, unk_token="?")).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match="--model.tokenizer_path .*no EOS"):
+        build_tokenizer(str(tmp_path / "tokenizer.json"))
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "nowhere/tokenizer.json", "./here", "", None, "nobody/nothing"])
+def test_a_tokenizer_that_is_not_there_is_one_line(path):
+    with pytest.raises(UserError, match="--model.tokenizer_path") as caught:
+        build_tokenizer(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_broken_tokenizer_file_is_one_line(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="not loadable"):
+        build_tokenizer(str(tmp_path / "tokenizer.json"))

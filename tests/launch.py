@@ -1,0 +1,82 @@
+"""Starts real training runs for tests: one launch by torchrun, or several runs in the processes of one launch."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+REPO = Path(__file__).parents[1]
+SMALL = (  # flags that make any run small, deterministic and fully logged
+    "--training.seq_len=128",
+    "--training.local_batch_size=8",
+    "--training.mixed_precision_param=float32",
+    "--lr_scheduler.warmup_steps=2",
+    "--metrics.log_freq=1",
+)
+
+
+def torchrun(*command: str, ranks: int = 1) -> list[str]:
+    """The command line that starts `command` (after `python`) on `ranks` local ranks."""
+    return [
+        *(sys.executable, "-m", "torch.distributed.run", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"),
+        *(f"--nproc_per_node={ranks}", *command),
+    ]
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """This process's environment with the repository importable."""
+    return {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", **changes}
+
+
+def train(*flags: str, ranks: int = 1, **env: str) -> "subprocess.CompletedProcess[str]":
+    """Run one job to its end."""
+    command = torchrun("-m", "flame.train", *flags, ranks=ranks)
+    return subprocess.run(command, env=environment(**env), capture_output=True, text=True, timeout=300)
+
+
+def train_each(jobs: Sequence[Sequence[str]], ranks: int = 1) -> None:
+    """Run several jobs one after the other in one launch, which pays for the imports once."""
+    command = torchrun(__file__, json.dumps([list(job) for job in jobs]), ranks=ranks)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[:4000]
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def trajectory(folder: Path) -> list[tuple[Any, ...]]:
+    """What must not depend on how a run came about: step, loss, gradient norm, learning rate, tokens and data."""
+    return [tuple(r[name] for name in ("step", "loss", "grad_norm", "lr", "tokens", "data_digest")) for r in metrics(folder)]
+
+
+def _run_jobs(jobs: list[list[str]]) -> None:
+    from flame import device
+
+    device.choose()
+    import torch.distributed as dist
+    from torchtitan.protocols import train_spec
+
+    from flame.config import parse, world_size
+    from flame.plan import check
+    from flame.spec import register
+    from flame.trainer import FlameTrainer
+
+    for job in jobs:
+        train_spec._extra_train_specs.clear()
+        config = parse(job)
+        check(config, world_size())
+        register(config)
+        trainer = FlameTrainer(config)
+        trainer.train()
+        trainer.close()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    _run_jobs(json.loads(sys.argv[1]))

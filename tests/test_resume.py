@@ -1,0 +1,95 @@
+"""A run that is killed and resumed is the run that was never killed, to the last digit."""
+
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+
+from tests.launch import SMALL, environment, metrics, torchrun, train, train_each, trajectory
+from tests.tiny import write_config
+
+STEPS, SAVED = 20, 8
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("resume")
+
+
+@pytest.fixture(scope="module")
+def job(root):
+    """Builds the flags of a run over 1 or 3 sources."""
+    for name, sentence in (("a", "short text. "), ("b", "a longer piece of text, which goes on. "), ("c", "c c ")):
+        rows = [f'{{"text": "{i} {sentence * (1 + i % 7)}"}}\n' for i in range(400)]
+        (root / f"{name}.jsonl").write_text("".join(rows))
+    config = write_config(root, "gla")
+
+    def flags(folder, sources, *more):
+        mixed = [f"--training.dataset={root}/a.jsonl,{root}/b.jsonl,{root}/c.jsonl", "--training.data_probs=0.5,0.3,0.2"]
+        return [
+            *SMALL,
+            *(mixed if sources == 3 else []),
+            f"--model.config={config}",
+            f"--job.dump_folder={folder}",
+            f"--checkpoint.interval={SAVED}",
+            f"--training.steps={STEPS}",
+            "--checkpoint.no_export",
+            *more,
+        ]
+
+    return flags
+
+
+@pytest.fixture(scope="module")
+def undisturbed(root, job):
+    """The trajectory of a run of 20 steps at once, for 1 and 3 sources."""
+    train_each([job(root / f"whole{n}", n) for n in (1, 3)])
+    return {n: trajectory(root / f"whole{n}") for n in (1, 3)}
+
+
+def kill_after_the_save(command, folder):
+    """Start a run, and kill all its processes with SIGKILL once it is past its first checkpoint."""
+    started = subprocess.Popen(command, env=environment(), start_new_session=True, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (folder / f"checkpoint/step-{SAVED}/.metadata").exists() or metrics(folder)[-1]["step"] == SAVED:
+        assert started.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline, "no checkpoint after two minutes"
+        time.sleep(0.002)
+    os.killpg(started.pid, signal.SIGKILL)
+    started.wait()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("sources", [1, 3])
+def test_twenty_steps_equal_eight_a_kill_and_a_resume(sources, workers, root, job, undisturbed):
+    folder = root / f"killed{sources}{workers}"
+    flags = job(folder, sources, f"--training.dataloader.num_workers={workers}")
+    kill_after_the_save(torchrun("-m", "flame.train", *flags), folder)
+    killed_at = metrics(folder)[-1]["step"]
+    assert SAVED < killed_at < STEPS
+    done = train(*flags)
+    assert done.returncode == 0, done.stderr
+    assert trajectory(folder) == undisturbed[sources]
+
+
+def test_a_run_saved_on_one_rank_goes_on_on_two_and_on_four(root, job, undisturbed):
+    folder = root / "elastic"
+    train_each([job(folder, 3, "--training.steps=8", f"--lr_scheduler.total_steps={STEPS}")])
+    for ranks, steps in ((2, 14), (4, STEPS)):
+        more = (f"--training.steps={steps}", f"--lr_scheduler.total_steps={STEPS}")
+        train_each([job(folder, 3, *more, f"--training.local_batch_size={8 // ranks}")], ranks=ranks)
+    for seen, expected in zip(trajectory(folder), undisturbed[3], strict=True):
+        assert seen[0] == expected[0]
+        assert seen[1:4] == pytest.approx(expected[1:4], rel=1e-4)
+        assert seen[4:] == expected[4:]  # tokens and data digest: exactly the same data
+
+
+def test_a_finished_job_says_so_and_trains_nothing(root, job, undisturbed):
+    folder = root / "whole1"
+    before = trajectory(folder)
+    done = train(*job(folder, 1))
+    assert done.returncode == 0
+    assert f"This job is complete: step {STEPS} of {STEPS}" in done.stdout
+    assert trajectory(folder) == before
