@@ -5,6 +5,7 @@ get the same one-line answer; tyro writes the --help page.
 """
 
 import contextlib
+import copy
 import dataclasses
 import importlib
 import io
@@ -197,6 +198,22 @@ def help_text() -> str:
             registry=custom_registry,
         )
     return "".join(line.rstrip() + "\n" for line in page.getvalue().splitlines())
+
+
+def with_absolute_paths(config: JobConfig) -> JobConfig:
+    """A copy whose local paths hold from any folder, as the config in a run folder must."""
+
+    def absolute(path: str) -> str:
+        return os.path.abspath(path) if os.path.exists(path) else path
+
+    config = copy.deepcopy(config)
+    for path in _PATHS:
+        if value := attrgetter(path)(config):
+            _assign(config, path, absolute(value))
+    config.job.dump_folder = os.path.abspath(config.job.dump_folder)
+    config.model.hf_assets_path = config.model.tokenizer_path or ""
+    config.training.dataset = ",".join(absolute(item) for item in config.training.dataset.split(","))
+    return config
 
 
 def to_toml(config: JobConfig) -> str:

@@ -19,6 +19,8 @@ _FALLBACK_PEAK = 312e12  # torchtitan takes an unknown device for an A100
 class Metrics(MetricsProcessor):
     """torchtitan's metrics processor with honest MFU (null on a device whose peak is unknown) and an ETA."""
 
+    time_last_log: float
+    ntokens_since_last_log: int
     run: Run  # set by the trainer once it knows which rank writes
 
     def __init__(self, job_config: Any, parallel_dims: Any, tag: str | None = None) -> None:
@@ -26,7 +28,7 @@ class Metrics(MetricsProcessor):
         self.steps_since_last_log = 0
         self.peak_flops = known_peak_flops(self.device_memory_monitor.device_name)
 
-    def log(  # type: ignore[override]
+    def log(
         self,
         step: int,
         loss: float,
@@ -58,8 +60,7 @@ class Metrics(MetricsProcessor):
             "data/wait_share": loading,
             "memory_gib": memory.max_reserved_gib,
         }
-        record = {name: None if value != value else value for name, value in record.items()}  # JSON has no NaN
-        self.run.log(record)
+        self.run.log({name: None if value != value else value for name, value in record.items()})  # JSON has no NaN
         self.logger.log({name: value for name, value in record.items() if isinstance(value, int | float)}, step)
         self._print(record)
 

@@ -25,6 +25,9 @@ _ABOVE_0 = ("optimizer.lr", "optimizer.eps", "training.max_norm")
 def check(config: JobConfig, world_size: int) -> None:
     """Refuse, with one UserError, a config that could not train on `world_size` processes."""
     _check_ranges(config)
+    for section in ("validation", "fault_tolerance"):
+        if getattr(config, section).enable:
+            raise UserError(f"--{section}.enable: found true, must be false in this version")
     data_parallel = _check_parallelism(config, world_size)
     _check_batch(config, data_parallel)
     check_model(config)

@@ -1,4 +1,4 @@
-"""The run folder: config.toml, environment.json, metrics.jsonl and status.json, what a person or a script asks first."""
+"""The run folder: config.toml, environment.json, metrics.jsonl, status.json: what a person or a script asks first."""
 
 import json
 import os
@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 Status = Literal["running", "completed", "data_exhausted", "preempted", "failed"]
-_PACKAGES = ("torch", "triton", "torchtitan", "flash-linear-attention", "transformers", "datasets", "tokenizers", "numpy")
+_PACKAGES = (
+    "torch",
+    "triton",
+    "torchtitan",
+    "flash-linear-attention",
+    "transformers",
+    "datasets",
+    "tokenizers",
+    "numpy",
+)
 
 
 class Run:

@@ -24,7 +24,7 @@ class Schedule(LRSchedulersContainer):
         for scheduler in self.schedulers:
             rates = [
                 base * factor(scheduler.last_epoch)
-                for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)  # type: ignore[attr-defined]
+                for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
             ]
             scheduler._last_lr = rates
             for group, base, rate in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, rates, strict=True):

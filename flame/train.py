@@ -19,10 +19,10 @@ def main(argv: list[str]) -> int:
         config = parse(argv)
         check(config, world_size())
         register(config)
+        run(FlameTrainer, config)
     except UserError as error:
         print(f"flame: {error}", file=sys.stderr)
         return 2
-    run(FlameTrainer, config)
     return 0
 
 

@@ -16,7 +16,7 @@ from torchtitan.tools.logging import logger
 
 from flame.checkpoint.export import export_checkpoint, record_assets
 from flame.checkpoint.manager import CheckpointManager, complete_steps
-from flame.config import to_toml
+from flame.config import to_toml, with_absolute_paths
 from flame.data.ledger import digest_batch, roll
 from flame.models.loss import IGNORE_INDEX
 from flame.run import Run
@@ -46,7 +46,7 @@ class FlameTrainer(torchtitan.train.Trainer):
         self.last_save = time.monotonic()
         self.run = Run(job_config.job.dump_folder, writes=dist.get_rank() == 0)
         self.metrics_processor.run = self.run
-        self.run.start(to_toml(job_config), self._device())
+        self.run.start(to_toml(with_absolute_paths(job_config)), self._device())
         if self.run.writes:
             record_assets(self.run.folder / "model", self.model_parts[0].hf, self.tokenizer.hf)
 
@@ -177,11 +177,10 @@ class FlameTrainer(torchtitan.train.Trainer):
         flat = torch.tensor([value for pair in counts.values() for value in pair], dtype=torch.float64).to(self.device)
         if self.parallel_dims.dp_enabled:
             dist.all_reduce(flat, group=self.parallel_dims.get_mesh("batch").get_group())
-        lanes, values = self.job_config.data.lanes, flat.tolist()
+        pairs = zip(counts, flat.view(-1, 2).tolist(), strict=True)
         record: dict[str, float] = {}
-        for i, name in enumerate(counts):
-            record[f"data/{name}/tokens"] = round(values[2 * i])
-            record[f"data/{name}/epoch"] = values[2 * i + 1] / lanes
+        for name, (tokens, epoch) in pairs:
+            record |= {f"data/{name}/tokens": round(tokens), f"data/{name}/epoch": epoch}
         return record
 
     def _batch_ranks(self) -> tuple[int, int]:

@@ -1,11 +1,14 @@
 """Starts real training runs for tests: one launch by torchrun, or several runs in the processes of one launch."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 REPO = Path(__file__).parents[1]
@@ -37,11 +40,14 @@ def train(*flags: str, ranks: int = 1, **env: str) -> "subprocess.CompletedProce
     return subprocess.run(command, env=environment(**env), capture_output=True, text=True, timeout=300)
 
 
-def train_each(jobs: Sequence[Sequence[str]], ranks: int = 1) -> None:
-    """Run several jobs one after the other in one launch, which pays for the imports once."""
-    command = torchrun(__file__, json.dumps([list(job) for job in jobs]), ranks=ranks)
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
+def train_each(
+    jobs: Sequence[Sequence[str]], ranks: int = 1, trainer: str = "flame.trainer:FlameTrainer", **env: str
+) -> str:
+    """Run several jobs one after the other in one launch, which pays for the imports once; returns the log."""
+    command = torchrun("-m", "tests.launch", trainer, json.dumps([list(job) for job in jobs]), ranks=ranks)
+    done = subprocess.run(command, env=environment(**env), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[:4000]
+    return done.stdout
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -51,32 +57,40 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 def trajectory(folder: Path) -> list[tuple[Any, ...]]:
     """What must not depend on how a run came about: step, loss, gradient norm, learning rate, tokens and data."""
-    return [tuple(r[name] for name in ("step", "loss", "grad_norm", "lr", "tokens", "data_digest")) for r in metrics(folder)]
+    return [
+        tuple(r[name] for name in ("step", "loss", "grad_norm", "lr", "tokens", "data_digest")) for r in metrics(folder)
+    ]
 
 
-def _run_jobs(jobs: list[list[str]]) -> None:
-    from flame import device
+def _run_jobs(trainer: str, jobs: list[list[str]]) -> None:
+    from flame import device, log
 
+    log.configure()
     device.choose()
     import torch.distributed as dist
+    import torchtitan.train
     from torchtitan.protocols import train_spec
 
     from flame.config import parse, world_size
     from flame.plan import check
     from flame.spec import register
-    from flame.trainer import FlameTrainer
 
-    for job in jobs:
+    module, _, name = trainer.partition(":")
+    trainer_class = getattr(importlib.import_module(module), name)
+    torchtitan.train.time = SimpleNamespace(
+        sleep=lambda _seconds: None, perf_counter=time.perf_counter
+    )  # it sleeps 2 s
+    for flags in jobs:
         train_spec._extra_train_specs.clear()
-        config = parse(job)
+        config = parse(flags)
         check(config, world_size())
         register(config)
-        trainer = FlameTrainer(config)
-        trainer.train()
-        trainer.close()
+        job = trainer_class(config)
+        job.train()
+        job.close()
     dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    _run_jobs(json.loads(sys.argv[1]))
+    _run_jobs(sys.argv[1], json.loads(sys.argv[2]))

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROWS = (
     "errors",
-    "legacy setting section log device schedule checkpoint.convert data.window data.prefetch models.family",
+    "legacy setting section log device schedule checkpoint.convert data.window data.prefetch data.table models.family",
     "data.source data.mixture data.tokenize data.pack data.ledger models.loss models.flops models.reference",
     "config data.lane models.llama models.neox models.fla models.init parallel.* checkpoint.manager checkpoint.export",
     "input run data.loader models.table",

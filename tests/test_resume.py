@@ -27,7 +27,10 @@ def job(root):
     config = write_config(root, "gla")
 
     def flags(folder, sources, *more):
-        mixed = [f"--training.dataset={root}/a.jsonl,{root}/b.jsonl,{root}/c.jsonl", "--training.data_probs=0.5,0.3,0.2"]
+        mixed = [
+            f"--training.dataset={root}/a.jsonl,{root}/b.jsonl,{root}/c.jsonl",
+            "--training.data_probs=0.5,0.3,0.2",
+        ]
         return [
             *SMALL,
             *(mixed if sources == 3 else []),

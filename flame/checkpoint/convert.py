@@ -11,7 +11,12 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from tqdm import tqdm
 
-_NOT_MODEL = ("optimizer.", "lr_scheduler.", "dataloader.", "train_state.")  # torchtitan puts the model at the top level
+_NOT_MODEL = (
+    "optimizer.",
+    "lr_scheduler.",
+    "dataloader.",
+    "train_state.",
+)  # torchtitan puts the model at the top level
 SHARD_BYTES = 2 << 30
 
 
@@ -32,7 +37,8 @@ def convert_dcp_to_hf(
     if not tensors:
         raise ValueError(f"{checkpoint} holds no model")
     shards = list(_split(tensors, shard_bytes))
-    weight_map, total = {}, 0
+    weight_map: dict[str, str] = {}
+    total = 0
     for number, names in enumerate(tqdm(shards, desc="writing safetensors", unit="shard", disable=None), start=1):
         state = {name: torch.empty(tensors[name].size, dtype=tensors[name].properties.dtype) for name in names}
         dcp.load(state, checkpoint_id=str(checkpoint), no_dist=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torchtitan.components.checkpoint import LR_SCHEDULER, AsyncMode
+from torchtitan.components.checkpoint import LR_SCHEDULER
 from torchtitan.components.checkpoint import CheckpointManager as TitanCheckpointManager
 from torchtitan.tools.logging import logger
 
@@ -27,6 +27,8 @@ class CheckpointManager(TitanCheckpointManager):
     in place while its data change; the last save is not rotated, and `close` does not wait for an async save.
     """
 
+    folder: str
+
     def __init__(self, *args: Any, checkpoint_config: Any, **kwargs: Any) -> None:
         super().__init__(*args, checkpoint_config=checkpoint_config, **kwargs)
         self.every_seconds = checkpoint_config.interval_type == "seconds"
@@ -45,7 +47,7 @@ class CheckpointManager(TitanCheckpointManager):
         for path in sorted(folder.glob("step-*")):
             if re.fullmatch(r"step-\d+", path.name) and int(path.name[5:]) not in steps:
                 logger.warning(f"{path} is not complete and is not used")
-        if steps or not self.initial_load_path and not self.initial_load_in_hf:
+        if steps or (not self.initial_load_path and not self.initial_load_in_hf):
             if folder.is_dir() and not steps and any(folder.glob("step-*")):
                 raise UserError(f"checkpoint.folder: no complete checkpoint in {folder}; remove it to start anew")
             loaded = super().load(step)
@@ -59,13 +61,13 @@ class CheckpointManager(TitanCheckpointManager):
             self.states[LR_SCHEDULER].apply()
         return loaded
 
-    def dcp_save(self, state_dict: dict[str, Any], checkpoint_id: str, async_mode: AsyncMode, *args: Any, **kw: Any):  # type: ignore[override]
+    def dcp_save(self, state_dict: dict[str, Any], checkpoint_id: str, *args: Any, **kwargs: Any) -> Any:
         if os.path.exists(os.path.join(checkpoint_id, ".metadata")):
             dist.barrier()  # every rank has looked before rank 0 takes the mark of completeness away
             if dist.get_rank() == 0:
                 os.unlink(os.path.join(checkpoint_id, ".metadata"))
             dist.barrier()
-        return super().dcp_save(state_dict, checkpoint_id, async_mode, *args, **kw)
+        return super().dcp_save(state_dict, checkpoint_id, *args, **kwargs)
 
     def _save_last_step(self, curr_step: int) -> None:
         super()._save_last_step(curr_step)

@@ -87,7 +87,7 @@ class Blocks(nn.ModuleDict):
     """Blocks that HF iterates and slices like a list and torchtitan walks like a dict (`layers.items()`)."""
 
     def __iter__(self) -> Iterator[nn.Module]:  # type: ignore[override]
-        return iter(self._modules.values())  # type: ignore[arg-type]
+        return iter(self._modules.values())
 
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, str):
@@ -125,7 +125,7 @@ class CausalLM(ModelProtocol):
         # How to build each part anew; recorded now, because AC, compile and FSDP change classes and wrap modules.
         config = args.hf_config
         self.__dict__["build"] = {
-            **{f"{family.blocks}.{i}": partial(type(block), config, i) for i, block in enumerate(blocks)},
+            **{f"{family.blocks}.{i}": partial(block.__class__, config, i) for i, block in enumerate(blocks)},
             **{name: _builder(child, config) for name, child in self._parts() if name != family.blocks},
         }
 
@@ -184,7 +184,7 @@ class CausalLM(ModelProtocol):
 
     def _parts(self) -> Iterator[tuple[str, nn.Module]]:
         yield from self.backbone.named_children()
-        yield self.head_name, self._modules[self.head_name]  # type: ignore[misc]
+        yield self.head_name, self._modules[self.head_name]
 
 
 def _builder(part: nn.Module, config: PreTrainedConfig) -> Any:
@@ -195,5 +195,3 @@ def _builder(part: nn.Module, config: PreTrainedConfig) -> Any:
 
 def _emptied(part: nn.Module) -> nn.Module:
     return copy.deepcopy(part).to_empty(device=torch.get_default_device())
-
-

@@ -47,7 +47,8 @@ def parallelize(model: Any, parallel_dims: ParallelDims, job_config: Any) -> nn.
 
 
 def _compile_with_graph_breaks(model: Any, backend: str) -> None:
-    # torchtitan compiles with fullgraph=True; fla's dispatched kernels are torch.compiler.disable'd and break the graph.
+    # torchtitan asks for fullgraph=True; fla's dispatched kernels are torch.compiler.disable'd and break the graph, and
+    # so does its rotary embedding in training.
     for name, block in model.layers.items():
         model.layers.register_module(name, torch.compile(block, backend=backend))
 

@@ -4,21 +4,23 @@ import gc
 import json
 import threading
 import time
+from itertools import pairwise
 
 import pytest
-from tests.data.fakes import Bytes, Tape, Texts, documents, loader, one, take, three
+import torch.distributed.checkpoint as dcp
 
 from flame.config import JobConfig
 from flame.data.loader import build_dataloader
 from flame.data.source import Source
 from flame.data.tokenize import build_tokenizer
 from flame.errors import UserError
+from tests.data.fakes import Bytes, Tape, Texts, documents, loader, one, take, three
 
 TOTAL = 150  # batches: several windows and epochs of every source
 
 
 def rows(sources, world, steps, states=None, **options):
-    """The run's rows in their global order, from all ranks, and the ranks' states merged as a checkpoint merges them."""
+    """The run's rows in their global order, from all ranks, and the states merged as a checkpoint merges them."""
     loaders = [loader(sources(), rank, world, batch=8 // world, **options) for rank in range(world)]
     if states is not None:
         for each in loaders:
@@ -85,37 +87,6 @@ def test_every_row_is_read_once_an_epoch_and_each_epoch_has_another_order(kind):
     assert first != texts and first != second
 
 
-def test_the_lanes_share_out_every_row_of_an_epoch_without_reading_one_twice():
-    texts = documents("a", 90, 20)
-    run = loader([Source("a", 1.0, Texts(texts))], batch=8)
-    streams = {lane: [] for lane in range(8)}
-    for batch in take(iter(run), 40):
-        for lane, (inputs, labels) in enumerate(zip(batch["input"], batch["labels"], strict=True)):
-            streams[lane] += [*inputs, labels[-1]]
-    places = {lane: state.places[0] for lane, state in run._states.items()}
-    assert all(place.epoch >= 1 for place in places.values())
-    found = []
-    for lane, tokens in streams.items():
-        part = [d for d in bytes(t if t < 256 else 10 for t in tokens).decode().split("\n")]
-        seen = set()
-        for document in part:
-            if document in seen:  # the lane's second epoch begins; rows of it may be others
-                break
-            seen.add(document)
-        found.append((lane, part))
-    once = [d for lane, part in found for d in part[: sum(len(p) for p in _parts(lane))]]
-    assert sorted(once) == sorted(texts)
-
-
-def _parts(lane):
-    from flame.data.window import Deal
-
-    deal = Deal("a", 16, 8, 0)
-    for window in range(6):
-        order, shift = deal.order(0, window, min(16, 90 - 16 * window))
-        yield deal.part(order, shift, lane)
-
-
 def test_the_shares_of_tokens_are_the_ones_asked_for_from_early_on():
     sources = [
         Source(name, weight, Texts(documents(name, 400, length)))
@@ -165,6 +136,20 @@ def test_the_state_of_a_lane_is_small_and_holds_no_text():
     lanes = [value for key, value in run.state_dict().items() if key.startswith("lane_")]
     assert len(lanes) == 8 and max(map(len, lanes)) < 400
     assert not any(".." in lane or "<" in lane for lane in lanes)
+
+
+def test_a_distributed_checkpoint_holds_the_state_and_gives_other_ranks_their_lanes(tmp_path):
+    saved = loader(three(Tape), batch=8)
+    running = iter(saved)
+    take(running, 9)
+    dcp.save({"dataloader": saved}, checkpoint_id=tmp_path, no_dist=True)
+    expected = take(running, 5)
+    halves = [loader(three(Tape), rank, 2) for rank in range(2)]
+    for half in halves:
+        dcp.load({"dataloader": half}, checkpoint_id=tmp_path, no_dist=True)
+    batches = [take(iter(half), 5) for half in halves]
+    for whole, even, odd in zip(expected, *batches, strict=True):
+        assert (whole["input"][::2], whole["input"][1::2]) == (even["input"], odd["input"])
 
 
 def test_batches_read_ahead_are_not_in_the_state():
@@ -224,7 +209,7 @@ def test_a_checkpoint_in_another_order_is_refused(change, flag):
 
 
 def test_lanes_that_the_ranks_do_not_divide_are_refused():
-    with pytest.raises(UserError, match="--data.lanes 8"):
+    with pytest.raises(UserError, match=r"--data\.lanes 8"):
         loader(one(), 0, 3)
 
 
@@ -249,11 +234,11 @@ def test_varlen_batches_agree_with_their_tokens():
         flat = [t for row in batch["input"] for t in row]
         bounds = batch["cu_seqlens"]
         assert bounds[0] == 0 and bounds[-1] == len(flat) == 4 * 24
-        for begin, end in zip(bounds, bounds[1:], strict=False):
+        for begin, end in pairwise(bounds):
             assert 0 < end - begin <= 10
             assert 256 not in flat[begin : end - 1], "a piece holds one document"
         positions = [p for row in batch["positions"] for p in row]
-        assert positions == [i for begin, end in zip(bounds, bounds[1:], strict=False) for i in range(end - begin)]
+        assert positions == [i for begin, end in pairwise(bounds) for i in range(end - begin)]
         labels = [t for row in batch["labels"] for t in row]
         assert all((label == -100) == (token == 256) for token, label in zip(flat, labels, strict=True))
 
@@ -274,5 +259,5 @@ def test_a_job_of_the_standard_library_in_bytes_runs_as_configured():
 def test_context_len_without_varlen_is_refused():
     job = JobConfig()
     job.training.context_len = 128
-    with pytest.raises(UserError, match="--training.varlen"):
+    with pytest.raises(UserError, match=r"--training\.varlen"):
         build_dataloader(dp_world_size=1, dp_rank=0, tokenizer=Bytes(), job_config=job)

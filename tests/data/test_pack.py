@@ -2,8 +2,8 @@ import numpy as np
 
 from flame.data.pack import mark_documents, shift
 
-# Two rows of 6 + 1 tokens. Row 0: a document that began earlier ends with E at index 1; another of 4 tokens, E at 5; the
-# next begins at index 6, which only the labels see. Row 1: one document from the row's start on.
+# Two rows of 6 + 1 tokens. Row 0: a document that began earlier ends with E at index 1; another of 4 tokens, E at 5;
+# the next begins at index 6, which only the labels see. Row 1: one document from the row's start on.
 E = 9
 ROWS = [np.array([5, E, 1, 2, 3, E, 7], np.int32), np.array([1, 2, 3, 4, 5, 6, 8], np.int32)]
 STARTS = [[2, 6], [0]]

@@ -93,13 +93,13 @@ def test_a_bare_tokenizer_file_is_enough(folder, tmp_path):
 
 def test_a_tokenizer_without_an_end_of_text_is_refused(tmp_path):
     Backend(models.WordLevel({"a": 0, "?": 1}, unk_token="?")).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UserError, match="--model.tokenizer_path .*no EOS"):
+    with pytest.raises(UserError, match=r"--model\.tokenizer_path .*no EOS"):
         build_tokenizer(str(tmp_path / "tokenizer.json"))
 
 
 @pytest.mark.parametrize("path", ["/no/such/folder", "nowhere/tokenizer.json", "./here", "", None, "nobody/nothing"])
 def test_a_tokenizer_that_is_not_there_is_one_line(path):
-    with pytest.raises(UserError, match="--model.tokenizer_path") as caught:
+    with pytest.raises(UserError, match=r"--model\.tokenizer_path") as caught:
         build_tokenizer(path)
     assert "\n" not in str(caught.value)
 

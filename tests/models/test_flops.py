@@ -10,7 +10,6 @@ from tests.tiny import write_config
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
-
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [

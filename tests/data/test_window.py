@@ -1,0 +1,85 @@
+import threading
+
+import pytest
+
+from flame.data.window import Deal, IndexedWindows, StreamedWindows
+from tests.data.fakes import Tape, Texts
+
+DEAL = Deal("a", size=16, lanes=8, seed=0)
+ROWS = [str(i) for i in range(83)]
+START = dict.fromkeys(range(8), (0, 0, None))
+
+
+def epoch(windows, lane, number=0):
+    """A lane's rows of one epoch."""
+    found, window = [], 0
+    while (part := windows.take(lane, number, window)) is not None:
+        found += part.texts
+        window += 1
+    assert window == 6
+    return found
+
+
+@pytest.mark.parametrize("count", [1, 5, 8, 83])
+def test_the_lanes_share_out_every_row_once_an_epoch(count):
+    windows = IndexedWindows(Texts(ROWS[:count]), DEAL)
+    dealt = [row for w in range(6) for lane in range(8) if (part := windows.take(lane, 0, w)) for row in part.texts]
+    assert sorted(dealt) == sorted(ROWS[:count])
+
+
+def test_every_lane_has_a_fair_part_of_every_window():
+    windows = IndexedWindows(Texts(ROWS), DEAL)
+    assert [len(windows.take(lane, 0, 1).texts) for lane in range(8)] == [2] * 8
+
+
+def test_orders_differ_between_epochs_windows_sources_and_seeds():
+    def order(deal, epoch, window):
+        permuted, shift = deal.order(epoch, window, 16)
+        return (*permuted.tolist(), shift)
+
+    others = [Deal("b", 16, 8, 0), Deal("a", 16, 8, 1)]
+    orders = {order(DEAL, 0, 0), order(DEAL, 1, 0), order(DEAL, 0, 1), *(order(deal, 0, 0) for deal in others)}
+    assert len(orders) == 5 and order(DEAL, 0, 0) == order(Deal("a", 16, 8, 0), 0, 0)
+
+
+def test_a_stream_deals_as_random_access_does_whatever_order_the_lanes_come_in():
+    indexed, streamed = IndexedWindows(Texts(ROWS), DEAL), StreamedWindows(Tape(ROWS), DEAL, START)
+    for lane in (3, 0, 7, 1, 2, 6, 5, 4):
+        assert epoch(streamed, lane) == epoch(indexed, lane)
+    assert not streamed._held, "what every lane has taken is let go"
+    assert epoch(streamed, 4, 1) == epoch(indexed, 4, 1) != epoch(indexed, 4, 0)
+
+
+def test_a_stream_restarts_at_the_earliest_lane_and_reads_nothing_before_it():
+    streamed = StreamedWindows(Tape(ROWS), DEAL, START)
+    places, expected = {}, {}
+    for lane in range(8):
+        mark = None
+        for window in range(2 + lane % 2):
+            mark = streamed.take(lane, 0, window).after
+        places[lane] = (0, 2 + lane % 2, mark)
+    for lane, (_, window, _) in places.items():
+        expected[lane] = streamed.take(lane, 0, window).texts
+
+    class Watched(Tape):
+        def batches(self, size, mark=None):
+            assert mark == {"row": 32}
+            return super().batches(size, mark)
+
+    again = StreamedWindows(Watched(ROWS), DEAL, places)
+    assert {lane: again.take(lane, 0, window).texts for lane, (_, window, _) in places.items()} == expected
+    unmarked = {lane: (epoch, window, None) for lane, (epoch, window, _) in places.items()}
+    again = StreamedWindows(Tape(ROWS), DEAL, unmarked)
+    assert {lane: again.take(lane, 0, window).texts for lane, (_, window, _) in places.items()} == expected
+
+
+def test_a_stream_is_shared_by_threads():
+    streamed, found = StreamedWindows(Tape(ROWS), DEAL, START), {}
+    threads = [
+        threading.Thread(target=lambda lane=lane: found.update({lane: epoch(streamed, lane)})) for lane in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(row for rows in found.values() for row in rows) == sorted(ROWS)

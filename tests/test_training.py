@@ -1,0 +1,172 @@
+"""What a run does besides its losses: saves, rotation, logs, refusals of bad numbers, switches that must not matter."""
+
+import json
+import math
+import shutil
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.launch import SMALL, metrics, train, train_each, trajectory
+from tests.tiny import write_config
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("training")
+    for family in ("llama", "gla", "transformer"):
+        write_config(root, family)
+    return root
+
+
+@pytest.fixture(scope="module")
+def job(root):
+    def flags(name, *more, family="llama", steps=4):
+        folder, config = root / name, root / f"{family}.json"
+        return [
+            *(*SMALL, f"--job.dump_folder={folder}", f"--model.config={config}", f"--training.steps={steps}"),
+            *("--checkpoint.no_export", *more),
+        ]
+
+    return flags
+
+
+SWITCHES = {  # name: (family, flags)
+    "full_ac": ("llama", ["--activation_checkpoint.mode=full"]),
+    "selective_ac": ("gla", ["--activation_checkpoint.mode=selective"]),
+    "compiled": ("llama", ["--compile.enable", "--compile.backend=aot_eager"]),
+    "compiled_gla": ("gla", ["--compile.enable", "--compile.backend=aot_eager"]),
+    "bf16": ("gla", ["--training.mixed_precision_param=bfloat16"]),
+    "threads": ("gla", ["--training.dataloader.num_workers=3"]),
+}
+
+
+@pytest.fixture(scope="module")
+def switched(root, job):
+    plain = [job(f"plain_{family}", "--checkpoint.no_enable", family=family) for family in ("llama", "gla")]
+    train_each(
+        plain + [job(name, "--checkpoint.no_enable", *more, family=family) for name, (family, more) in SWITCHES.items()]
+    )
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_recomputation_compilation_precision_and_threads_leave_losses_alone(name, root, switched):
+    expected, seen = metrics(root / f"plain_{SWITCHES[name][0]}"), metrics(root / name)
+    tolerance = 1e-2 if name == "bf16" else 1e-5  # bf16 keeps 8 bits of mantissa
+    assert [r["loss"] for r in seen] == pytest.approx([r["loss"] for r in expected], rel=tolerance)
+    assert [r["grad_norm"] for r in seen] == pytest.approx([r["grad_norm"] for r in expected], rel=10 * tolerance)
+    assert [r["data_digest"] for r in seen] == [r["data_digest"] for r in expected]
+
+
+def test_packed_documents_train_in_families_of_both_kinds(root, job):
+    packed = ("--training.varlen", "--training.context_len=64", "--checkpoint.no_enable")
+    families = ("llama", "gla", "transformer")
+    train_each([job(f"packed_{family}", *packed, family=family, steps=6) for family in families])
+    for family in families:
+        losses = [r["loss"] for r in metrics(root / f"packed_{family}")]
+        assert losses[0] == pytest.approx(math.log(320), abs=0.3)
+        assert losses[-1] < losses[0] - 0.1
+
+
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+def test_the_newest_k_complete_checkpoints_are_kept_and_a_half_written_one_is_neither_used_nor_counted(mode, root, job):
+    name = f"rotation_{mode}"
+    saves = ("--checkpoint.interval=1", "--checkpoint.keep_latest_k=2", f"--checkpoint.async_mode={mode}")
+    half_written = root / name / "checkpoint" / "step-99"
+    train_each([job(name, *saves)])
+    half_written.mkdir()
+    (half_written / "__0_0.distcp").write_bytes(b"torn")
+    said = train_each([job(name, *saves, steps=6)])
+    assert "step-99 is not complete and is not used" in said
+    assert metrics(root / name)[-1]["step"] == 6
+    kept = sorted(path.name for path in (root / name / "checkpoint").iterdir())
+    assert kept == ["step-5", "step-6", "step-99"]
+
+
+def test_a_run_whose_only_checkpoint_is_half_written_stops_instead_of_starting_anew(root, job):
+    (root / "torn" / "checkpoint" / "step-2").mkdir(parents=True)
+    done = train(*job("torn"))
+    assert done.returncode != 0
+    assert "no complete checkpoint" in done.stdout + done.stderr
+    assert not (root / "torn" / "metrics.jsonl").exists()
+
+
+def test_a_seed_checkpoint_gives_its_weights_to_any_layout(root, job):
+    config = write_config(root, "llama", stem="wide", initializer_range=0.3)
+    seed = train(*job("seeded", "--checkpoint.create_seed_checkpoint"), f"--model.config={config}")
+    assert seed.returncode == 0, seed.stderr
+    train_each([job("seeded", steps=1)[:-1]], ranks=2)  # built with a tenth of that range: only the seed can differ
+    assert metrics(root / "seeded")[0]["loss"] > math.log(320) + 1
+
+
+def test_an_initial_checkpoint_is_loaded_although_the_runs_own_folder_exists_and_is_empty(root, job):
+    config = write_config(root, "llama", stem="wide", initializer_range=0.3)
+    train_each([[*job("donor", steps=1), f"--model.config={config}"]])
+    (root / "heir" / "checkpoint").mkdir(parents=True)
+    train_each([job("heir", f"--checkpoint.initial_load_path={root}/donor/checkpoint/step-1", steps=1)])
+    assert metrics(root / "heir")[0]["loss"] > math.log(320) + 1
+
+
+def test_saves_can_be_counted_in_seconds(root, job):
+    train_each([job("seconds", "--checkpoint.interval_type=seconds", "--checkpoint.interval=1", steps=60)])
+    saved = sorted(int(path.name[5:]) for path in (root / "seconds" / "checkpoint").iterdir())
+    assert saved[-1] == 60
+    assert 2 <= len(saved) < 30
+
+
+def test_a_step_with_a_nan_gradient_is_skipped_while_the_schedule_goes_on(root, job):
+    train_each([job("skipped", "--training.skip_nan_inf", steps=5)], trainer="tests.faults:PoisonedGradient", ranks=2)
+    records = metrics(root / "skipped")
+    assert [r["optimizer/skipped_step"] for r in records] == [0, 0, 1, 1, 1]
+    assert records[2]["grad_norm"] is None
+    assert [r["lr"] for r in records][2:] == pytest.approx([r["lr"] for r in trajectory_of_schedule(records)][2:])
+
+
+def trajectory_of_schedule(records):
+    """The learning rates of a run of 5 steps with 2 of warm-up and a linear decay from 8e-4."""
+    factors = [0.5, 1.0, 1.0, 2 / 3, 1 / 3]
+    return [{"lr": 8e-4 * factor} for factor in factors[: len(records)]]
+
+
+def test_without_the_flag_a_nan_gradient_stops_the_run_before_anything_is_saved(root, job):
+    with pytest.raises(AssertionError, match="gradient norm is nan; stopped before the update"):
+        train_each([job("stopped", "--checkpoint.interval=1")], trainer="tests.faults:PoisonedGradient")
+    assert sorted(path.name for path in (root / "stopped" / "checkpoint").iterdir()) == ["step-1", "step-2"]
+
+
+def test_a_new_learning_rate_takes_effect_on_resume(root, job):
+    constant = ("--lr_scheduler.warmup_steps=0", "--lr_scheduler.decay_ratio=0")
+    train_each([job("rate", *constant, steps=2), job("rate", *constant, "--optimizer.lr=1e-5", steps=3)])
+    assert [r["lr"] for r in metrics(root / "rate")] == pytest.approx([8e-4, 8e-4, 1e-5])
+
+
+def test_tensorboard_and_wandb_are_written_and_a_resumed_run_goes_on_in_the_same_wandb_run(root, job):
+    logs = ("--metrics.enable_wandb", "--metrics.enable_tensorboard")
+    for steps in (2, 4):
+        train_each([job("logged", *logs, steps=steps)], WANDB_MODE="offline")
+    folder = root / "logged"
+    run_id = (folder / "wandb_run_id").read_text()
+    runs = list(folder.glob("tb/*/wandb/offline-run-*"))
+    assert len(runs) == 2
+    assert all(run.name.endswith(run_id) for run in runs)
+    events = EventAccumulator(str(next(folder.glob("tb/*"))))
+    events.Reload()
+    assert "loss" in events.Tags()["scalars"]
+
+
+def test_the_run_folder_says_what_happened_and_its_config_runs_again_as_it_is(root, job):
+    train_each([job("first", steps=3)])
+    folder = root / "first"
+    assert json.loads((folder / "status.json").read_text()) == {
+        "step": 3,
+        "tokens": 3 * 8 * 128,
+        "reason": None,
+        "status": "completed",
+    }
+    needed = {"step", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "mfu", "data_digest"}
+    record = metrics(folder)[0]
+    assert needed | {"data/stdlib/tokens", "data/stdlib/epoch"} <= record.keys()
+    assert record["mfu"] is None  # a CPU's peak is not known
+    shutil.copy(folder / "config.toml", root / "again.toml")
+    train_each([[f"--job.config_file={root}/again.toml", f"--job.dump_folder={root}/again"]])
+    assert trajectory(root / "again") == trajectory(folder)
