@@ -35,6 +35,7 @@ export NNODE=${NNODE:-${SLURM_NNODES:-1}} NGPU=${NGPU:-$(visible_gpus)}
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} # flame is this checkout's, from any folder
 ((NGPU == 1)) || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # as torchrun would, without its warning
 [[ -n ${PYTORCH_CUDA_ALLOC_CONF:-} ]] || export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+[[ -t 1 ]] || export NO_COLOR=${NO_COLOR:-1}
 
 status=0
 "$python" -m flame.preflight "$@" || status=$?

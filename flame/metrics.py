@@ -9,7 +9,7 @@ from typing import Any
 
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.tools.logging import logger
-from torchtitan.tools.utils import get_peak_flops
+from torchtitan.tools.utils import NoColor, get_peak_flops
 
 from flame.run import Run
 
@@ -26,6 +26,8 @@ class Metrics(MetricsProcessor):
     def __init__(self, job_config: Any, parallel_dims: Any, tag: str | None = None) -> None:
         super().__init__(job_config, parallel_dims, tag)
         self.steps_since_last_log = 0
+        if os.environ.get("NO_COLOR"):  # https://no-color.org; train.sh sets it when its output is no terminal
+            self.color = NoColor()
         self.peak_flops = known_peak_flops(self.device_memory_monitor.device_name)
 
     def log(

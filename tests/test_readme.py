@@ -1,0 +1,105 @@
+"""The README and the quickstart hold what they say: ```bash and ```python blocks run, ```sh blocks are checked."""
+
+import json
+import math
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from tests.launch import REPO, environment, metrics
+
+
+def blocks(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", (REPO / page).read_text(), flags=re.DOTALL)
+
+
+def commands(page, language):
+    """The commands in a page's blocks, without comments, continued lines joined."""
+    lines = "\n".join(blocks(page, language)).replace("\\\n", " ").splitlines()
+    return [line.split("#")[0].strip() for line in lines if line.split("#")[0].strip()]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A folder that looks like a checkout to whoever types relative paths, with some text of the user's."""
+    folder = tmp_path_factory.mktemp("user")
+    for name in ("train.sh", "configs", "scripts", "flame", "tests"):
+        (folder / name).symlink_to(REPO / name)
+    (folder / "data" / "notes").mkdir(parents=True)
+    rows = [json.dumps({"text": f"line {i}: " + "some words that repeat. " * (i % 9 + 1)}) for i in range(300)]
+    (folder / "data" / "mine.jsonl").write_text("\n".join(rows))
+    for i in range(3):
+        (folder / "data" / "notes" / f"{i}.txt").write_text("a note of several words\n" * 200)
+    return folder
+
+
+def shell(command, folder):
+    run = environment(FLAME_PYTHON=sys.executable)
+    return subprocess.run(command, shell=True, cwd=folder, env=run, capture_output=True, text=True, timeout=400)
+
+
+def test_every_command_of_the_readme_runs_in_its_order(checkout):
+    tried = [line for line in commands("README.md", "bash") if "test.sh" not in line]
+    assert tried[0] == "bash train.sh"
+    for command in tried:
+        done = shell(command, checkout)
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        assert "\x1b" not in done.stdout  # colours are for terminals
+    records = metrics(checkout / "exp/debug")
+    assert records[0]["loss"] == pytest.approx(math.log(320), abs=0.1)
+    assert records[-1]["loss"] < 2.7
+    again = shell("bash train.sh", checkout)
+    assert "This job is complete: step 200 of 200" in again.stdout
+    assert [r["step"] for r in metrics(checkout / "exp/mine")][-1] == 30
+    (snippet,) = blocks("README.md", "python")
+    said = subprocess.run(
+        [sys.executable, "-c", snippet], cwd=checkout, env=environment(), capture_output=True, text=True, timeout=120
+    )
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.startswith("def main(")
+    assert len(said.stdout) > 30
+
+
+def test_the_quickstarts_two_ways_to_say_a_batch_are_one_run(checkout):
+    for command in commands("docs/quickstart.md", "bash")[1:]:
+        done = shell(command, checkout)
+        assert done.returncode == 0, done.stderr
+    one, other = metrics(checkout / "exp/batch"), metrics(checkout / "exp/batch2")
+    assert [(r["loss"], r["data_digest"]) for r in one] == [(r["loss"], r["data_digest"]) for r in other]
+
+
+@pytest.mark.parametrize("command", commands("README.md", "sh"))
+def test_commands_that_need_gpus_or_a_network_are_accepted(command, checkout):
+    words = shlex.split(command)
+    settings = dict(word.split("=") for word in words[: words.index("bash")])
+    flags = words[words.index("train.sh") + 1 :]
+    done = subprocess.run(
+        [sys.executable, "-m", "flame.preflight", *flags],
+        cwd=checkout,
+        env=environment(**settings),
+        capture_output=True,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_the_readmes_refusal_is_what_is_said(checkout):
+    said = shell("bash train.sh --training.stpes 3", checkout)
+    assert said.returncode == 2
+    assert said.stderr.strip() in (REPO / "README.md").read_text()
+    assert said.stdout == ""
+
+
+def test_the_readme_is_short_and_its_links_and_tree_are_true():
+    text = (REPO / "README.md").read_text()
+    assert len(text.splitlines()) <= 200
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", text):
+        assert (REPO / link).exists(), link
+    tree = text.split("## The tree")[1].split("```")[1]
+    for module in (REPO / "flame").glob("*.py"):
+        assert module.name in tree or module.name in ("__init__.py", "errors.py"), f"{module.name} is not in the tree"
+    for folder in ("flame/data", "flame/models", "flame/checkpoint"):
+        for module in (REPO / folder).glob("[a-z]*.py"):
+            assert re.search(rf"\b{module.stem}\b", tree) or module.stem == "family", module
