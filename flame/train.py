@@ -2,10 +2,13 @@
 
 import sys
 
+from torch.distributed.elastic.multiprocessing.errors import record
+
 from flame import device, log
 from flame.errors import UserError
 
 
+@record  # so that torchrun shows the traceback of a rank whose output LOG_RANK hides
 def main(argv: list[str]) -> int:
     """Run the job that `argv` describes on this rank; returns the exit code."""
     log.configure()

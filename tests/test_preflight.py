@@ -1,5 +1,6 @@
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -36,7 +37,7 @@ def test_the_help_made_without_torch_is_the_one_made_with_it(tmp_path, monkeypat
 
 
 def test_help_cut_short_by_a_pipe_is_no_error(tmp_path):
-    command = f"{sys.executable} -m flame.preflight -h | head -1"
+    command = f"{shlex.quote(sys.executable)} -m flame.preflight -h | head -1"
     done = subprocess.run(
         command, shell=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )

@@ -119,19 +119,46 @@ def test_a_step_with_a_nan_gradient_is_skipped_while_the_schedule_goes_on(root, 
     records = metrics(root / "skipped")
     assert [r["optimizer/skipped_step"] for r in records] == [0, 0, 1, 1, 1]
     assert records[2]["grad_norm"] is None
-    assert [r["lr"] for r in records][2:] == pytest.approx([r["lr"] for r in trajectory_of_schedule(records)][2:])
-
-
-def trajectory_of_schedule(records):
-    """The learning rates of a run of 5 steps with 2 of warm-up and a linear decay from 8e-4."""
-    factors = [0.5, 1.0, 1.0, 2 / 3, 1 / 3]
-    return [{"lr": 8e-4 * factor} for factor in factors[: len(records)]]
+    assert [r["lr"] / 8e-4 for r in records] == pytest.approx([1 / 2, 1, 1, 2 / 3, 1 / 3])  # warm-up 2, then linear
 
 
 def test_without_the_flag_a_nan_gradient_stops_the_run_before_anything_is_saved(root, job):
     with pytest.raises(AssertionError, match="gradient norm is nan; stopped before the update"):
         train_each([job("stopped", "--checkpoint.interval=1")], trainer="tests.faults:PoisonedGradient")
     assert sorted(path.name for path in (root / "stopped" / "checkpoint").iterdir()) == ["step-1", "step-2"]
+
+
+def test_a_third_of_the_labels_masked_counts_alike_in_one_batch_and_in_four(root, job):
+    batches = {"at_once": (4, 1), "in_four": (1, 4)}
+    train_each(
+        [
+            [
+                *job(name, "--checkpoint.no_enable"),
+                *(f"--training.local_batch_size={size}", f"--training.gradient_accumulation_steps={steps}"),
+            ]
+            for name, (size, steps) in batches.items()
+        ],
+        trainer="tests.faults:MaskedLabels",
+    )
+    one, four = metrics(root / "at_once"), metrics(root / "in_four")
+    assert [r["data_digest"] for r in four] == [r["data_digest"] for r in one]
+    assert [r["loss"] for r in four] == pytest.approx([r["loss"] for r in one], abs=1e-6)
+    assert [r["grad_norm"] for r in four] == pytest.approx([r["grad_norm"] for r in one], abs=1e-6)
+
+
+def test_all_ranks_stop_at_the_step_before_the_first_one_runs_out_of_data_and_save(root, job):
+    train_each([job("ended", steps=9)], trainer="tests.faults:EndingData", ranks=2)
+    status = json.loads((root / "ended" / "status.json").read_text())
+    assert (status["status"], status["step"]) == ("data_exhausted", 2)
+    assert (root / "ended" / "checkpoint" / "step-2" / ".metadata").exists()
+
+
+def test_a_chosen_step_is_resumed_and_what_was_logged_after_it_is_moved_aside(root, job):
+    train_each([job("chosen", "--checkpoint.interval=1")])
+    before = trajectory(root / "chosen")
+    train_each([job("chosen", "--checkpoint.load_step=2", "--lr_scheduler.total_steps=4", steps=3)])
+    assert trajectory(root / "chosen") == before[:3]
+    assert '"step": 4' in (root / "chosen" / "metrics.replaced.jsonl").read_text()
 
 
 def test_a_new_learning_rate_takes_effect_on_resume(root, job):
@@ -155,8 +182,8 @@ def test_tensorboard_and_wandb_are_written_and_a_resumed_run_goes_on_in_the_same
 
 
 def test_the_run_folder_says_what_happened_and_its_config_runs_again_as_it_is(root, job):
-    train_each([job("first", steps=3)])
-    folder = root / "first"
+    train_each([job("first run", steps=3)])
+    folder = root / "first run"
     assert json.loads((folder / "status.json").read_text()) == {
         "step": 3,
         "tokens": 3 * 8 * 128,

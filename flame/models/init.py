@@ -48,12 +48,16 @@ def _fill(unit: Unit, init_module: Callable[[nn.Module], None], seed: int) -> No
         return
     device = _local(next(iter(targets.values()))).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
-        torch.manual_seed(int.from_bytes(hashlib.blake2b(f"{seed}/{unit.name}".encode(), digest_size=7).digest()))
+        torch.manual_seed(_seed_of(unit.name, seed))
         fresh = unit.build().apply(init_module)
     values = dict(_tensors(fresh))
     assert values.keys() == targets.keys(), f"{unit.name}: {sorted(values.keys() ^ targets.keys())}"
     for name, target in targets.items():
         _copy(target, values[name])
+
+
+def _seed_of(name: str, seed: int) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest(), "big")
 
 
 def _copy(target: torch.Tensor, value: torch.Tensor) -> None:
