@@ -124,9 +124,12 @@ def _check_folders(config: JobConfig) -> None:
     if initial and "://" not in initial and not os.path.exists(initial):
         raise UserError(f"--checkpoint.initial_load_path: there is no {initial}")
     steps = dump / checkpoint.folder
-    if checkpoint.enable and checkpoint.load_step > 0 and checkpoint.load_step not in (there := list(_steps(steps))):
-        found = f"steps there: {', '.join(map(str, sorted(there)))}" if there else "there is none at all"
+    there = sorted(_steps(steps))
+    if checkpoint.enable and checkpoint.load_step > 0 and checkpoint.load_step not in there:
+        found = f"steps there: {', '.join(map(str, there))}" if there else "there is none at all"
         raise UserError(f"--checkpoint.load_step: no whole step-{checkpoint.load_step} in {steps}, {found}")
+    if checkpoint.enable and not there and not initial and any(steps.glob("step-*")):
+        raise UserError(f"--checkpoint.folder: no complete checkpoint in {steps}; move it away to start anew")
 
 
 def _steps(folder: Path) -> Iterator[int]:

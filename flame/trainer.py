@@ -259,7 +259,9 @@ def run(trainer_class: type[FlameTrainer], job_config: Any) -> None:
             trainer.train()
     except BaseException as error:
         if trainer is not None:
-            trainer.run.set_status("failed", step=trainer.step, tokens=trainer.tokens, reason=f"{error}")
+            trainer.run.set_status(
+                "failed", step=trainer.step, tokens=trainer.tokens, reason=f"{type(error).__name__}: {error}"
+            )
             trainer.close()
         raise
     trainer.close()

@@ -10,8 +10,6 @@ from torchtitan.components.checkpoint import LR_SCHEDULER
 from torchtitan.components.checkpoint import CheckpointManager as TitanCheckpointManager
 from torchtitan.tools.logging import logger
 
-from flame.errors import UserError
-
 
 def complete_steps(folder: str | Path) -> list[int]:
     """Steps of the complete checkpoints under `folder`, ascending; DCP writes `.metadata` last."""
@@ -48,8 +46,6 @@ class CheckpointManager(TitanCheckpointManager):
             if re.fullmatch(r"step-\d+", path.name) and int(path.name[5:]) not in steps:
                 logger.warning(f"{path} is not complete and is not used")
         if steps or (not self.initial_load_path and not self.initial_load_in_hf):
-            if folder.is_dir() and not steps and any(folder.glob("step-*")):
-                raise UserError(f"checkpoint.folder: no complete checkpoint in {folder}; remove it to start anew")
             loaded = super().load(step)
         else:  # torchtitan asks whether the folder exists; what counts is whether it holds a checkpoint
             self.folder = os.path.join(self.folder, "none")
@@ -62,11 +58,9 @@ class CheckpointManager(TitanCheckpointManager):
         return loaded
 
     def dcp_save(self, state_dict: dict[str, Any], checkpoint_id: str, *args: Any, **kwargs: Any) -> Any:
-        if os.path.exists(os.path.join(checkpoint_id, ".metadata")):
-            dist.barrier()  # every rank has looked before rank 0 takes the mark of completeness away
-            if dist.get_rank() == 0:
-                os.unlink(os.path.join(checkpoint_id, ".metadata"))
-            dist.barrier()
+        if dist.get_rank() == 0:
+            Path(checkpoint_id, ".metadata").unlink(missing_ok=True)  # a checkpoint that is overwritten is not complete
+        dist.barrier()
         return super().dcp_save(state_dict, checkpoint_id, *args, **kwargs)
 
     def _save_last_step(self, curr_step: int) -> None:
