@@ -10,9 +10,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROWS = (
     "errors",
-    "legacy setting section log device schedule checkpoint.convert data.window data.prefetch data.table models.family",
-    "data.source data.mixture data.tokenize data.pack data.ledger models.loss models.flops models.reference",
-    "config data.lane models.llama models.neox models.fla models.init parallel.* checkpoint.manager checkpoint.export",
+    "legacy setting section log device schedule checkpoint.convert data.window data.prefetch data.table models.family "
+    "models.reference.precision models.reference.packing",
+    "data.source data.mixture data.tokenize data.pack data.ledger models.loss models.flops "
+    "models.reference.attention models.reference.convolution models.reference.linear_attention models.reference.norm",
+    "config data.lane models.llama models.neox models.fla models.init models.reference "
+    "parallel.* checkpoint.manager checkpoint.export",
     "input run data.loader models.table",
     "plan metrics models.causal_lm",
     "preflight spec",

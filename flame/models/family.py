@@ -22,7 +22,6 @@ class Family:
     mixer_flops: Callable[[Any, int], float]
     packing: Literal["cu_seqlens", "positions"]
     from_fla: bool = False
-    on_cpu: bool = True
 
 
 def attention_flops(layers: int, width: int, seq_len: int) -> float:

@@ -1,0 +1,71 @@
+"""Norms, gated norms and activations."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flame.models.reference.precision import wide
+
+
+def norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None = None, eps: float = 1e-5,
+    prenorm: bool = False, residual_in_fp32: bool = False, is_rms_norm: bool = False, num_groups: int = 1,
+    *, gate: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """Layer norm of x + residual (..., D), in num_groups equal parts of D; with prenorm return that sum too.
+
+    is_rms_norm leaves out the subtraction of the mean (arXiv 1910.07467); gate (..., D) multiplies the result.
+    """
+    total = wide(x)
+    total_dtype = torch.float32 if residual_in_fp32 else x.dtype
+    if residual is not None:  # whose dtype wins over residual_in_fp32, as in the kernels
+        total, total_dtype = total + wide(residual), residual.dtype
+    y = total.unflatten(-1, (num_groups, -1))
+    if not is_rms_norm:
+        y = y - y.mean(-1, keepdim=True)
+    y = (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)).flatten(-2)
+    if weight is not None:
+        y = y * wide(weight)
+    if bias is not None:
+        y = y + wide(bias)
+    if gate is not None:
+        y = y * gate
+    return (y.to(x.dtype), total.to(total_dtype)) if prenorm else y.to(x.dtype)
+
+
+def rms_norm_gated(
+    x: Tensor, g: Tensor, weight: Tensor | None, bias: Tensor | None, activation: str = "swish",
+    residual: Tensor | None = None, prenorm: bool = False, residual_in_fp32: bool = False, eps: float = 1e-6,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """RMS `norm` times the activation ("swish", "silu" or "sigmoid") of the gate g (..., D)."""
+    gates: dict[str, Callable] = {"swish": F.silu, "silu": F.silu, "sigmoid": torch.sigmoid}
+    gate = gates[activation](wide(g))
+    return norm(x, weight, bias, residual, eps, prenorm, residual_in_fp32, is_rms_norm=True, gate=gate)
+
+
+def l2norm(x: Tensor, eps: float = 1e-6, output_dtype: torch.dtype | None = None) -> Tensor:
+    """Divide x (..., D) by the root of its sum of squares plus eps."""
+    y = wide(x)
+    return (y * torch.rsqrt(y.square().sum(-1, keepdim=True) + eps)).to(output_dtype or x.dtype)
+
+
+def swish(x: Tensor) -> Tensor:
+    """x * sigmoid(x)."""
+    return F.silu(x)
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """1 / (1 + exp(-x))."""
+    return torch.sigmoid(x)
+
+
+def swiglu(x: Tensor, y: Tensor) -> Tensor:
+    """swish(x) * y. Source: arXiv 2002.05202."""
+    return F.silu(x) * y
+
+
+def swiglu_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer on `swiglu`."""
+    return F.linear(F.silu(x) * y, weight, bias)
