@@ -102,7 +102,7 @@ def test_a_module_imports_only_from_rows_above_its_own(name):
     path, known = modules()[name], set(modules())
     is_package = path.name == "__init__.py"
     package = name if is_package else name.rpartition(".")[0]
-    if is_package:
+    if is_package and row(name) is None:  # a package with a row is a module with rooms
         assert not list(imported(ast.parse(path.read_text()), package, known)), "importing a package imports nothing"
     else:
         assert row(name) is not None, f"{name} is in no row: give it one, in the table here"

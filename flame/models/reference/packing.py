@@ -9,7 +9,10 @@ from torch import Tensor
 
 
 def place_tokens(cu_seqlens: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    # For each packed token: its document and its place in it. Tokens after the last document are one more document.
+    """For each of `length` packed tokens, its document and its place in it, both int64 (length,).
+
+    Tokens after the last document are one more document.
+    """
     token = torch.arange(length, device=cu_seqlens.device)
     document = torch.bucketize(token, cu_seqlens[1:].to(token.dtype), right=True)
     return document, token - cu_seqlens[document]
@@ -18,7 +21,7 @@ def place_tokens(cu_seqlens: Tensor, length: int) -> tuple[Tensor, Tensor]:
 def each_document(
     op: Callable, tensors: list[Tensor], cu_seqlens: Tensor, states: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
-    # One document after the other: a state for each of them, which only generation asks for.
+    """Run `op` on one document after the other, with a state for each of them, which only generation asks for."""
     bounds = cu_seqlens.tolist()
     outputs, finals = [], []
     for i, (start, end) in enumerate(itertools.pairwise(bounds)):
