@@ -32,13 +32,15 @@ python=$(bash "$root/scripts/setup.sh")
 export NNODE=${NNODE:-${SLURM_NNODES:-1}} NGPU=${NGPU:-$(visible_gpus)}
 [[ $NNODE =~ ^[1-9][0-9]*$ ]] || refuse "NNODE: found '$NNODE', allowed are whole numbers from 1"
 [[ $NGPU =~ ^[1-9][0-9]*$ ]] || refuse "NGPU: found '$NGPU', allowed are whole numbers from 1"
+[[ ${LOG_RANK:-0} =~ ^[0-9]+(,[0-9]+)*$ ]] || refuse "LOG_RANK: found '$LOG_RANK', allowed is a list of ranks such as 0,3"
+[[ ${MASTER_PORT:-0} =~ ^[0-9]{1,5}$ ]] || refuse "MASTER_PORT: found '$MASTER_PORT', allowed are ports up to 65535"
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} # flame is this checkout's, from any folder
 ((NGPU == 1)) || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # as torchrun would, without its warning
 [[ -n ${PYTORCH_CUDA_ALLOC_CONF:-} ]] || export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 [[ -t 1 ]] || export NO_COLOR=${NO_COLOR:-1}
 
 status=0
-"$python" -m flame.preflight "$@" || status=$?
+env -u WORLD_SIZE "$python" -m flame.preflight "$@" || status=$? # WORLD_SIZE: ranks ask it, other launchers leave it
 case $status in
   0) ;;
   64) exit 0 ;; # it printed the help
@@ -57,6 +59,6 @@ if ((NNODE > 1)); then
   fi
 fi
 
-exec "$python" -m torch.distributed.run --nnodes "$NNODE" --nproc_per_node "$NGPU" "${rendezvous[@]}" \
+exec "$python" -m flame.launch --nnodes "$NNODE" --nproc_per_node "$NGPU" "${rendezvous[@]}" \
   --rdzv_endpoint "${MASTER_ADDR:-localhost}:${MASTER_PORT:-$port}" \
   --local-ranks-filter "${LOG_RANK:-0}" --role rank --tee 3 -m flame.train "$@"

@@ -7,6 +7,7 @@ get the same one-line answer; tyro writes the --help page.
 import contextlib
 import copy
 import dataclasses
+import glob
 import importlib
 import io
 import logging
@@ -20,7 +21,7 @@ from torchtitan.config.manager import ConfigManager, custom_registry
 
 from flame import legacy
 from flame.errors import UserError
-from flame.section import JobConfig
+from flame.section import DataSource, JobConfig
 from flame.setting import Setting, nearest, read_flags, read_toml, typed
 
 logger = logging.getLogger("flame")
@@ -183,6 +184,14 @@ def world_size() -> int:
 
 def help_text() -> str:
     """The --help page: every setting with its type, default and docstring, plain text."""
+    registry = copy.deepcopy(custom_registry)
+
+    @registry.primitive_rule
+    def show_tables(info: Any) -> Any:  # tyro leaves a list of tables out of the page
+        if info.type != list[DataSource]:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(1, "TABLES", list, lambda _: False, lambda _: ["none"])
+
     page = io.StringIO()
     description = (
         "Train a language model. Every flag is also a TOML key: --training.steps is steps under [training]. "
@@ -195,23 +204,27 @@ def help_text() -> str:
             description=description,
             args=["--help"],
             use_underscores=True,
-            registry=custom_registry,
+            registry=registry,
         )
     return "".join(line.rstrip() + "\n" for line in page.getvalue().splitlines())
 
 
-def with_absolute_paths(config: JobConfig) -> JobConfig:
-    """A copy whose local paths hold from any folder, as the config in a run folder must."""
+def recorded(config: JobConfig) -> JobConfig:
+    """What a run folder keeps: a copy whose local paths hold from any folder, and which resumes when it is run."""
 
     def absolute(path: str) -> str:
-        return os.path.abspath(path) if os.path.exists(path) else path
+        path = os.path.expanduser(path.strip())
+        return os.path.abspath(path) if glob.glob(path, recursive=True) or os.path.exists(path) else path
 
     config = copy.deepcopy(config)
+    config.checkpoint.load_step, config.checkpoint.create_seed_checkpoint = -1, False
     for path in _PATHS:
         if value := attrgetter(path)(config):
             _assign(config, path, absolute(value))
     config.job.dump_folder = os.path.abspath(config.job.dump_folder)
     config.model.hf_assets_path = config.model.tokenizer_path or ""
+    for source in config.data.sources:
+        source.path = absolute(source.path)
     config.training.dataset = ",".join(absolute(item) for item in config.training.dataset.split(","))
     return config
 
@@ -229,6 +242,8 @@ def _plain(section: Any, default: Any) -> dict[str, Any]:
         value, usual = getattr(section, f.name), getattr(default, f.name)
         if dataclasses.is_dataclass(value):
             table[f.name] = _plain(value, usual)
+        elif isinstance(value, list) and value and dataclasses.is_dataclass(value[0]):
+            table[f.name] = [{k: v for k, v in dataclasses.asdict(row).items() if v is not None} for row in value]
         elif value is not None or usual is not None:
             table[f.name] = "none" if value is None else value
     return table

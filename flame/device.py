@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch._utils
 import torch.distributed as dist
+import torch.profiler
 
 
 def choose() -> str:
@@ -28,6 +29,7 @@ def choose() -> str:
         if not hasattr(torch.cpu, name):
             setattr(torch.cpu, name, function)
     dist.barrier = _barrier_without_devices(dist.barrier)
+    torch.profiler.profile = _profile_known(torch.profiler.profile)  # type: ignore[misc]
     torch.cpu._flame = True  # type: ignore[attr-defined]
     return "cpu"
 
@@ -53,6 +55,14 @@ _CPU_MODULE = {
     "empty_cache": lambda: None,
     "memory_stats": _peak_memory,
 }
+
+
+def _profile_known(profile: Any) -> Any:
+    # torchtitan asks for the activity of the CPU and of an accelerator, which is None here.
+    def known(activities: Any, **options: Any) -> Any:
+        return profile(activities=[each for each in activities if each is not None], **options)
+
+    return known
 
 
 def _barrier_without_devices(barrier: Any) -> Any:

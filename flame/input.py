@@ -1,9 +1,12 @@
 """The files and hub ids a job names: whether those that should be here are, and fit together."""
 
+import contextlib
+import dataclasses
 import glob
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +95,9 @@ def _read_json(flag: str, path: Path) -> dict[str, Any]:
 def check_data(config: JobConfig) -> None:
     """Refuse data that is missing here, lists of unequal length and shares that are none."""
     training = config.training
+    if config.data.sources:
+        _check_tables(config)
+        return
     datasets = training.dataset.split(",")
     if not all(name.strip() for name in datasets):
         raise UserError(f"--training.dataset: found {training.dataset!r}, every item must be a path or a hub id")
@@ -113,6 +119,46 @@ def check_data(config: JobConfig) -> None:
     rows = zip(datasets, items.get("data_dir", empty), items.get("data_files", empty), strict=True)
     for dataset, folder, files in rows:
         _check_source(dataset.strip(), folder, files)
+
+
+@contextlib.contextmanager
+def validation_as_training(config: JobConfig) -> Iterator[JobConfig]:
+    """A copy whose training section names validation's data; UserErrors in the block name validation's flags."""
+    held_out = config.validation
+    training = dataclasses.replace(
+        config.training,
+        dataset=held_out.dataset,
+        dataset_path=held_out.dataset_path,
+        dataset_name=held_out.dataset_name,
+        dataset_split=held_out.dataset_split,
+        data_dir=None,
+        data_files=held_out.data_files,
+        data_probs=None,
+    )
+    try:
+        yield dataclasses.replace(config, training=training, data=dataclasses.replace(config.data, sources=[]))
+    except UserError as error:
+        raise UserError(str(error).replace("--training.", "--validation.")) from None
+
+
+def _check_tables(config: JobConfig) -> None:
+    given = [name for name in _LISTS if getattr(config.training, name) is not None]
+    if config.training.dataset != type(config.training).dataset:
+        given.insert(0, "dataset")
+    if given:
+        raise UserError(f"--training.{given[0]}: the sources are in [[data.sources]], give only one of the two")
+    names = [source.name for source in config.data.sources if source.name]
+    for i, source in enumerate(config.data.sources):
+        where = f"data.sources[{i}]"
+        if not 0 < source.weight < math.inf:
+            raise UserError(f"{where}.weight: found {source.weight}, must be a number above 0")
+        if names.count(source.name or "") > 1:
+            raise UserError(f"{where}.name: found {source.name!r} twice, every source must have a name of its own")
+        try:
+            _check_source(source.path, source.data_dir or "", source.data_files or "")
+        except UserError as error:
+            said = str(error).replace("--training.dataset:", f"{where}.path:").replace("--training.", f"{where}.")
+            raise UserError(said) from None
 
 
 def _check_shares(texts: list[str]) -> None:

@@ -9,6 +9,12 @@ _NOT_SO = (
     "Error running lspci",  # torchtitan looks for its GPU table's names three times
     "Peak flops undefined",  # flame.metrics reports no MFU then, torchtitan an A100's
     "Peak FLOPS used",
+    "[GC]",  # a line at each save
+    "Building auto",  # forty lines of JSON; the run folder has config.json
+    "CPU memory usage for model",  # on a CPU that is the whole process
+    "Mixed precision training is handled by AMP",  # also said where there is none
+    "Sleeping 2 seconds",
+    "Destroying the purge thread",
     "ENV[",  # variables that torchrun set a moment ago
 )
 _WARNINGS_NOT_SO = (

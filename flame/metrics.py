@@ -1,5 +1,6 @@
 """What a logged step says: one progress line, one record in metrics.jsonl, and torchtitan's TensorBoard and W&B."""
 
+import math
 import os
 import time
 import uuid
@@ -62,7 +63,7 @@ class Metrics(MetricsProcessor):
             "data/wait_share": loading,
             "memory_gib": memory.max_reserved_gib,
         }
-        self.run.log({name: None if value != value else value for name, value in record.items()})  # JSON has no NaN
+        self.run.log({name: _json_number(value) for name, value in record.items()})
         self.logger.log({name: value for name, value in record.items() if isinstance(value, int | float)}, step)
         self._print(record)
 
@@ -70,6 +71,14 @@ class Metrics(MetricsProcessor):
         self.data_loading_times.clear()
         self.time_last_log = time.perf_counter()
         self.device_memory_monitor.reset_peak_stats()
+
+    def log_validation(self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None) -> None:
+        """Log a validation as a record of its own. extra_metrics: validation/seconds, kept out of training's speed."""
+        record = {"validation/loss": loss, **(extra_metrics or {})}
+        self.run.log({"step": step, **{name: None if value != value else value for name, value in record.items()}})
+        self.logger.log(record, step)
+        logger.info(f"validation after step {step}: loss {loss:.4f}")
+        self.time_last_log += record.get("validation/seconds", 0.0)
 
     def _print(self, record: dict[str, Any]) -> None:
         color, steps = self.color, self.job_config.training.steps
@@ -85,6 +94,10 @@ class Metrics(MetricsProcessor):
             f"{color.turquoise}memory {record['memory_gib']:.2f} GiB  "
             f"{color.cyan}eta {eta}{color.reset}"
         )
+
+
+def _json_number(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value  # JSON has no NaN and no infinity
 
 
 def known_peak_flops(device_name: str) -> float | None:

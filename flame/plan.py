@@ -1,54 +1,70 @@
 """What can be refused before a process group or a folder exists: `check(config, world_size)`. Imports no torch."""
 
+import importlib.util
+import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from operator import attrgetter
 from pathlib import Path
 
 from flame.config import JobConfig
+from flame.data.skip import parse_skip
 from flame.errors import UserError
-from flame.input import check_data, check_model
+from flame.input import check_data, check_model, validation_as_training
 
 _FROM_1 = (
     *("training.steps", "training.local_batch_size", "training.seq_len", "training.context_len", "training.gc_freq"),
     *("training.dataloader.prefetch_factor", "data.lanes", "data.window", "metrics.log_freq", "checkpoint.interval"),
+    *("validation.local_batch_size", "validation.seq_len", "validation.freq"),
     *("lr_scheduler.total_steps", "profiling.profile_freq", "comm.init_timeout_seconds", "comm.train_timeout_seconds"),
 )
 _FROM_0 = (
+    *("data.epochs", "data.max_bad_rows"),
     *("training.dataloader.num_workers", "lr_scheduler.warmup_steps", "checkpoint.keep_latest_k"),
     *("comm.trace_buf_size", "optimizer.weight_decay", "debug.seed"),
 )
-_UP_TO_1 = ("optimizer.beta1", "optimizer.beta2", "lr_scheduler.decay_ratio", "lr_scheduler.min_lr_factor")
+_BELOW_1 = ("optimizer.beta1", "optimizer.beta2")
+_UP_TO_1 = ("lr_scheduler.decay_ratio", "lr_scheduler.min_lr_factor")
+_CONVERTERS = {f"quantize.{kind}.{name}" for kind in ("linear", "grouped_mm") for name in ("float8", "mx")}
 _ABOVE_0 = ("optimizer.lr", "optimizer.eps", "training.max_norm")
 
 
 def check(config: JobConfig, world_size: int) -> None:
     """Refuse, with one UserError, a config that could not train on `world_size` processes."""
     _check_ranges(config)
-    for section in ("validation", "fault_tolerance"):
-        if getattr(config, section).enable:
-            raise UserError(f"--{section}.enable: found true, must be false in this version")
+    _check_choices(config)
+    if config.fault_tolerance.enable:
+        raise UserError("--fault_tolerance.enable: found true, must be false in this version")
     data_parallel = _check_parallelism(config, world_size)
     _check_batch(config, data_parallel)
     check_model(config)
     check_data(config)
+    _check_validation(config)
     _check_folders(config)
 
 
 def _check_ranges(config: JobConfig) -> None:
     rules: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
-        (_FROM_1, lambda v: v >= 1, "1 or more"),
-        (_FROM_0, lambda v: v >= 0, "0 or more"),
+        (_FROM_1, lambda v: 1 <= v < 2**62, "1 or more, and below 2^62"),
+        (_FROM_0, lambda v: 0 <= v < 2**62, "0 or more, and below 2^62"),
+        (_BELOW_1, lambda v: 0 <= v < 1, "0 or more and below 1"),
         (_UP_TO_1, lambda v: 0 <= v <= 1, "from 0 to 1"),
-        (_ABOVE_0, lambda v: v > 0, "more than 0"),
+        (_ABOVE_0, lambda v: 0 < v < math.inf, "more than 0, and finite"),
         (("checkpoint.load_step",), lambda v: v >= -1, "-1 (the newest) or a step"),
+        (("data.exhausted_exit_code",), lambda v: v in (0, 1), "0 or 1"),
     )
     for paths, holds, allowed in rules:
         for path in paths:
             value = attrgetter(path)(config)
             if value is not None and not holds(value):
                 raise UserError(f"--{path}: found {value}, must be {allowed}")
+    parse_skip(config.data.skip)
     training, profiling = config.training, config.profiling
+    if config.lr_scheduler.total_steps is not None and config.lr_scheduler.total_steps < training.steps:
+        raise UserError(
+            f"--lr_scheduler.total_steps: found {config.lr_scheduler.total_steps}, must be at least training.steps "
+            f"{training.steps}; beyond its end the learning rate would be negative"
+        )
     if config.checkpoint.keep_latest_k == 1:
         raise UserError("--checkpoint.keep_latest_k: found 1, must be 0 (keep all) or 2 or more")
     if training.context_len is not None and training.context_len > training.seq_len:
@@ -63,6 +79,26 @@ def _check_ranges(config: JobConfig) -> None:
             f"--profiling.profile_freq: found {profiling.profile_freq}, must be {cycle} or more "
             "(profiling.profiler_warmup + profiling.profiler_active)"
         )
+
+
+def _check_choices(config: JobConfig) -> None:
+    """Refuse what torchtitan would trip over later, or what would silently do nothing of what it says."""
+    if config.comm.mode != "default":
+        raise UserError(f"--comm.mode: found {config.comm.mode}, must be default; the others train nothing real")
+    if unknown := set(config.model.converters) - _CONVERTERS:
+        raise UserError(f"--model.converters: found {min(unknown)}, must be among {', '.join(sorted(_CONVERTERS))}")
+    ac = config.activation_checkpoint
+    if ac.mode == "memory_budget" and not config.compile.enable:
+        raise UserError("--activation_checkpoint.mode: memory_budget needs --compile.enable")
+    if ac.selective_ac_option != "op" and not ac.selective_ac_option.isdecimal():
+        found = ac.selective_ac_option
+        raise UserError(f"--activation_checkpoint.selective_ac_option: found {found!r}, must be op or a whole number")
+    if (module := config.experimental.custom_import) and importlib.util.find_spec(module.partition(".")[0]) is None:
+        raise UserError(f"--experimental.custom_import: there is no module {module}")
+    if config.checkpoint.last_save_in_hf:
+        raise UserError("--checkpoint.last_save_in_hf: the export (--checkpoint.export) does that, in hf/step-N")
+    if config.checkpoint.initial_load_in_hf and not config.checkpoint.initial_load_path:
+        raise UserError("--checkpoint.initial_load_in_hf: --checkpoint.initial_load_path must name the folder")
 
 
 def _check_parallelism(config: JobConfig, world_size: int) -> int:
@@ -111,12 +147,25 @@ def _multiples(value: int, step: int) -> str:
     return f"{below} or {below + step}" if below else f"{step}"
 
 
+def _check_validation(config: JobConfig) -> None:
+    if not config.validation.enable:
+        return
+    if not config.validation.dataset:
+        raise UserError("--validation.dataset: not set, must be a local path or a hub id, or a comma list of them")
+    with validation_as_training(config) as held_out:
+        check_data(held_out)
+
+
 def _check_folders(config: JobConfig) -> None:
+    if not config.job.dump_folder:
+        raise UserError("--job.dump_folder: found nothing, must be a folder")
     dump, checkpoint = Path(config.job.dump_folder), config.checkpoint
     for folder in (dump, *dump.parents):
         if os.path.exists(folder):
             if not os.path.isdir(folder):
                 raise UserError(f"--job.dump_folder: {folder} is a file, must be a folder")
+            if not os.access(folder, os.W_OK):
+                raise UserError(f"--job.dump_folder: {folder} may not be written to")
             break
     if checkpoint.create_seed_checkpoint and not checkpoint.enable:
         raise UserError("--checkpoint.create_seed_checkpoint: checkpoint.enable is false, must be true")
@@ -128,12 +177,20 @@ def _check_folders(config: JobConfig) -> None:
     if checkpoint.enable and checkpoint.load_step > 0 and checkpoint.load_step not in there:
         found = f"steps there: {', '.join(map(str, there))}" if there else "there is none at all"
         raise UserError(f"--checkpoint.load_step: no whole step-{checkpoint.load_step} in {steps}, {found}")
-    if checkpoint.enable and not there and not initial and any(steps.glob("step-*")):
+    broken = sorted(set(_numbers(steps.glob("step-*"))) - set(there))
+    first_save = checkpoint.interval if checkpoint.interval_type == "steps" else math.inf
+    if checkpoint.enable and broken and not there and not initial and (len(broken) > 1 or broken[0] > first_save):
+        # One alone is the first save, cut short; more were whole once, and starting anew would not be what is wanted.
         raise UserError(f"--checkpoint.folder: no complete checkpoint in {steps}; move it away to start anew")
 
 
 def _steps(folder: Path) -> Iterator[int]:
     """Steps with a whole checkpoint: the metadata is written last."""
-    for metadata in folder.glob("step-*/.metadata"):
-        if (step := metadata.parent.name.removeprefix("step-")).isdecimal():
+    return _numbers(metadata.parent for metadata in folder.glob("step-*/.metadata"))
+
+
+def _numbers(folders: Iterable[Path]) -> Iterator[int]:
+    """N of each folder that is called step-N."""
+    for folder in folders:
+        if (step := folder.name.removeprefix("step-")).isdecimal():
             yield int(step)

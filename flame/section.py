@@ -85,6 +85,33 @@ class Training(titan.Training):
 
 
 @dataclass
+class DataSource:
+    path: str
+    """A local path, a hub id or "stdlib"."""
+
+    name: str | None = None
+    """What the source is called in the log and in checkpoints; default: the last part of the path."""
+
+    weight: float = 1.0
+    """Share of the tokens, for the sum of all weights."""
+
+    column: str | None = None
+    """Column that holds its text or token ids; default data.column."""
+
+    split: str | None = None
+    """Split; default train."""
+
+    subset: str | None = None
+    """Configuration of a hub dataset."""
+
+    data_dir: str | None = None
+    """Folder inside the source."""
+
+    data_files: str | None = None
+    """Files or patterns inside the source, a comma list."""
+
+
+@dataclass
 class Data:
     lanes: int = 64
     """
@@ -96,7 +123,58 @@ class Data:
     """Rows that are shuffled together; 1 keeps the order of the source."""
 
     column: str | None = None
-    """Column that holds the text; default "text", then "content"."""
+    """Column that holds the text, or token ids; default "text", then "content", then "input_ids"."""
+
+    sources: list[DataSource] = field(default_factory=list)
+    """
+    The sources as tables of a TOML, one [[data.sources]] each, instead of training.dataset and its lists. Keys: path,
+    name, weight, column, split, subset, data_dir, data_files.
+    """
+
+    epochs: int = 0
+    """Times every source is read, each time in another order; the run ends when all are through. 0: without end."""
+
+    max_bad_rows: float = 0.01
+    """
+    Rows of a source that may hold no document (null, empty, broken, of more than 2^25 characters) and are skipped: a
+    share of those read if below 1 (100 rows in any case), else a number of rows; 0 refuses any. More stop the run.
+    """
+
+    skip: str | None = None
+    """
+    Steps whose data is not trained on, such as 120-135,400: step 120 is then fed what step 136 would have been fed.
+    They are counted as in a run that skips nothing; the ones before a checkpoint cannot be changed when it is resumed.
+    """
+
+    exhausted_exit_code: int = 0
+    """Exit code, 0 or 1, of a run whose data ended before training.steps."""
+
+
+@dataclass
+class Validation(titan.Validation):
+    dataset: str = ""
+    """Held-out sources, a comma list as training.dataset is; each is read once, in its own order."""
+
+    dataset_path: str | None = None
+    """Not used: validation.dataset takes paths as well."""
+
+    dataset_name: str | None = None
+    """Configuration of each source, as training.dataset_name."""
+
+    dataset_split: str | None = None
+    """Split of each source (default train), as training.dataset_split."""
+
+    data_files: str | None = None
+    """Files or patterns inside each source, as training.data_files."""
+
+    freq: int = 10
+    """Steps from one validation to the next; there is one after step 1 too."""
+
+    steps: int = -1
+    """
+    Batches of validation.local_batch_size that the ranks share, so that the loss is the same on any number of them;
+    -1: all of the data.
+    """
 
 
 @dataclass
@@ -139,6 +217,7 @@ class JobConfig(titan.JobConfig):
     model: Model = field(default_factory=Model)
     training: Training = field(default_factory=Training)
     data: Data = field(default_factory=Data)
+    validation: Validation = field(default_factory=Validation)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
     comm: Comm = field(default_factory=Comm)

@@ -1,6 +1,7 @@
 """One setting as a user wrote it, on the command line or in a TOML, and its conversion to the type of its field."""
 
 import contextlib
+import dataclasses
 import difflib
 import math
 import sys
@@ -80,6 +81,8 @@ def typed(setting: Setting, kind: Any) -> Any:
         if list[str] not in arms:
             raise UserError(f"unexpected {value[1]!r} after {setting.where} {value[0]}; quote a value that has spaces")
         value = ",".join(value)
+    if (table := _table(kind)) is not None and isinstance(value, list) and all(isinstance(v, dict) for v in value):
+        return [_fill(table, row, f"{setting.where}[{i}]") for i, row in enumerate(value)]
     for arm in arms:
         try:
             return _convert(arm, value, setting.from_flag)
@@ -114,6 +117,26 @@ def _convert(kind: Any, value: Any, from_flag: bool) -> Any:
     raise ValueError(value)
 
 
+def _table(kind: Any) -> Any:
+    """The class of the tables of which a type is a list; None if it is no such type."""
+    item = get_args(kind)[0] if get_origin(kind) is list else None
+    return item if dataclasses.is_dataclass(item) else None
+
+
+def _fill(table: Any, row: dict[str, Any], where: str) -> Any:
+    """An object of a class with the values of a TOML table."""
+    fields = {f.name: f for f in dataclasses.fields(table)}
+    for key in row:
+        if key not in fields:
+            near = nearest(key, fields)
+            hint = f"did you mean {near}?" if near else f"allowed: {', '.join(fields)}"
+            raise UserError(f"{where}.{key} is not a setting, {hint}")
+    needed = [f.name for f in fields.values() if f.default is dataclasses.MISSING and f.name not in row]
+    if needed:
+        raise UserError(f"{where} needs a value for {needed[0]}")
+    return table(**{key: typed(Setting(key, f"{where}.{key}", value), fields[key].type) for key, value in row.items()})
+
+
 def _number(kind: Any, value: Any) -> int | float:
     if kind is int and not isinstance(value, float):
         with contextlib.suppress(ValueError):
@@ -135,6 +158,8 @@ def describe(kind: Any) -> str:
         list[str]: "a list such as a,b",
         list[list[str]]: "a list of lists of names, set in a TOML",
     }
+    if (table := _table(kind)) is not None:
+        return f"tables of a TOML with the keys {', '.join(f.name for f in dataclasses.fields(table))}"
     # none is tried first and named last; an integer among numbers goes without saying
     arms = [arm for arm in reversed(_arms(kind)) if arm is not int or float not in _arms(kind)]
     return " or ".join(words.get(arm) or "one of " + ", ".join(map(str, get_args(arm))) for arm in arms)

@@ -1,18 +1,34 @@
 """Registers the configured model with torchtitan: a TrainSpec filled from its family's row."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 from torchtitan.components.optimizer import build_optimizers
 from torchtitan.protocols.state_dict_adapter import StateDictAdapter
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
+from torchtitan.tools.utils import device_type
 
+from flame.checkpoint.manager import complete_steps
 from flame.data.loader import build_dataloader
+from flame.data.source import build_sources
 from flame.data.tokenize import build_tokenizer
+from flame.errors import UserError
 from flame.metrics import build_metrics
-from flame.models.causal_lm import CausalLM, ModelArgs, load_hf_config
+from flame.models.causal_lm import CausalLM, ModelArgs, check_buildable, load_hf_config
 from flame.models.loss import build_loss
 from flame.parallel.apply import parallelize
 from flame.schedule import build_schedule
+from flame.validation import build_validator
+
+_NEEDS_GPU = {
+    "training.enable_cpu_offload": lambda config: config.training.enable_cpu_offload,
+    "profiling.enable_memory_snapshot": lambda config: config.profiling.enable_memory_snapshot,
+    "checkpoint.async_mode async_with_pinned_mem": lambda config: (
+        config.checkpoint.enable and config.checkpoint.async_mode == "async_with_pinned_mem"
+    ),
+}
+_SHAPES = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "tie_word_embeddings")
 
 
 class IdentityAdapter(StateDictAdapter):
@@ -29,8 +45,14 @@ class IdentityAdapter(StateDictAdapter):
 
 
 def register(job_config: Any) -> None:
-    """Fill a TrainSpec for `job_config` and register it under `model.name`. Raises UserError."""
+    """Fill a TrainSpec for `job_config` and register it under `model.name`.
+
+    All that only a rank can find wrong with the model or the data is found here, before a process group or a folder
+    exists. Raises UserError.
+    """
     model = job_config.model
+    for flag in (flag for flag, asked in _NEEDS_GPU.items() if asked(job_config) and device_type == "cpu"):
+        raise UserError(f"--{flag}: needs a GPU, and none is visible")
     tokenizer = build_tokenizer(model.tokenizer_path, trust_remote_code=model.trust_remote_code)
     family, hf_config = load_hf_config(
         model.config,
@@ -38,6 +60,9 @@ def register(job_config: Any) -> None:
         grow_vocab=model.grow_vocab,
         trust_remote_code=model.trust_remote_code,
     )
+    check_buildable(hf_config, model.config)
+    _check_same_model(hf_config, job_config)
+    build_sources(job_config.training, job_config.data)
     spec = TrainSpec(
         model_cls=CausalLM,
         model_args={model.flavor: ModelArgs().bind(family, hf_config)},
@@ -49,6 +74,22 @@ def register(job_config: Any) -> None:
         build_tokenizer_fn=lambda _job_config: tokenizer,
         build_loss_fn=build_loss,
         build_metrics_processor_fn=build_metrics,
+        build_validator_fn=build_validator,
         state_dict_adapter=IdentityAdapter,
     )
     register_train_spec(model.name, spec)
+
+
+def _check_same_model(hf_config: Any, job_config: Any) -> None:
+    """Refuse a model other than the one the run folder's checkpoints hold. Raises UserError."""
+    folder = Path(job_config.job.dump_folder)
+    recorded = folder / "model" / "config.json"
+    if not recorded.exists() or not complete_steps(folder / job_config.checkpoint.folder):
+        return
+    known, today = json.loads(recorded.read_text()), json.loads(hf_config.to_json_string(use_diff=False))
+    changed = [f"{key} {today.get(key)} (was {known[key]})" for key in _SHAPES if today.get(key) != known.get(key)]
+    if changed:
+        raise UserError(
+            f"--model.config: {job_config.job.dump_folder} holds checkpoints of another model: {', '.join(changed)}; "
+            "give it its own --job.dump_folder"
+        )

@@ -14,19 +14,22 @@ def main(argv: list[str]) -> int:
     log.configure()
     device.choose()  # before the imports below, which import torchtitan, which reads the device
     from flame.config import parse, world_size
+    from flame.job import run_job
     from flame.plan import check
     from flame.spec import register
-    from flame.trainer import FlameTrainer, run
+    from flame.trainer import FlameTrainer, NonFiniteError
 
     try:
         config = parse(argv)
         check(config, world_size())
         register(config)
-        run(FlameTrainer, config)
+        return run_job(FlameTrainer, config)
     except UserError as error:
         print(f"flame: {error}", file=sys.stderr)
         return 2
-    return 0
+    except NonFiniteError as error:
+        print(f"flame: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

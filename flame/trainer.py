@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,14 +10,15 @@ import torch
 import torch.distributed as dist
 import torchtitan.train
 from torchtitan.components.dataloader import DataloaderExhaustedError
-from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import logger
 
-from flame.checkpoint.export import export_checkpoint, record_assets
-from flame.checkpoint.manager import CheckpointManager, complete_steps
-from flame.config import to_toml, with_absolute_paths
+from flame.checkpoint.export import record_assets
+from flame.checkpoint.manager import CheckpointManager
+from flame.config import recorded, to_toml
+from flame.data.document import Bad, allow_bad
 from flame.data.ledger import digest_batch, roll
+from flame.errors import UserError
 from flame.models.loss import IGNORE_INDEX
 from flame.run import Run
 
@@ -43,12 +44,16 @@ class FlameTrainer(torchtitan.train.Trainer):
         self.skipped_steps = 0
         self.data_digest = ""
         self.resumed_at: int | None = None
+        self.exhausted = False
+        self.bad_rows: dict[str, int] = {}
+        self.bad_rows_said: set[tuple[str, Bad]] = set()
+        self.epochs: dict[str, int] | None = None  # whole ones of each source, as far as they were said
         self.last_save = time.monotonic()
+        self.started = False
         self.run = Run(job_config.job.dump_folder, writes=dist.get_rank() == 0)
         self.metrics_processor.run = self.run
-        self.run.start(to_toml(with_absolute_paths(job_config)), self._device())
-        if self.run.writes:
-            record_assets(self.run.folder / "model", self.model_parts[0].hf, self.tokenizer.hf)
+        if job_config.optimizer.early_step_in_backward:
+            logger.warning("--optimizer.early_step_in_backward: gradients are neither clipped nor checked for NaN")
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
@@ -59,10 +64,18 @@ class FlameTrainer(torchtitan.train.Trainer):
         batch (tokens, digest, end of data) before the first forward, and on finite gradients before the update.
         """
         self.optimizers.zero_grad()
+        if self.epochs is None:
+            self.epochs = {name: int(epochs) for name, (_, epochs) in self._sum_counts().items()}
         lr = self.lr_schedulers.schedulers[0].get_last_lr()[0]
         self._seed_step()
+        position = self.dataloader.position()
         microbatches, exhausted = self._collect(data_iterator)
-        local_tokens, global_tokens, digest = self._agree(microbatches, exhausted)
+        try:
+            local_tokens, global_tokens, digest = self._agree(microbatches, exhausted)
+        except DataloaderExhaustedError:
+            self.step -= 1  # the step was not done
+            self.dataloader.rewind(position)  # what this rank did get of it is to come again, should the data go on
+            raise
 
         losses = []
         for input_dict, labels in microbatches:
@@ -132,18 +145,44 @@ class FlameTrainer(torchtitan.train.Trainer):
             valid += int((labels != IGNORE_INDEX).sum())
             row += len(labels)
         due = self.checkpointer.enable and time.monotonic() - self.last_save >= self.job_config.checkpoint.interval
-        local = torch.tensor([valid, _wrap(digest), exhausted, due], device=self.device)
+        rows = self.dataloader.skipped()
+        counts = [count for pair in rows.values() for count in pair]
+        local = torch.tensor([valid, _wrap(digest), exhausted, due, *counts], device=self.device)
         agreed = local.clone()
         if self.parallel_dims.dp_enabled:
             dist.all_reduce(agreed, group=self.parallel_dims.get_mesh("batch").get_group())
-        total, digest, exhausted_ranks, due_ranks = agreed.tolist()
+        total, digest, exhausted_ranks, due_ranks, *counts = agreed.tolist()
+        self._check_rows({name: (counts[2 * i], counts[2 * i + 1]) for i, name in enumerate(rows)})
         if exhausted_ranks:
-            self.step -= 1  # the step was not done
             raise DataloaderExhaustedError
         self.checkpointer.due = bool(due_ranks)
         if due_ranks:
             self.last_save = time.monotonic()
         return local[0].float(), torch.tensor(float(total), device=self.device), digest
+
+    def _check_rows(self, rows: dict[str, tuple[int, int]]) -> None:
+        """Say where new bad rows are, and stop, on all ranks alike, at too many; rows: {source: (bad, read)}."""
+        bad_rows = {name: bad for name, (bad, _) in rows.items()}
+        if bad_rows == self.bad_rows or not any(bad_rows.values()):
+            return
+        self.bad_rows = bad_rows
+        ranks: list[Any] = [self.dataloader.noted()]
+        if self.parallel_dims.dp_enabled:
+            ranks *= self._batch_ranks()[1]
+            dist.all_gather_object(ranks, ranks[0], group=self.parallel_dims.get_mesh("batch").get_group())
+        noted = [(name, row) for rank in ranks for name, found in rank.items() for row in found]
+        for name, row in noted:
+            if self.run.writes and (name, row) not in self.bad_rows_said:
+                logger.warning(f"source {name}: {row.place} is skipped: {row.reason}")
+        self.bad_rows_said.update(noted)
+        limit = self.job_config.data.max_bad_rows
+        for name, (bad, read) in rows.items():
+            if bad > allow_bad(limit, read):
+                example = next((f", such as {row.place} ({row.reason})" for n, row in noted if n == name), "")
+                raise UserError(
+                    f"--data.max_bad_rows: found {bad} bad rows among {read} of source {name}{example}, "
+                    f"must be at most {allow_bad(limit, read):g} (set to {limit:g})"
+                )
 
     def _update(self, grad_norm: float) -> None:
         if math.isfinite(grad_norm):
@@ -172,16 +211,28 @@ class FlameTrainer(torchtitan.train.Trainer):
         self.metrics_processor.log(self.step, mean_loss, max_loss, grad_norm, {**extra, **self._count_sources()})
         self.run.set_status("running", step=self.step, tokens=self.tokens)
 
-    def _count_sources(self) -> dict[str, float]:
+    def _sum_counts(self) -> dict[str, tuple[float, float]]:
+        """{source: (tokens, epochs)} of all ranks."""
         counts = self.dataloader.counts()
         flat = torch.tensor([value for pair in counts.values() for value in pair], dtype=torch.float64).to(self.device)
         if self.parallel_dims.dp_enabled:
             dist.all_reduce(flat, group=self.parallel_dims.get_mesh("batch").get_group())
-        pairs = zip(counts, flat.view(-1, 2).tolist(), strict=True)
+        return dict(zip(counts, flat.view(-1, 2).tolist(), strict=True))
+
+    def _count_sources(self) -> dict[str, float]:
         record: dict[str, float] = {}
-        for name, (tokens, epoch) in pairs:
+        for name, (tokens, epoch) in self._sum_counts().items():
             record |= {f"data/{name}/tokens": round(tokens), f"data/{name}/epoch": epoch}
+            record[f"data/{name}/skipped"] = self.bad_rows.get(name, 0)
+            if self.run.writes and self.job_config.data.epochs == 0:
+                self._say_epoch(name, int(epoch))
         return record
+
+    def _say_epoch(self, name: str, done: int) -> None:
+        assert self.epochs is not None
+        if done > self.epochs[name]:
+            logger.warning(f"source {name} begins epoch {done + 1}: all of it was read (--data.epochs sets an end)")
+            self.epochs[name] = done
 
     def _batch_ranks(self) -> tuple[int, int]:
         if not self.parallel_dims.dp_enabled:
@@ -191,15 +242,37 @@ class FlameTrainer(torchtitan.train.Trainer):
 
     # -- a run --------------------------------------------------------------------------------------------------------
 
+    def start(self) -> None:
+        """Write the run folder's records, once the run is known to go on: a refused one must leave them as they are."""
+        self.started = True
+        if self.step < self.job_config.training.steps:
+            self.lr_schedulers.apply()
+        self.run.rewind(self.step)
+        self.run.start(to_toml(recorded(self.job_config)), self._device())
+        if self.run.writes:
+            record_assets(self.run.folder / "model", self.model_parts[0].hf, self.tokenizer.hf)
+
+    def batch_generator(self, data_iterable: Iterable[Batch]) -> Iterator[Batch]:
+        """torchtitan's generator, which it asks for as soon as a checkpoint is loaded."""
+        self.start()
+        return super().batch_generator(data_iterable)
+
     def train(self) -> None:
         """Train to the last step or the end of data, whichever all ranks reach first, and leave a status behind."""
         steps = self.job_config.training.steps
         super().train()
         if self.step < steps:
-            self.checkpointer.save(self.step, last_step=True)
+            if self.step == 0:
+                raise UserError(
+                    f"--data.epochs: {self.job_config.data.epochs} of the data does not fill one step; fewer "
+                    f"--data.lanes than {self.job_config.data.lanes}, a shorter --training.seq_len or more epochs may"
+                )
+            self.exhausted = True
+            if self.step != self.resumed_at:
+                self.checkpointer.save(self.step, last_step=True)
             self.run.set_status("data_exhausted", step=self.step, tokens=self.tokens)
             return
-        if self.resumed_at == steps:
+        if self.resumed_at is not None and self.resumed_at >= steps:
             logger.info(f"This job is complete: step {self.step} of {steps} is done; nothing was trained.")
         self.run.set_status("completed", step=self.step, tokens=self.tokens)
 
@@ -215,28 +288,6 @@ class FlameTrainer(torchtitan.train.Trainer):
         for name, value in state_dict.items():
             setattr(self, name, value)
         self.resumed_at = self.step
-        self.run.rewind(self.step)
-
-    def finish(self) -> None:
-        """Export the newest checkpoint and say where everything is; on the rank that writes, without a process group.
-
-        Without a group no rank waits at a collective, and no timeout runs, however long a large export takes.
-        """
-        if not self.run.writes:
-            return
-        config, folder = self.job_config.checkpoint, self.run.folder
-        steps = complete_steps(folder / config.folder) if config.enable else []
-        lines = [f"metrics      {folder / 'metrics.jsonl'}"]
-        if steps:
-            checkpoint = folder / config.folder / f"step-{steps[-1]}"
-            lines.append(f"checkpoint   {checkpoint}")
-            if config.export:
-                export = folder / "hf" / f"step-{steps[-1]}"
-                export.parent.mkdir(exist_ok=True)
-                export_checkpoint(checkpoint, folder / "model", export, TORCH_DTYPE_MAP[config.export_dtype])
-                lines.append(f"model        {export}  (Hugging Face format)")
-        lines.append(f"go on        bash train.sh --job.config_file {folder / 'config.toml'} --training.steps N")
-        logger.info("\n  ".join([f"{self.run.read_status()['status']} at step {self.step}", *lines]))
 
     def _device(self) -> dict[str, Any]:
         monitor = self.metrics_processor.device_memory_monitor
@@ -245,26 +296,3 @@ class FlameTrainer(torchtitan.train.Trainer):
 
 def _wrap(digest: int) -> int:
     return (digest + 2**63) % 2**64 - 2**63  # signed 64 bit, as torch adds it across ranks
-
-
-def run(trainer_class: type[FlameTrainer], job_config: Any) -> None:
-    """Train `job_config` from start or checkpoint to the end, close everything in order, and export the result."""
-    trainer = None
-    try:
-        trainer = trainer_class(job_config)
-        if job_config.checkpoint.create_seed_checkpoint:
-            trainer.checkpointer.save(curr_step=0, last_step=True)
-            trainer.run.set_status("completed", reason="seed checkpoint")
-        else:
-            trainer.train()
-    except BaseException as error:
-        if trainer is not None:
-            trainer.run.set_status(
-                "failed", step=trainer.step, tokens=trainer.tokens, reason=f"{type(error).__name__}: {error}"
-            )
-            trainer.close()
-        raise
-    trainer.close()
-    dist.barrier()  # gloo aborts now and then when a rank destroys the group while another still uses it
-    dist.destroy_process_group()
-    trainer.finish()

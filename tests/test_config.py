@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flame.config import help_text, parse, setting_types, to_toml, with_absolute_paths, world_size
+from flame.config import help_text, parse, recorded, setting_types, to_toml, world_size
 from flame.errors import UserError
 from flame.section import JobConfig
 
@@ -273,8 +273,8 @@ def test_the_config_a_run_records_holds_its_local_paths_from_any_folder(tmp_path
     (tmp_path / "data.jsonl").write_text("{}")
     (tmp_path / "model.json").write_text("{}")
     flags = ["--training.dataset=data.jsonl,stdlib,org/name", "--model.config=model.json", "--job.dump_folder=out"]
-    recorded = with_absolute_paths(parse(flags))
-    assert recorded.training.dataset == f"{tmp_path}/data.jsonl,stdlib,org/name"
-    assert recorded.model.config == f"{tmp_path}/model.json"
-    assert recorded.model.tokenizer_path == "byte"
-    assert recorded.job.dump_folder == f"{tmp_path}/out"
+    kept = recorded(parse(flags))
+    assert kept.training.dataset == f"{tmp_path}/data.jsonl,stdlib,org/name"
+    assert kept.model.config == f"{tmp_path}/model.json"
+    assert kept.model.tokenizer_path == "byte"
+    assert kept.job.dump_folder == f"{tmp_path}/out"

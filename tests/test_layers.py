@@ -9,18 +9,21 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROWS = (
-    "errors",
-    "legacy setting section log device schedule checkpoint.convert data.window data.prefetch data.table models.family "
+    "errors data.document data.retry",
+    "data.window data.jsonl",
+    "legacy setting section log device schedule checkpoint.convert data.prefetch data.table models.family "
     "models.reference.precision models.reference.packing",
-    "data.source data.mixture data.tokenize data.pack data.ledger models.loss models.flops "
+    "data.source data.skip data.mixture data.tokenize data.pack data.ledger models.loss models.flops "
     "models.reference.attention models.reference.convolution models.reference.linear_attention models.reference.norm",
     "config data.lane models.llama models.neox models.fla models.init models.reference "
     "parallel.* checkpoint.manager checkpoint.export",
     "input run data.loader models.table",
-    "plan metrics models.causal_lm",
-    "preflight spec",
+    "plan metrics models.causal_lm data.inspect data.bench",
+    "preflight validation data.__main__",
+    "spec",
     "trainer",
-    "train",
+    "job",
+    "launch train",
 )
 STRANGERS = {"data": {"models"}, "models": {"data"}, "checkpoint": {"data", "models"}}  # whatever their rows
 

@@ -83,8 +83,18 @@ def test_the_newest_k_complete_checkpoints_are_kept_and_a_half_written_one_is_ne
     assert kept == ["step-5", "step-6", "step-99"]
 
 
-def test_a_run_whose_only_checkpoint_is_half_written_stops_instead_of_starting_anew(root, job):
-    (root / "torn" / "checkpoint" / "step-2").mkdir(parents=True)
+def test_a_run_killed_in_its_first_save_starts_anew_and_keeps_what_was_written(root, job):
+    first = root / "first" / "checkpoint" / "step-2"
+    first.mkdir(parents=True)
+    (first / "__0_0.distcp").write_bytes(b"torn")
+    train_each([job("first", "--checkpoint.interval=2")])
+    assert metrics(root / "first")[-1]["step"] == 4
+    assert (first.parent / "replaced" / "step-2" / "__0_0.distcp").read_bytes() == b"torn"
+
+
+def test_a_run_whose_checkpoints_are_all_broken_stops_instead_of_starting_anew(root, job):
+    for step in (2, 4):
+        (root / "torn" / "checkpoint" / f"step-{step}").mkdir(parents=True)
     done = train(*job("torn"))
     assert "flame: --checkpoint.folder: no complete checkpoint" in done.stderr
     assert done.returncode != 0
@@ -156,9 +166,34 @@ def test_all_ranks_stop_at_the_step_before_the_first_one_runs_out_of_data_and_sa
 def test_a_chosen_step_is_resumed_and_what_was_logged_after_it_is_moved_aside(root, job):
     train_each([job("chosen", "--checkpoint.interval=1")])
     before = trajectory(root / "chosen")
+    assert (root / "chosen" / "checkpoint" / "step-4").exists()
     train_each([job("chosen", "--checkpoint.load_step=2", "--lr_scheduler.total_steps=4", steps=3)])
     assert trajectory(root / "chosen") == before[:3]
     assert '"step": 4' in (root / "chosen" / "metrics.replaced.jsonl").read_text()
+    assert not (root / "chosen" / "checkpoint" / "step-4").exists()
+    assert (root / "chosen" / "checkpoint" / "replaced" / "step-4" / ".metadata").exists()
+
+
+def test_a_refused_resume_leaves_the_records_of_the_run_as_they_were(root, job):
+    train_each([job("whole", steps=2)])
+    files = ("config.toml", "status.json", "metrics.jsonl", "model/config.json")
+    before = [(root / "whole" / name).read_text() for name in files]
+    for refused in (["--data.lanes=32"], [f"--model.config={root}/gla.json"]):
+        done = train(*job("whole", *refused, steps=3))
+        assert done.stderr.count("flame: --") == 1
+        assert [(root / "whole" / name).read_text() for name in files] == before
+
+
+def test_a_job_asked_for_fewer_steps_than_it_has_done_is_complete(root, job):
+    train_each([job("longer", steps=3)])
+    said = train_each([job("longer", steps=2)])
+    assert "This job is complete: step 3 of 2" in said
+
+
+def test_the_profiler_runs_without_an_accelerator(root, job):
+    profile = ("--profiling.enable_profiling", "--profiling.profile_freq=4", "--checkpoint.no_enable")
+    train_each([job("profiled", *profile)])
+    assert list((root / "profiled" / "profile_traces").rglob("*.json"))
 
 
 def test_a_new_learning_rate_takes_effect_on_resume(root, job):

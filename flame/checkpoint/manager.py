@@ -2,19 +2,39 @@
 
 import os
 import re
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torchtitan.components.checkpoint import LR_SCHEDULER
+import torch.distributed.checkpoint as dcp
 from torchtitan.components.checkpoint import CheckpointManager as TitanCheckpointManager
 from torchtitan.tools.logging import logger
+
+from flame.errors import UserError
 
 
 def complete_steps(folder: str | Path) -> list[int]:
     """Steps of the complete checkpoints under `folder`, ascending; DCP writes `.metadata` last."""
     found = (re.fullmatch(r"step-(\d+)", path.parent.name) for path in Path(folder).glob("step-*/.metadata"))
     return sorted(int(match[1]) for match in found if match)
+
+
+def incomplete(folder: Path) -> list[Path]:
+    """Checkpoints under `folder` that were never finished, or lost their metadata."""
+    steps = {f"step-{step}" for step in complete_steps(folder)}
+    return sorted(p for p in folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name) and p.name not in steps)
+
+
+def _numbered(name: str) -> Iterator[str]:
+    yield name
+    yield from (f"{name}.{n}" for n in count(2))
+
+
+def _holds_training(checkpoint: Path) -> bool:
+    """Whether a checkpoint holds more than the model: torchtitan's last_save_model_only leaves the rest out."""
+    return "train_state.step" in dcp.FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata
 
 
 class CheckpointManager(TitanCheckpointManager):
@@ -42,20 +62,38 @@ class CheckpointManager(TitanCheckpointManager):
         if not self.enable:
             return False
         folder, steps = Path(self.folder), complete_steps(self.folder)
-        for path in sorted(folder.glob("step-*")):
-            if re.fullmatch(r"step-\d+", path.name) and int(path.name[5:]) not in steps:
-                logger.warning(f"{path} is not complete and is not used")
+        for path in incomplete(folder):
+            logger.warning(f"{path} is not complete and is not used")
+        chosen = (steps[-1] if steps else None) if step == -1 else step
+        if chosen and not _holds_training(folder / f"step-{chosen}"):
+            raise UserError(
+                f"--checkpoint.last_save_model_only: step-{chosen} in {folder} holds the model alone and cannot be "
+                "resumed; start another run from it with --checkpoint.initial_load_path"
+            )
+        if not steps:  # at most the first save, cut short: flame.plan refuses more
+            self._set_aside(incomplete(folder))
         if steps or (not self.initial_load_path and not self.initial_load_in_hf):
-            loaded = super().load(step)
+            loaded = super().load(steps[-1] if step == -1 and steps else step)
         else:  # torchtitan asks whether the folder exists; what counts is whether it holds a checkpoint
             self.folder = os.path.join(self.folder, "none")
             try:
                 loaded = super().load(step)
             finally:
                 self.folder = str(folder)
-        if loaded:
-            self.states[LR_SCHEDULER].apply()
+        if step > 0:  # the steps after it will be done again
+            self._set_aside([folder / f"step-{later}" for later in steps if later > step])
         return loaded
+
+    def _set_aside(self, checkpoints: list[Path]) -> None:
+        """Move checkpoints of a course that is left to replaced/, where rotation and resume do not look."""
+        if dist.get_rank() == 0:
+            for path in checkpoints:
+                aside = (path.parent / "replaced" / name for name in _numbered(path.name))
+                target = next(candidate for candidate in aside if not candidate.exists())
+                target.parent.mkdir(exist_ok=True)
+                logger.warning(f"{path} is moved to {target}")
+                os.replace(path, target)
+        dist.barrier()
 
     def dcp_save(self, state_dict: dict[str, Any], checkpoint_id: str, *args: Any, **kwargs: Any) -> Any:
         if dist.get_rank() == 0:

@@ -1,17 +1,20 @@
 """Batches of a rank's lanes, read ahead in the background; the state is that of the last batch handed out."""
 
 import json
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torchtitan.components.dataloader import BaseDataLoader
+from torchtitan.tools.logging import logger
 
 from flame.data import mixture, pack
-from flame.data.lane import Cursor, Encoder, Lane, LaneState, Place, dump_state, parse_state
+from flame.data.document import Bad
+from flame.data.lane import Cursor, Encoder, Lane, LaneState, Place, dump_state, encode, parse_state
 from flame.data.prefetch import read_ahead
+from flame.data.skip import parse_skip
 from flame.data.source import Source, build_sources
 from flame.data.window import Deal, IndexedWindows, StreamedWindows
 from flame.errors import UserError
@@ -20,16 +23,33 @@ if TYPE_CHECKING:
     from flame.config import JobConfig
     from flame.data.tokenize import Tokenizer
 
+NOTED = 5  # bad rows a source and rank are named in the log
 SAMPLE = 16  # documents of a source whose lengths set the phases of the lanes
 
-Row = tuple[np.ndarray, list[int], LaneState]
+
+class Row(NamedTuple):
+    """seq_len + 1 tokens, where documents begin in them, the source of each piece, and the lane's state behind it."""
+
+    tokens: np.ndarray
+    starts: list[int]
+    sources: list[int]
+    state: LaneState
+
+
+class Position(NamedTuple):
+    """Behind a batch: sequences handed out by all ranks, and the states of the rank's lanes."""
+
+    sequence: int
+    states: dict[int, LaneState]
 
 
 class Loader(BaseDataLoader):
-    """Endless batches: ({"input"}, labels), each int64 (batch, seq); with varlen also "positions" and "cu_seqlens".
+    """Batches: ({"input"}, labels), each int64 (batch, seq); with varlen also "positions" and "cu_seqlens".
 
     Rank r of W owns the lanes l with l % W == r; its rows are the sequences r, r + W, r + 2W ... of the run. Iterating
-    starts behind the last batch handed out, or where load_state_dict put it.
+    starts behind the last batch handed out, or where load_state_dict put it. It ends, unless epochs is 0, before the
+    first batch for which one of its lanes has no whole row left. skip: first and last steps of the data that are read
+    and not handed out; step: sequences of a step, if a step is more than one batch on each rank.
     """
 
     def __init__(
@@ -48,15 +68,21 @@ class Loader(BaseDataLoader):
         prefetch: int = 2,
         varlen: bool = False,
         context_len: int | None = None,
+        epochs: int = 0,
+        skip: Sequence[tuple[int, int]] = (),
+        step: int | None = None,
     ) -> None:
         if lanes % world:
             raise UserError(f"--data.lanes {lanes}: not a multiple of the {world} data-parallel ranks")
         self._sources, self._encoder, self._world = sources, encoder, world
         self._batch, self._seq_len, self._varlen, self._context_len = batch, seq_len, varlen, context_len
-        self._names = [source.name for source in sources]
+        self._noted: dict[str, list[Bad]] = {source.name: [] for source in sources}
+        self._names, self._epochs = [source.name for source in sources], epochs
         self._shares = mixture.normalize([source.weight for source in sources])
         self._deals = [Deal(name, window, lanes, seed) for name in self._names]
-        self._order = json.dumps({"lanes": lanes, "window": window, "seed": seed})
+        self._order = {"lanes": lanes, "window": window, "seed": seed}
+        self._step = step or batch * world
+        self._skip = [((a - 1) * self._step, b * self._step) for a, b in skip]  # sequences, the end not included
         self._workers, self._prefetch = min(workers, lanes // world), prefetch
         lengths = [_typical_length(source, encoder) for source in sources]
         places = tuple(Place() for _ in sources)
@@ -67,8 +93,9 @@ class Loader(BaseDataLoader):
         self._states = dict(self._fresh)
         self._sequence = 0  # sequences of the run, on all ranks, that were handed out
         self._turn: object = None
+        self.rows: Sequence[Row] = ()  # of the last batch handed out
 
-    def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+    def __iter__(self) -> Generator[tuple[dict[str, torch.Tensor], torch.Tensor], None, None]:
         turn = self._turn = object()
         own = list(self._states)  # the rank's lanes; its j-th row comes from own[j % len(own)]
         first = self._sequence // self._world
@@ -80,13 +107,21 @@ class Loader(BaseDataLoader):
             parts.append(read_ahead(mine, self._prefetch) if self._workers else mine)
         try:
             for begin in count(first, self._batch):
-                ready = [iter(next(part)) for part in parts]
+                made = [next(part, None) for part in parts]
                 if self._turn is not turn:
                     raise RuntimeError("stale iterator: the loader was iterated anew or given another state since")
+                ready = [iter(rows) for rows in made if rows is not None]
+                if len(ready) < shares:
+                    return
                 places = [j % len(own) for j in range(begin, begin + self._batch)]
                 rows = [next(ready[place % shares]) for place in places]
-                self._states.update((own[place], row[2]) for place, row in zip(places, rows, strict=True))
+                self._states.update((own[place], row.state) for place, row in zip(places, rows, strict=True))
+                skipped = any(low <= self._sequence < high for low, high in self._skip)
                 self._sequence += self._batch * self._world
+                if skipped:
+                    self._say_skipped()
+                    continue
+                self.rows = rows
                 yield self._collate(rows)
         finally:
             for part in parts:
@@ -104,7 +139,7 @@ class Loader(BaseDataLoader):
         return {
             lane: Lane(
                 [
-                    Cursor(name, view, lane, self._encoder, place)
+                    Cursor(name, view, lane, self._encoder, place, self._epochs, self._note_bad)
                     for name, view, place in zip(self._names, windows, state.places, strict=True)
                 ],
                 self._shares,
@@ -115,12 +150,24 @@ class Loader(BaseDataLoader):
         }
 
     def _collate(self, rows: Sequence[Row]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        inputs, labels = pack.shift([tokens for tokens, _, _ in rows])
+        inputs, labels = pack.shift([row.tokens for row in rows])
         batch = {"input": torch.from_numpy(inputs)}
         if self._varlen:
-            labels, positions, cu_seqlens = pack.mark_documents(labels, [s for _, s, _ in rows], self._context_len)
+            labels, positions, cu_seqlens = pack.mark_documents(labels, [row.starts for row in rows], self._context_len)
             batch |= {"positions": torch.from_numpy(positions), "cu_seqlens": torch.from_numpy(cu_seqlens)}
         return batch, torch.from_numpy(labels)
+
+    def _say_skipped(self) -> None:
+        for begin, end in self._skip:
+            if end == self._sequence:
+                logger.info(f"--data.skip: the data of steps {self._name_steps([(begin, end)])} is not trained on")
+
+    def _skipped(self, sequence: int) -> list[list[int]]:
+        """Ranges of sequences, the end not included, that were skipped on the way to one."""
+        return [[begin, min(end, sequence)] for begin, end in self._skip if begin < sequence]
+
+    def _name_steps(self, ranges: Sequence[Sequence[int]]) -> str:
+        return ",".join(f"{begin // self._step + 1}-{end // self._step}" for begin, end in ranges) or "none"
 
     def counts(self) -> dict[str, tuple[int, float]]:
         """{source: (tokens, epochs)} that this rank's lanes were handed; sums over ranks are those of the run."""
@@ -134,22 +181,43 @@ class Loader(BaseDataLoader):
             totals[source.name] = (sum(place.tokens for place in places), epochs)
         return totals
 
-    def skipped(self) -> dict[str, int]:
-        """{source: rows without text} that this rank's lanes met and skipped."""
-        return {
-            name: sum(state.places[i].skipped for state in self._states.values()) for i, name in enumerate(self._names)
-        }
+    def _note_bad(self, name: str, row: Bad) -> None:
+        noted = self._noted[name]
+        if len(noted) < NOTED and row not in noted:
+            noted.append(row)
+
+    def skipped(self) -> dict[str, tuple[int, int]]:
+        """{source: (bad rows skipped, rows read)} by this rank's lanes, a window at a time."""
+        totals = {}
+        for i, name in enumerate(self._names):
+            places = [state.places[i] for state in self._states.values()]
+            skipped = sum(place.skipped for place in places)
+            totals[name] = (skipped, skipped + sum(place.documents for place in places))
+        return totals
+
+    def noted(self) -> dict[str, list[Bad]]:
+        """{source: the first bad rows} that this rank's lanes met since the loader was made."""
+        return {name: list(rows) for name, rows in self._noted.items() if rows}
+
+    def position(self) -> Position:
+        """Where the loader is behind the last batch handed out, for `rewind`; costs next to nothing."""
+        return Position(self._sequence, dict(self._states))
+
+    def rewind(self, position: Position) -> None:
+        """Take back the batches handed out since; the loader must then be iterated anew."""
+        self._sequence, self._states, self._turn = position.sequence, dict(position.states), None
 
     def state_dict(self) -> dict[str, Any]:
         """The state behind the last batch handed out: "sequence", "order", and JSON for each of the rank's lanes."""
         lanes = {f"lane_{lane:03d}": dump_state(state, self._names) for lane, state in self._states.items()}
-        return {"sequence": self._sequence, "order": self._order, **lanes}
+        order = json.dumps({**self._order, "skipped": self._skipped(self._sequence)})
+        return {"sequence": self._sequence, "order": order, **lanes}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up such a state, made on any number of ranks. Raises UserError if the order of the data was another."""
         if not state_dict:
             return
-        was, now = json.loads(state_dict["order"]), json.loads(self._order)
+        was, now = json.loads(state_dict["order"]), self._order
         flags = {"lanes": "--data.lanes", "window": "--data.window", "seed": "--debug.seed"}
         for key, flag in flags.items():
             if was[key] != now[key]:
@@ -157,6 +225,13 @@ class Loader(BaseDataLoader):
         sequence = state_dict["sequence"]
         if sequence % self._world:
             raise UserError(f"the {sequence} sequences of the checkpoint do not divide over {self._world} ranks")
+        passed = was.get("skipped", [])
+        asked = self._skipped(sequence)
+        if passed != asked:
+            raise UserError(
+                f"--data.skip: of the steps before the checkpoint it names {self._name_steps(asked)}, but "
+                f"{self._name_steps(passed)} were skipped; keep those, or go back further by --checkpoint.load_step"
+            )
         self._sequence, self._turn = sequence, None
         self._states = {
             lane: parse_state(state_dict[f"lane_{lane:03d}"], self._names, fresh) for lane, fresh in self._fresh.items()
@@ -172,8 +247,6 @@ def build_dataloader(*, dp_world_size: int, dp_rank: int, tokenizer: "Tokenizer"
     for flag, value in (("--data.lanes", data.lanes), ("--data.window", data.window)):
         if value < 1:
             raise UserError(f"{flag} {value}: at least 1 is needed")
-    if training.context_len is not None and (training.context_len < 1 or not training.varlen):
-        raise UserError(f"--training.context_len {training.context_len}: at least 1, and only with --training.varlen")
     return Loader(
         build_sources(training, data),
         tokenizer,
@@ -188,19 +261,31 @@ def build_dataloader(*, dp_world_size: int, dp_rank: int, tokenizer: "Tokenizer"
         prefetch=training.dataloader.prefetch_factor or 2,
         varlen=training.varlen,
         context_len=training.context_len,
+        epochs=data.epochs,
+        skip=parse_skip(data.skip),
+        step=training.global_batch_size if training.global_batch_size != -1 else None,
     )
 
 
 def _typical_length(source: Source, encoder: Encoder) -> float:
     """Mean length of a few documents of a source, weighted by tokens; the same on every rank."""
-    texts = [text for text in source.sample(SAMPLE) if isinstance(text, str) and text]
-    lengths = np.array([len(ids) + 1.0 for ids in encoder.encode_batch(texts)])
-    return float((lengths**2).sum() / lengths.sum()) if texts else 1.0
+    documents = [row for row in source.sample(SAMPLE) if not isinstance(row, Bad)]
+    lengths = np.array([float(len(ids)) for ids in encode(encoder, documents, source.name)])
+    return float((lengths**2).sum() / lengths.sum()) if documents else 1.0
 
 
 def _read(lanes: Sequence[Lane], first: int, batch: int, worker: int, workers: int) -> Generator[list[Row], None, None]:
-    """The rows of each batch that come from a worker's lanes; worker k owns every workers-th lane from k on."""
+    """The rows of each batch that come from a worker's lanes, to the first batch for which one of them has none.
+
+    Worker k owns every workers-th lane from k on.
+    """
     for begin in count(first, batch):
         places = [j % len(lanes) for j in range(begin, begin + batch)]
         mine = [lanes[place] for place in places if place % workers == worker]
-        yield [(*lane.row(), lane.state()) for lane in mine]
+        rows: list[Row] = []
+        for lane in mine:
+            row = lane.row()
+            if row is None:
+                return
+            rows.append(Row(*row, lane.state()))
+        yield rows

@@ -36,8 +36,8 @@ def open_credits(lane: int, shares: Sequence[float], lengths: Sequence[float]) -
 
 
 def pick(credits: Sequence[float], shares: Sequence[float]) -> int:
-    """Index of the source with the largest credit for its share (the first of equals)."""
-    return max(range(len(credits)), key=lambda i: credits[i] / shares[i])
+    """Index of the source with the largest credit for its share (the first of equals); a share of 0 is never next."""
+    return max((i for i, share in enumerate(shares) if share), key=lambda i: credits[i] / shares[i])
 
 
 def charge(credits: Sequence[float], shares: Sequence[float], source: int, tokens: int) -> tuple[float, ...]:

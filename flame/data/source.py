@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flame.data.document import Bad, Document
 from flame.data.table import FLAG, KINDS, PACKED, open_table
 from flame.errors import UserError
+from flame.section import DataSource
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Source:
         """Whether the rows come in one order only."""
         return not hasattr(self.rows, "texts")
 
-    def sample(self, count: int) -> list[str | None]:
+    def sample(self, count: int) -> list[Document | Bad]:
         """Up to so many rows: spread over the source, or a stream's first."""
         if self.streamed:
             return next(self.rows.batches(count), ([], None))[0]
@@ -42,12 +44,13 @@ class LibraryRows:
         root = Path(sysconfig.get_path("stdlib"))
         apart = {"site-packages", "dist-packages", "__pycache__"}
         found = (path.relative_to(root) for path in root.rglob("*.py"))
-        self._files = [root / path for path in sorted(p for p in found if not apart & set(p.parts))]
+        files = [root / path for path in sorted(p for p in found if not apart & set(p.parts))]
+        self._files = [file for file in files if file.stat().st_size]
 
     def __len__(self) -> int:
         return len(self._files)
 
-    def texts(self, indices: Sequence[int]) -> list[str | None]:
+    def texts(self, indices: Sequence[int]) -> list[Document | Bad]:
         return [self._files[i].read_text(encoding="utf-8", errors="replace") for i in indices]
 
 
@@ -55,9 +58,32 @@ def build_sources(training: Any, data: Any) -> list[Source]:
     """The sources a job names.
 
     training: dataset, dataset_name, dataset_split, data_dir, data_files, data_probs (comma lists, aligned) and
-    streaming; data: column. Raises UserError for lists of unequal length, weights that are not positive numbers, and
-    data that is not found, has no rows or no text column.
+    streaming; data: column, and sources, which are read instead if there are any. Raises UserError for lists of unequal
+    length, weights that are not positive numbers, and data that is not found, has no rows or no column to read.
     """
+    sources: list[Source] = []
+    for table in data.sources or _tables(training):
+        name = table.name or _name(table.path, table.subset, [s.name for s in sources])
+        sources.append(Source(name, table.weight, _open(table, training.streaming, data.column)))
+    return sources
+
+
+def _open(table: DataSource, streaming: bool, column: str | None) -> Any:
+    if table.path == "stdlib":
+        return LibraryRows()
+    return open_table(
+        table.path,
+        table.subset,
+        table.split or "train",
+        table.data_dir,
+        table.data_files,
+        streaming,
+        table.column or column,
+    )
+
+
+def _tables(training: Any) -> list[DataSource]:
+    """The sources of the comma lists as tables."""
     paths = [path.strip() for path in training.dataset.split(",")]
     if not all(paths):
         raise UserError(f"{FLAG} {training.dataset!r}: an empty item; allowed: stdlib, a local path or a hub id each")
@@ -72,15 +98,11 @@ def build_sources(training: Any, data: Any) -> list[Source]:
         return items
 
     weights = _weights(aligned("data_probs"))
-    sources: list[Source] = []
     columns = [aligned(flag) for flag in ("dataset_name", "dataset_split", "data_dir", "data_files")]
-    for path, weight, name, split, folder, files in zip(paths, weights, *columns, strict=True):
-        if path == "stdlib":
-            rows: Any = LibraryRows()
-        else:
-            rows = open_table(path, name, split or "train", folder, files, training.streaming, data.column)
-        sources.append(Source(_name(path, name, [s.name for s in sources]), weight, rows))
-    return sources
+    return [
+        DataSource(path, weight=weight, subset=subset, split=split, data_dir=folder, data_files=files)
+        for path, weight, subset, split, folder, files in zip(paths, weights, *columns, strict=True)
+    ]
 
 
 def _weights(items: Sequence[str | None]) -> list[float]:

@@ -1,21 +1,25 @@
-"""Tables of `datasets`: files, folders and hub ids, of which one column is text.
+"""Tables of `datasets`: files, folders and hub ids, of which one column is text or token ids.
 
 Of `datasets` only two things are used, random access to rows and a stream's position; shuffling is the windows' work.
-A .txt file is one document. Compressed files (.gz, .zst, ...) are read as `datasets` reads them.
+A .txt file is one document. Local .jsonl files are read by flame.data.jsonl, as `datasets` fails a file whole.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from glob import glob
 from pathlib import Path
 from typing import Any
 
+from flame.data.document import Bad, Document, accept
+from flame.data.jsonl import JsonLines, describe_columns
+from flame.data.retry import PatientStream
 from flame.errors import UserError
 
 FLAG = "--training.dataset"
 KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".arrow": "arrow", ".txt": "text"}
 PACKED = (".gz", ".zst", ".bz2", ".xz")
-COLUMNS = ("text", "content")
+COLUMNS = ("text", "content", "input_ids")
 
 
 class TableRows:
@@ -27,42 +31,69 @@ class TableRows:
     def __len__(self) -> int:
         return len(self._dataset)
 
-    def texts(self, indices: Sequence[int]) -> list[str | None]:
-        return self._dataset[list(indices)].column(self._column).to_pylist()
+    def texts(self, indices: Sequence[int]) -> list[Document | Bad]:
+        values = _values(self._dataset[list(indices)].column(self._column))
+        return [accept(value, f"row {i}") for value, i in zip(values, indices, strict=True)]
 
 
 class TableStream:
-    """A column of an iterable dataset; a mark is the dataset's own state, taken between two batches."""
+    """A column of an iterable dataset; a mark is the number of rows read and the dataset's own state behind them."""
 
     def __init__(self, dataset: Any, column: str) -> None:
         self._dataset, self._column = dataset.select_columns([column]).with_format("arrow"), column
 
-    def batches(self, size: int, mark: dict | None = None) -> Iterator[tuple[list[str | None], dict]]:
+    def batches(self, size: int, mark: list | None = None) -> Iterator[tuple[list[Document | Bad], list]]:
         # A copy, as a dataset that loaded a state starts every later epoch from it; but for the file systems that all
         # datasets of the process hold on to, and that other threads may be adding to.
         from huggingface_hub import HfFileSystem
 
         shared = HfFileSystem._cache
         dataset = copy.deepcopy(self._dataset, {id(shared): shared})
-        if mark is not None:
-            dataset.load_state_dict(mark)
+        row, state = mark or (0, None)
+        if state is not None:
+            dataset.load_state_dict(state)
         for batch in dataset.iter(size):
-            yield batch.column(self._column).to_pylist(), dataset.state_dict()
+            values = _values(batch.column(self._column))
+            documents = [accept(value, f"row {i}") for i, value in enumerate(values, row)]
+            row += len(values)
+            yield documents, [row, dataset.state_dict()]
+
+
+def _values(column: Any) -> list[Any]:
+    """Text, token ids or None of each row; bytes where they are no UTF-8."""
+    import pyarrow
+
+    if not pyarrow.types.is_string(column.type) and not pyarrow.types.is_large_string(column.type):
+        return [row.values.to_numpy(zero_copy_only=False) if row.is_valid else None for row in column]
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return [_decoded(row) for row in column.cast(pyarrow.large_binary()).to_pylist()]
+
+
+def _decoded(row: bytes | None) -> str | bytes | None:
+    try:
+        return row.decode() if row is not None else None
+    except UnicodeDecodeError:
+        return row
 
 
 def open_table(
     path: str, name: str | None, split: str, folder: str | None, files: str | None, streaming: bool, column: str | None
-) -> TableRows | TableStream:
+) -> JsonLines | TableRows | PatientStream:
     """The text column of what a path or hub id names, with random access or, streaming, in one order.
 
-    folder, files: data_dir and data_files of `load_dataset`, files a comma list; column: None for "text" or "content".
-    Raises UserError, one line, if nothing is found there, it has no rows or no such column of text.
+    folder, files: data_dir and data_files of `load_dataset`, files a comma list; column: None for "text", "content" or
+    "input_ids". Raises UserError, one line, if nothing is found there, it has no rows or no such column.
     """
     import datasets
     from datasets.exceptions import DatasetsError
 
     try:
         inner = [file.strip() for file in files.split(",")] if files else None
+        if lines := _find_lines(path, name, split, folder, inner):
+            types = describe_columns(lines)
+            return JsonLines(lines, _choose(path, types, column)) if types else JsonLines(lines, column or COLUMNS[0])
         dataset = _load(path, name, split, folder, inner, streaming)
         streamed = isinstance(dataset, datasets.IterableDataset)
         names = dataset.column_names or list(next(iter(dataset), {}))
@@ -73,14 +104,49 @@ def open_table(
         raise UserError(f"{FLAG} {path}: not loadable ({reason})") from error
     if not names or (not streamed and len(dataset) == 0):
         raise UserError(f"{FLAG} {path}: split {split} has no rows")
-    found = next((c for c in ([column] if column else COLUMNS) if c in names), None)
+    features = dataset.features or {}
+    found = _choose(path, {column: _type(features.get(column)) for column in names}, column)
+    return PatientStream(TableStream(dataset, found), path) if streamed else TableRows(dataset, found)
+
+
+def _choose(path: str, types: Mapping[str, str], column: str | None) -> str:
+    """The column to read of those there are, with their types."""
+    found = next((c for c in ([column] if column else COLUMNS) if c in types), None)
     if found is None:
-        asked = f"column {column!r} (--data.column)" if column else "column 'text' or 'content'"
-        raise UserError(f"{FLAG} {path}: no {asked}; choose with --data.column from {', '.join(names)}")
-    kind = getattr((dataset.features or {}).get(found), "dtype", "string")
-    if kind not in ("string", "large_string"):
+        asked = f"column {column!r} (--data.column)" if column else "column 'text', 'content' or 'input_ids'"
+        raise UserError(f"{FLAG} {path}: no {asked}; choose with --data.column from {', '.join(types)}")
+    if types[found] not in ("string", "large_string", "str", "list", "NoneType"):
+        kind = types[found]
         raise UserError(f"{FLAG} {path}: column {found!r} holds {kind}, not text; choose another with --data.column")
-    return TableStream(dataset, found) if streamed else TableRows(dataset, found)
+    return found
+
+
+def _type(feature: Any) -> str:
+    """A feature's type: "list" if it is one of integers."""
+    inner = getattr(feature, "feature", None)
+    if inner is not None:
+        kind = getattr(inner, "dtype", "")
+        return "list" if "int" in kind else f"lists of {kind or 'lists'}"
+    return getattr(feature, "dtype", "string")
+
+
+def _find_lines(path: str, name: str | None, split: str, folder: str | None, files: list[str] | None) -> list[str]:
+    """The .jsonl files that a name stands for here; none if it is anything else, or only a slice of a split."""
+    from datasets import load_dataset_builder
+
+    local = Path(path).expanduser()
+    if local.is_dir() and any(_is_lines(file) for file in local.rglob("*")):
+        found = load_dataset_builder(str(local), name, data_dir=folder, data_files=files).config.data_files
+    elif path == "json" and files:
+        found = load_dataset_builder("json", data_dir=folder, data_files=files).config.data_files
+    else:
+        found = {"train": [str(local)] if local.is_file() else sorted(glob(str(local), recursive=True))}
+    chosen = [str(file) for file in (found or {}).get(split, [])]
+    return chosen if all(_is_lines(Path(file)) and os.path.isfile(file) for file in chosen) else []
+
+
+def _is_lines(file: Path) -> bool:
+    return [suffix for suffix in file.suffixes if suffix not in PACKED][-1:] == [".jsonl"]
 
 
 def _load(path: str, name: str | None, split: str, folder: str | None, files: list[str] | None, streaming: bool) -> Any:

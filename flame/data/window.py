@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from flame.data.document import Bad, Document
 from flame.errors import UserError
 
 
@@ -21,13 +22,13 @@ class Rows(Protocol):
 
     def __len__(self) -> int: ...
 
-    def texts(self, indices: list[int]) -> list[str | None]: ...
+    def texts(self, indices: list[int]) -> list[Document | Bad]: ...
 
 
 class Stream(Protocol):
     """Rows in one order only: batches from a mark on (None: the start), each with the mark behind it."""
 
-    def batches(self, size: int, mark: Any = None) -> Iterator[tuple[list[str | None], Any]]: ...
+    def batches(self, size: int, mark: Any = None) -> Iterator[tuple[list[Document | Bad], Any]]: ...
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Deal:
 class Part:
     """A lane's part of a window; after: the stream's mark behind the window (None with random access)."""
 
-    texts: list[str | None]
+    rows: list[Document | Bad]
     after: Any = None
 
 

@@ -38,21 +38,40 @@ def load_hf_config(
         else:
             fields, _ = PreTrainedConfig.get_config_dict(source)
     except (OSError, ValueError) as error:
-        raise UserError(f"model.config: cannot read {source}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"--model.config: cannot read {source}: {_first_line(error)}") from None
     family = family_of(fields.get("model_type", ""))
     if family.from_fla:
         reference.enable()  # imports fla, whose model types must be known before transformers looks them up
-    config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever a config class says of its fields is the user's to mend
+        raise UserError(f"--model.config {source}: {_first_line(error)}") from None
     if tokenizer is not None:
         _fit_to_tokenizer(config, tokenizer, grow_vocab)
     return family, config
+
+
+def check_buildable(config: PreTrainedConfig, source: str) -> None:
+    """Build the model without memory, and refuse with one line what its constructor refuses. Raises UserError."""
+    if config.num_hidden_layers < 1:
+        raise UserError(f"--model.config {source}: num_hidden_layers is {config.num_hidden_layers}, must be 1 or more")
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(config)
+    except Exception as error:
+        raise UserError(f"--model.config {source} cannot be built: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _fit_to_tokenizer(config: PreTrainedConfig, tokenizer: Any, grow_vocab: bool) -> None:
     if tokenizer.vocab_size > config.vocab_size:
         if not grow_vocab:
             raise UserError(
-                f"model.tokenizer_path: the tokenizer has {tokenizer.vocab_size} ids but the model's vocab_size is "
+                f"--model.tokenizer_path: the tokenizer has {tokenizer.vocab_size} ids but the model's vocab_size is "
                 f"{config.vocab_size}; use a smaller tokenizer, raise vocab_size, or set --model.grow_vocab"
             )
         config.vocab_size = -(-tokenizer.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
@@ -194,4 +213,8 @@ def _builder(part: nn.Module, config: PreTrainedConfig) -> Any:
 
 
 def _emptied(part: nn.Module) -> nn.Module:
-    return copy.deepcopy(part).to_empty(device=torch.get_default_device())
+    empty = copy.deepcopy(part).to_empty(device=torch.get_default_device())
+    for tensor in (*empty.parameters(), *empty.buffers()):
+        if tensor.is_floating_point():
+            tensor.detach().fill_(float("nan"))  # what `_init_weights` forgets must show
+    return empty

@@ -16,4 +16,4 @@ def family_of(model_type: str) -> Family:
         return BY_MODEL_TYPE[model_type]
     except KeyError:
         known = ", ".join(sorted(BY_MODEL_TYPE))
-        raise UserError(f'model.config: no family for model_type "{model_type}"; known: {known}') from None
+        raise UserError(f'--model.config: no family for model_type "{model_type}"; known: {known}') from None

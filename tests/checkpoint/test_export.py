@@ -44,6 +44,16 @@ def test_an_export_has_the_tokenizer_and_its_end_of_text(tmp_path):
     assert tokenizer.eos_token_id == model.generation_config.eos_token_id == 256
 
 
+def test_an_export_of_steps_that_were_done_again_is_made_again_and_the_old_one_kept(tmp_path):
+    save(tmp_path, "llama")
+    export_checkpoint(tmp_path / "step-1", tmp_path / "model", tmp_path / "hf")
+    old = (tmp_path / "hf" / "model.safetensors").read_bytes()
+    save(tmp_path, "llama", initializer_range=0.5)
+    assert export_checkpoint(tmp_path / "step-1", tmp_path / "model", tmp_path / "hf")
+    assert (tmp_path / "hf.old-1" / "model.safetensors").read_bytes() == old
+    assert (tmp_path / "hf" / "model.safetensors").read_bytes() != old
+
+
 def test_an_export_that_was_cut_short_is_done_again_and_a_whole_one_is_left_alone(tmp_path):
     save(tmp_path, "llama")
     (tmp_path / ".hf.tmp").mkdir()

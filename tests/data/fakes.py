@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from flame.data.document import accept
 from flame.data.loader import Loader
 from flame.data.source import Source
 
@@ -12,6 +13,7 @@ class Bytes:
     """Ids are the bytes of the text."""
 
     eos_id = EOS
+    vocab_size = EOS + 1
 
     def encode_batch(self, texts):
         return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
@@ -21,7 +23,7 @@ class Texts(list):
     """Rows with random access."""
 
     def texts(self, indices):
-        return [self[i] for i in indices]
+        return [accept(self[i], f"row {i}") for i in indices]
 
 
 class Tape:
@@ -33,7 +35,8 @@ class Tape:
     def batches(self, size, mark=None):
         at = mark["row"] if mark else 0
         while at < len(self.rows):
-            batch, at = self.rows[at : at + size], min(at + size, len(self.rows))
+            batch = [accept(row, f"row {i}") for i, row in enumerate(self.rows[at : at + size], at)]
+            at += len(batch)
             yield batch, {"row": at}
 
 

@@ -127,7 +127,10 @@ def test_counts_add_up_to_the_tokens_handed_out_and_rows_without_text_are_counte
     assert tokens == 30 * 4 * 25
     size = sum(len(text) + 1 for text in texts if text)
     assert abs(epochs - tokens / size) < 0.3
-    assert run.skipped()["a"] == pytest.approx(40 * epochs, rel=0.25)
+    skipped, read = run.skipped()["a"]
+    assert skipped == pytest.approx(40 * epochs, rel=0.25) and read == pytest.approx(80 * epochs, rel=0.25)
+    assert {row.reason for row in run.noted()["a"]} == {"null", "empty"} and len(run.noted()["a"]) == 5
+    assert all(texts[int(row.place.split()[1])] in ("", None) for row in run.noted()["a"])
 
 
 def test_the_state_of_a_lane_is_small_and_holds_no_text():
@@ -256,8 +259,13 @@ def test_a_job_of_the_standard_library_in_bytes_runs_as_configured():
     assert sorted(k for k in run.state_dict() if k.startswith("lane"))[0] == "lane_001"
 
 
-def test_context_len_without_varlen_is_refused():
-    job = JobConfig()
-    job.training.context_len = 128
-    with pytest.raises(UserError, match=r"--training\.varlen"):
-        build_dataloader(dp_world_size=1, dp_rank=0, tokenizer=Bytes(), job_config=job)
+def test_context_len_without_varlen_changes_nothing():
+    batches = []
+    for context_len in (None, 16):
+        job = JobConfig()
+        job.training.context_len, job.training.seq_len = context_len, 64
+        loader = build_dataloader(dp_world_size=1, dp_rank=0, tokenizer=Bytes(), job_config=job)
+        batches.append(next(iter(loader)))
+    (one, one_labels), (other, other_labels) = batches
+    assert one.keys() == other.keys() == {"input"}
+    assert one["input"].equal(other["input"]) and one_labels.equal(other_labels)

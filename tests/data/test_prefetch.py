@@ -39,3 +39,9 @@ def test_closing_ends_the_thread():
     next(ahead)
     ahead.close()
     assert threading.active_count() == before
+
+
+def test_items_that_end_end_here_too_and_the_thread_with_them():
+    before = threading.active_count()
+    assert list(read_ahead(iter(range(5)), 2)) == [0, 1, 2, 3, 4]
+    assert threading.active_count() == before

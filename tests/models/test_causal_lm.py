@@ -95,6 +95,14 @@ def test_a_parameter_that_nothing_initialises_is_named():
         init_weights(model, units, lambda module: None, seed=0)
 
 
+def test_a_norm_that_the_familys_own_init_forgets_is_named(tmp_path, monkeypatch):
+    model = build(write_config(tmp_path, "llama"))
+    own = model.hf._init_weights
+    monkeypatch.setitem(model.hf.__dict__, "_init_weights", lambda m: None if "Norm" in type(m).__name__ else own(m))
+    with pytest.raises(RuntimeError, match=r"model\.norm\.weight"):
+        model.init_weights()
+
+
 def test_a_tied_model_has_one_embedding_and_no_head_parameter(tmp_path):
     model = build(write_config(tmp_path, "llama", tie_word_embeddings=True))
     assert [name for name, _ in model.named_parameters() if "embed" in name or "head" in name] == [

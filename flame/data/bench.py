@@ -1,0 +1,136 @@
+"""How fast the data stream is, next to its tokenizer alone on the same text, and what it costs in memory and state."""
+
+import itertools
+import os
+import pickle
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from flame.config import JobConfig
+from flame.data.loader import Loader, build_dataloader
+from flame.data.source import Source, build_sources
+from flame.data.tokenize import Tokenizer, build_tokenizer
+
+WORKERS = (0, 1, 2, 4)
+BLOCK = 64  # texts in one call of the tokenizer
+TEXT = 8 << 20  # characters the tokenizer is measured on
+SECONDS, SLICES = 1.5, 3  # of each side, how often
+
+
+class Speed(NamedTuple):
+    """Tokens a second of wall time, and of the CPU time of all threads of the process."""
+
+    wall: float
+    cpu: float
+
+
+class Side(NamedTuple):
+    """One side of a comparison. step: does some work, returns its tokens; ahead: steps that may be done beforehand."""
+
+    step: Callable[[], int]
+    ahead: int = 0
+
+
+class Pair(NamedTuple):
+    """Medians over slices: the speed of either side, and the ratio of the one to the other."""
+
+    one: Speed
+    other: Speed
+    ratio: Speed
+
+
+def bench(config: JobConfig, seconds: float = SECONDS) -> None:
+    """Print the speed for several numbers of workers, state and memory. Raises UserError as a run of the job would."""
+    tokenizer = build_tokenizer(config.model.tokenizer_path, trust_remote_code=config.model.trust_remote_code)
+    config.data.epochs, config.data.skip = 0, None  # a stream that neither ends nor leaves anything out
+    ceiling = encode_repeatedly(tokenizer, draw_texts(build_sources(config.training, config.data)))
+    threads = os.environ.get("RAYON_NUM_THREADS") or f"all {os.cpu_count()}"
+    print(f"{'workers':>7}  {'tokens/s':>10}  {'of the tokenizer':>16}  {'per CPU second':>14}")
+    tokenizer_speeds = []
+    for workers in WORKERS:
+        config.training.dataloader.num_workers = workers
+        loader = build_dataloader(dp_world_size=1, dp_rank=0, tokenizer=tokenizer, job_config=config)
+        pair = compare(iterate(loader, workers * (config.training.dataloader.prefetch_factor or 2)), ceiling, seconds)
+        tokenizer_speeds.append(pair.other.wall)
+        print(f"{workers:>7}  {pair.one.wall:>10,.0f}  {pair.ratio.wall:>16.2f}  {pair.ratio.cpu:>14.2f}")
+    size, seconds = weigh_state(loader)
+    lanes = config.data.lanes
+    print(
+        f"tokenizer alone: {statistics.median(tokenizer_speeds):,.0f} tokens/s (encode_batch_fast, {threads} threads)"
+    )
+    print(f"state: {size:,} bytes for {lanes} lanes, {size / lanes:.0f} a lane; state_dict() {seconds * 1e3:.2f} ms")
+    print(f"peak memory: {peak_memory():.0f} MiB, {TEXT >> 20} MiB of text for the tokenizer alone with it")
+
+
+def draw_texts(sources: Sequence[Source], characters: int = TEXT) -> list[str]:
+    """Texts from all over the sources, of about so many characters in all, in the shares of the mixture."""
+    total, texts = sum(source.weight for source in sources), []
+    for source in sources:
+        room = characters * source.weight / total
+        probe = [text for text in source.sample(BLOCK) if isinstance(text, str)]
+        mean = max(1.0, sum(map(len, probe)) / max(1, len(probe)))
+        for text in source.sample(max(BLOCK, round(room / mean))):
+            if room > 0 and isinstance(text, str) and text:
+                texts.append(text)
+                room -= len(text)
+    return texts
+
+
+def encode_repeatedly(tokenizer: Tokenizer, texts: Sequence[str]) -> Side:
+    """The tokenizer alone: each step encodes the next block of texts, over and over."""
+    backend = tokenizer.hf.backend_tokenizer
+    blocks = itertools.cycle([list(texts[i : i + BLOCK]) for i in range(0, len(texts), BLOCK)])
+    return Side(lambda: sum(map(len, backend.encode_batch_fast(next(blocks), add_special_tokens=False))))
+
+
+def iterate(loader: Iterable[Any], ahead: int = 0) -> Side:
+    """A stream as the trainer iterates it; ahead: batches that its background threads may hold ready."""
+    batches = iter(loader)
+    return Side(lambda: next(batches)[0]["input"].numel(), ahead)
+
+
+def compare(one: Side, other: Side, seconds: float = SECONDS, slices: int = SLICES) -> Pair:
+    """Alternate two sides in this process, so that both meet the same machine; seconds: of a slice.
+
+    What is ready when a slice begins is taken before the clock starts, and background threads are let fill up before
+    the other side's turn, so that neither has the other's work.
+    """
+    _time(one, seconds), _time(other, seconds)  # files opened, caches warm
+    pairs = [(_time(one, seconds), _time(other, seconds)) for _ in range(slices)]
+    ratios = [Speed(a.wall / b.wall, a.cpu / b.cpu) for a, b in pairs]
+    return Pair(_median([a for a, _ in pairs]), _median([b for _, b in pairs]), _median(ratios))
+
+
+def weigh_state(loader: Loader) -> tuple[int, float]:
+    """Bytes of the pickled state, and the seconds that state_dict() takes (median of 21)."""
+    times = []
+    for _ in range(21):
+        begin = time.perf_counter()
+        state = loader.state_dict()
+        times.append(time.perf_counter() - begin)
+    return len(pickle.dumps(state)), statistics.median(times)
+
+
+def peak_memory() -> float:
+    """Largest resident size of this process so far, MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def _time(side: Side, seconds: float) -> Speed:
+    for _ in range(side.ahead):
+        side.step()
+    wall, cpu, tokens = time.perf_counter(), time.process_time(), 0
+    while time.perf_counter() - wall < seconds:
+        tokens += side.step()
+    speed = Speed(tokens / (time.perf_counter() - wall), tokens / max(1e-9, time.process_time() - cpu))
+    time.sleep(0.3 if side.ahead else 0)
+    return speed
+
+
+def _median(speeds: Sequence[Speed]) -> Speed:
+    return Speed(statistics.median(s.wall for s in speeds), statistics.median(s.cpu for s in speeds))

@@ -1,0 +1,47 @@
+"""What a row holds: a document's text or its token ids; or nothing to train on, with the reason and the place."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+LONGEST = 1 << 25  # characters or ids; longer ones are dumps rather than documents, and cost memory by the gigabyte
+FEW = 100  # bad rows a source may have however short it is, where the limit is a share
+
+Document = str | np.ndarray
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A row that is skipped. place: "file:line", or "row N", counted from 0."""
+
+    reason: str
+    place: str
+
+
+def accept(value: Any, place: str) -> Document | Bad:
+    """The document in a row's value, a list of integers as int32 (length,); or why there is none."""
+    if value is None:
+        return Bad("null", place)
+    if isinstance(value, bytes):
+        return Bad("invalid UTF-8", place)
+    if isinstance(value, list):
+        if not all(type(item) is int for item in value):
+            return Bad("a list of something else than token ids", place)
+        value = np.array(value, np.int64)
+    if not isinstance(value, str | np.ndarray):
+        return Bad(f"{type(value).__name__}, not text", place)
+    if len(value) == 0:
+        return Bad("empty", place)
+    if len(value) > LONGEST:
+        return Bad(f"{len(value):,} {'characters' if isinstance(value, str) else 'ids'}, at most {LONGEST:,}", place)
+    if isinstance(value, str):
+        return value
+    if value.dtype.kind not in "iu" or value.min() < 0 or value.max() > np.iinfo(np.int32).max:
+        return Bad("numbers that are no token ids", place)
+    return value.astype(np.int32, copy=False)
+
+
+def allow_bad(limit: float, read: int) -> float:
+    """How many of so many rows may be bad; limit: --data.max_bad_rows, a number of rows or, below 1, their share."""
+    return max(FEW, limit * read) if 0 < limit < 1 else limit

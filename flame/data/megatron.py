@@ -1,0 +1,114 @@
+"""Megatron's indexed data: PREFIX.bin, token ids one after the other, and PREFIX.idx, where each sequence begins.
+
+.idx, little-endian: magic, version (u64), dtype code (u8), number of sequences (u64), number of document bounds (u64),
+lengths (i32, one a sequence), byte offsets (i64, one a sequence), document bounds (i64, counted in sequences, from 0 to
+their number). Source: Megatron-LM, megatron/core/datasets/indexed_dataset.py.
+"""
+
+import os
+import struct
+from collections.abc import Iterable, Sequence
+from glob import glob
+from pathlib import Path
+
+import numpy as np
+
+from flame.data.document import Bad, Document, accept
+from flame.errors import UserError
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
+CODES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # 6 and 7 are floats
+SMALL = 65500  # vocabularies below it are written as u16
+
+
+class _Index:
+    """One .bin and its .idx, mapped into memory."""
+
+    def __init__(self, prefix: str) -> None:
+        self.path = prefix + ".bin"
+        index = Path(prefix + ".idx")
+        with open(index, "rb") as file:
+            head = file.read(HEADER.size)
+        if len(head) < HEADER.size or not head.startswith(MAGIC):
+            raise UserError(f"{index}: not a Megatron index (it does not begin with MMIDIDX)")
+        _, version, code, sequences, bounds = HEADER.unpack(head)
+        if version != 1 or code not in CODES:
+            raise UserError(f"{index}: version {version} and dtype code {code}, must be 1 and one of {list(CODES)}")
+        size, needed = index.stat().st_size, HEADER.size + 12 * sequences + 8 * bounds
+        if size < needed or not bounds:  # behind them there may be one byte a sequence, its mode
+            raise UserError(f"{index}: {size} bytes for {sequences} sequences, must be {needed} at least: cut short")
+        self._dtype = np.dtype(CODES[code])
+        at = HEADER.size
+        self._lengths = np.memmap(index, "<i4", "r", at, (sequences,)) if sequences else np.empty(0, "<i4")
+        at += 4 * sequences
+        self._offsets = np.memmap(index, "<i8", "r", at, (sequences,)) if sequences else np.empty(0, "<i8")
+        self._bounds = np.memmap(index, "<i8", "r", at + 8 * sequences, (bounds,))
+        end = int(self._offsets[-1]) + int(self._lengths[-1]) * self._dtype.itemsize if sequences else 0
+        if self._bounds[-1] != sequences or os.path.getsize(self.path) < end:
+            raise UserError(f"{self.path}: not the data of {index}, or cut short")
+        self._tokens = np.memmap(self.path, np.uint8, "r") if end else np.empty(0, np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    def document(self, row: int) -> np.ndarray:
+        """All sequences of a document, joined."""
+        parts = [
+            self._tokens[int(offset) : int(offset) + int(length) * self._dtype.itemsize].view(self._dtype)
+            for offset, length in zip(*(a[self._bounds[row] : self._bounds[row + 1]] for a in self._arrays), strict=True)
+        ]
+        return np.asarray(np.concatenate(parts) if parts else np.empty(0, self._dtype))
+
+    @property
+    def _arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        return self._offsets, self._lengths
+
+
+class IndexedRows:
+    """The documents of some .bin/.idx pairs, as token ids. Raises UserError for files that are not whole."""
+
+    def __init__(self, prefixes: Sequence[str]) -> None:
+        self._files = [_Index(prefix) for prefix in prefixes]
+        self._firsts = np.cumsum([0, *map(len, self._files)])
+
+    def __len__(self) -> int:
+        return int(self._firsts[-1])
+
+    def texts(self, indices: Sequence[int]) -> list[Document | Bad]:
+        return [self._read(index) for index in indices]
+
+    def _read(self, index: int) -> Document | Bad:
+        owner = int(np.searchsorted(self._firsts, index, "right")) - 1
+        file, row = self._files[owner], int(index - self._firsts[owner])
+        return accept(file.document(row), f"{file.path}: document {row}")
+
+
+def find_prefixes(path: str) -> list[str]:
+    """The pairs that a path stands for: PREFIX, PREFIX.bin, PREFIX.idx, a pattern of those, or a folder of them."""
+    local = Path(path).expanduser()
+    names = [*map(str, local.rglob("*.idx"))] if local.is_dir() else [*glob(str(local), recursive=True), str(local)]
+    prefixes = {name[:-4] if name.endswith((".bin", ".idx")) else name for name in names}
+    return sorted(prefix for prefix in prefixes if all(os.path.isfile(prefix + end) for end in (".bin", ".idx")))
+
+
+def write(prefix: str | Path, documents: Iterable[np.ndarray], vocab_size: int) -> tuple[int, int]:
+    """Write documents' ids, a sequence each; returns (documents, tokens). The files appear when both are whole."""
+    dtype, code = (np.dtype("<u2"), 8) if vocab_size < SMALL else (np.dtype("<i4"), 4)
+    parts = {end: Path(f"{prefix}{end}.part") for end in (".bin", ".idx")}
+    parts[".bin"].parent.mkdir(parents=True, exist_ok=True)
+    lengths: list[int] = []
+    with open(parts[".bin"], "wb") as file:
+        for ids in documents:
+            assert len(ids) and 0 <= ids.min() and ids.max() < vocab_size
+            file.write(ids.astype(dtype).tobytes())
+            lengths.append(len(ids))
+    ends = np.cumsum([0, *lengths], dtype="<i8")
+    with open(parts[".idx"], "wb") as file:
+        file.write(HEADER.pack(MAGIC, 1, code, len(lengths), len(lengths) + 1))
+        file.write(np.array(lengths, "<i4").tobytes())
+        file.write((ends[:-1] * dtype.itemsize).tobytes())
+        file.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
+    for end, part in parts.items():
+        os.replace(part, f"{prefix}{end}")
+    return len(lengths), int(ends[-1])

@@ -1,0 +1,106 @@
+"""Data around a loss spike is left out exactly, on any number of ranks and workers, and across a resume."""
+
+import json
+
+import pytest
+
+from flame.data.inspect import replay
+from flame.data.skip import parse_skip
+from flame.errors import UserError
+from flame.plan import check
+from tests.data.fakes import loader, take, three
+from tests.data.test_inspect import BATCH, STEPS, flags, texts, write_run  # noqa: F401 - fixtures
+
+SKIP = [(3, 5), (9, 9)]
+LEFT = [step for step in range(1, 25) if step not in (3, 4, 5, 9)]
+
+
+def rows(world=1, **options):
+    """{step of the data: its rows} as any number of ranks are fed them, without the skipped steps; and the states."""
+    loaders = [loader(three(), rank, world, batch=4 // world, **options) for rank in range(world)]
+    iterators = [iter(each) for each in loaders]
+    found = {}
+    for step in LEFT if "skip" in options else range(1, 25):
+        batches = [take(iterator, 1)[0]["input"] for iterator in iterators]
+        found[step] = [row for same in zip(*batches, strict=True) for row in same]
+    return found, {key: value for each in loaders for key, value in each.state_dict().items()}
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_steps_named_are_left_out_and_nothing_else_changes(world, workers):
+    whole, _ = rows()
+    found, _ = rows(world, workers=workers, skip=SKIP)
+    assert found == {step: whole[step] for step in LEFT}
+
+
+def test_a_step_of_several_batches_is_left_out_whole():
+    whole, _ = rows()
+    fed = take(iter(loader(three(), batch=2, step=4, skip=SKIP)), 2 * len(LEFT))
+    assert [row for batch in fed for row in batch["input"]] == [row for step in LEFT for row in whole[step]]
+
+
+@pytest.mark.parametrize("k", [0, 1, 2, 3, 4, 5, 6, 12])
+def test_a_run_resumed_before_in_or_behind_skipped_steps_goes_on_as_the_uninterrupted_one(k):
+    expected = take(iter(loader(three(), skip=SKIP)), len(LEFT))
+    before = loader(three(), skip=SKIP)
+    take(iter(before), k)
+    state = json.loads(json.dumps(before.state_dict()))
+    after = loader(three(), skip=SKIP, workers=2)
+    after.load_state_dict(state)
+    assert take(iter(after), len(LEFT) - k) == expected[k:]
+
+
+def test_steps_to_come_may_be_named_on_resume_and_steps_done_may_not_be_changed():
+    before = loader(three(), skip=[(3, 5)])
+    take(iter(before), 4)  # steps 1, 2, 6 and 7
+    state = before.state_dict()
+    loader(three(), skip=[(3, 5), (8, 8), (12, 20)]).load_state_dict(state)
+    for asked, named in (([], "none"), ([(3, 6)], "3-6"), ([(3, 4)], "3-4"), ([(3, 5), (7, 8)], "3-5,7-7")):
+        with pytest.raises(UserError, match=f"it names {named}, but 3-5 were skipped"):
+            loader(three(), skip=asked).load_state_dict(state)
+
+
+def test_a_checkpoint_that_knows_of_no_skipped_steps_had_none():
+    before = loader(three())
+    take(iter(before), 4)
+    state = before.state_dict()
+    state["order"] = json.dumps({key: value for key, value in json.loads(state["order"]).items() if key != "skipped"})
+    loader(three(), skip=[(5, 6)]).load_state_dict(state)
+    with pytest.raises(UserError, match="it names 4-4, but none were skipped"):
+        loader(three(), skip=[(4, 4)]).load_state_dict(state)
+
+
+@pytest.mark.parametrize("step", [1, 4, 8])
+def test_a_run_that_skipped_steps_is_decoded_exactly(step, tmp_path, flags, texts):  # noqa: F811 - fixtures
+    whole = write_run(tmp_path / "whole", *flags)
+    fed = write_run(tmp_path / "run", *flags, "--data.skip=2-3,5")
+    kept = [s for s in range(1, STEPS + 4) if s not in (2, 3, 5)]
+    assert all(fed[at] == whole[s] for at, s in zip(range(1, STEPS + 1), kept, strict=True) if s <= STEPS)
+    found = replay(tmp_path / "run", step)
+    assert [row.tokens[:-1].tolist() for row in found.rows] == fed[step]
+    assert found.first == (kept[step - 1] - 1) * BATCH
+    assert found.found == found.expected is not None
+
+
+@pytest.mark.parametrize(
+    "text, ranges",
+    [
+        (None, []),
+        ("", []),
+        ("400", [(400, 400)]),
+        ("120-135,400", [(120, 135), (400, 400)]),
+        (" 9 , 3 - 5,6", [(3, 6), (9, 9)]),
+        ("1-10,3-4", [(1, 10)]),
+    ],
+)
+def test_ranges_are_read_in_any_order_and_merged(text, ranges):
+    assert parse_skip(text) == ranges
+
+
+@pytest.mark.parametrize("text", ["0", "0-3", "5-4", "a", "3-", "-3", "1,,2", "1.5", "3:5", ","])
+def test_ranges_that_are_none_are_refused_in_one_line_before_the_start(text, tmp_path):
+    from flame.config import parse
+
+    with pytest.raises(UserError, match=r"--data\.skip: found .* such as 120-135,400$"):
+        check(parse([f"--data.skip={text}"]), 1)
