@@ -225,7 +225,8 @@ def recorded(config: JobConfig) -> JobConfig:
     config.model.hf_assets_path = config.model.tokenizer_path or ""
     for source in config.data.sources:
         source.path = absolute(source.path)
-    config.training.dataset = ",".join(absolute(item) for item in config.training.dataset.split(","))
+    for section in (config.training, config.validation):
+        section.dataset = ",".join(absolute(item) for item in section.dataset.split(","))
     return config
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from flame.errors import UserError
 from flame.section import JobConfig
 
-_LOCAL_ENDINGS = (".json", ".jsonl", ".parquet", ".txt", ".arrow", ".gz", ".zst", ".toml")
+_LOCAL_ENDINGS = (".json", ".jsonl", ".parquet", ".txt", ".arrow", ".gz", ".zst", ".toml", ".bin", ".idx")
 _BUILDERS = ("json", "parquet", "text", "csv", "arrow")  # of load_dataset: the data is in data_files
 _LISTS = ("dataset_name", "dataset_split", "data_dir", "data_files", "data_probs")
 

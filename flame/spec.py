@@ -14,6 +14,7 @@ from flame.data.loader import build_dataloader
 from flame.data.source import build_sources
 from flame.data.tokenize import build_tokenizer
 from flame.errors import UserError
+from flame.input import validation_as_training
 from flame.metrics import build_metrics
 from flame.models.causal_lm import CausalLM, ModelArgs, check_buildable, load_hf_config
 from flame.models.loss import build_loss
@@ -63,6 +64,9 @@ def register(job_config: Any) -> None:
     check_buildable(hf_config, model.config)
     _check_same_model(hf_config, job_config)
     build_sources(job_config.training, job_config.data)
+    if job_config.validation.enable:
+        with validation_as_training(job_config) as held_out:
+            build_sources(held_out.training, held_out.data)
     spec = TrainSpec(
         model_cls=CausalLM,
         model_args={model.flavor: ModelArgs().bind(family, hf_config)},

@@ -201,11 +201,14 @@ class FlameTrainer(torchtitan.train.Trainer):
         self, loss: torch.Tensor, local_tokens: torch.Tensor, global_tokens: torch.Tensor, grad_norm: float, lr: float
     ) -> None:
         mean_loss = max_loss = loss.item()
+        waited = sum(self.metrics_processor.data_loading_times)
         if self.parallel_dims.dp_cp_enabled:
             mesh = self.parallel_dims.get_optional_mesh("loss")
             mean_loss = dist_utils.dist_sum(loss, mesh)
             max_loss = dist_utils.dist_max(loss * global_tokens / local_tokens, mesh)
+            waited = dist_utils.dist_max(torch.tensor(waited, device=self.device), mesh)
         extra = {"lr": lr, "tokens": self.tokens, "data_digest": self.data_digest}
+        extra["data/wait_seconds"] = waited  # since the last log, of the rank that waited longest
         if self.job_config.training.skip_nan_inf:
             extra["optimizer/skipped_step"] = self.skipped_steps
         self.metrics_processor.log(self.step, mean_loss, max_loss, grad_norm, {**extra, **self._count_sources()})

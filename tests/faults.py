@@ -1,5 +1,7 @@
 """Trainers whose data or gradients are made odd on purpose."""
 
+import time
+
 import torch
 import torch.distributed as dist
 
@@ -37,3 +39,16 @@ class EndingData(FlameTrainer):
         if self.step == 3 and dist.get_rank() == dist.get_world_size() - 1:
             return [], True
         return super()._collect(data_iterator)
+
+
+class SlowData(FlameTrainer):
+    """The last rank waits a second for the data of step 2."""
+
+    def batch_generator(self, data_iterable):
+        def slow():
+            for number, batch in enumerate(data_iterable, 1):
+                if number == 2 and dist.get_rank() == dist.get_world_size() - 1:
+                    time.sleep(1)
+                yield batch
+
+        return super().batch_generator(slow())

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROWS = (
     "errors data.document data.retry",
-    "data.window data.jsonl",
+    "data.window data.jsonl data.megatron",
     "legacy setting section log device schedule checkpoint.convert data.prefetch data.table models.family "
     "models.reference.precision models.reference.packing",
     "data.source data.skip data.mixture data.tokenize data.pack data.ledger models.loss models.flops "
@@ -18,7 +18,7 @@ ROWS = (
     "config data.lane models.llama models.neox models.fla models.init models.reference "
     "parallel.* checkpoint.manager checkpoint.export",
     "input run data.loader models.table",
-    "plan metrics models.causal_lm data.inspect data.bench",
+    "plan metrics models.causal_lm data.inspect data.corpus data.bench",
     "preflight validation data.__main__",
     "spec",
     "trainer",

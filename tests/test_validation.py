@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flame.config import parse
+from flame.config import parse, recorded
 from flame.errors import UserError
 from flame.models.loss import IGNORE_INDEX
 from flame.plan import check
@@ -109,6 +109,13 @@ def test_every_validation_is_of_the_same_tokens_and_the_model_trains_on_after_it
         assert model.training
     assert torch.equal(torch.random.get_rng_state(), before)
     assert [step for step, _, _ in logged] == [1, 10, 20] and len({loss for _, loss, _ in logged}) == 1
+
+
+def test_a_run_records_where_its_held_out_data_is_from_any_folder(held_out, monkeypatch):
+    monkeypatch.chdir(held_out.parent)
+    config = recorded(parse(["--validation.dataset=held_out.jsonl,some/hub-id"]))
+    assert config.validation.dataset == f"{held_out},some/hub-id"
+    assert recorded(parse([])).validation.dataset == ""
 
 
 def test_data_that_fills_no_row_is_refused(held_out):

@@ -1,4 +1,4 @@
-"""`python -m flame.data show|verify|bench`: what runs were fed, and how fast; docs/ledger.md has examples."""
+"""`python -m flame.data show|verify|bench|pack`: what runs were fed, how fast, and from which files; see docs/."""
 
 import argparse
 import sys
@@ -8,7 +8,11 @@ from pathlib import Path
 from flame.config import parse
 from flame.data import inspect
 from flame.data.bench import bench
+from flame.data.corpus import pack_sources
+from flame.data.source import build_sources
+from flame.data.tokenize import build_tokenizer
 from flame.errors import UserError
+from flame.section import Data, Training
 
 
 def main(argv: list[str]) -> int:
@@ -28,6 +32,15 @@ def main(argv: list[str]) -> int:
         "bench", help="measure a job's data stream", usage="%(prog)s JOB.toml [flags of the job]"
     )
     speed.add_argument("job", help="TOML of the job; its flags may follow")
+    pack = commands.add_parser("pack", help="tokenize sources into Megatron's OUT.bin and OUT.idx")
+    pack.add_argument("out", type=Path, help="path of the two files without their endings")
+    pack.add_argument("--dataset", required=True, help="as --training.dataset")
+    pack.add_argument("--tokenizer", required=True, help="as --model.tokenizer_path")
+    for name in ("dataset-name", "dataset-split", "data-dir", "data-files"):
+        pack.add_argument(f"--{name}", help=f"as --training.{name.replace('-', '_')}")
+    pack.add_argument("--column", help="as --data.column")
+    pack.add_argument("--streaming", action="store_true", help="as --training.streaming")
+    pack.add_argument("--max-bad-rows", type=float, default=Data.max_bad_rows, help="as --data.max_bad_rows")
     given, flags = parser.parse_known_args(argv)
     if flags and given.command != "bench":
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
@@ -35,6 +48,14 @@ def main(argv: list[str]) -> int:
     try:
         if given.command == "bench":
             bench(parse(["--job.config_file", given.job, *flags]))
+            same = True
+        elif given.command == "pack":
+            training, data = Training(), Data(column=given.column)
+            for name in ("dataset", "dataset_name", "dataset_split", "data_dir", "data_files", "streaming"):
+                setattr(training, name, getattr(given, name))
+            sources = build_sources(training, data)
+            documents, tokens = pack_sources(given.out, sources, build_tokenizer(given.tokenizer), given.max_bad_rows)
+            print(f"{documents:,} documents, {tokens:,} tokens: {given.out}.bin, {given.out}.idx")
             same = True
         elif given.command == "show":
             same = inspect.show(given.run, given.step, given.rank, given.ranks, given.full)

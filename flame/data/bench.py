@@ -14,6 +14,7 @@ from flame.config import JobConfig
 from flame.data.loader import Loader, build_dataloader
 from flame.data.source import Source, build_sources
 from flame.data.tokenize import Tokenizer, build_tokenizer
+from flame.errors import UserError
 
 WORKERS = (0, 1, 2, 4)
 BLOCK = 64  # texts in one call of the tokenizer
@@ -47,7 +48,10 @@ def bench(config: JobConfig, seconds: float = SECONDS) -> None:
     """Print the speed for several numbers of workers, state and memory. Raises UserError as a run of the job would."""
     tokenizer = build_tokenizer(config.model.tokenizer_path, trust_remote_code=config.model.trust_remote_code)
     config.data.epochs, config.data.skip = 0, None  # a stream that neither ends nor leaves anything out
-    ceiling = encode_repeatedly(tokenizer, draw_texts(build_sources(config.training, config.data)))
+    texts = draw_texts(build_sources(config.training, config.data))
+    if not texts:
+        raise UserError("bench: the sources hold token ids and no text, so there is no tokenizer to compare with")
+    ceiling = encode_repeatedly(tokenizer, texts)
     threads = os.environ.get("RAYON_NUM_THREADS") or f"all {os.cpu_count()}"
     print(f"{'workers':>7}  {'tokens/s':>10}  {'of the tokenizer':>16}  {'per CPU second':>14}")
     tokenizer_speeds = []

@@ -23,10 +23,7 @@ def pack_sources(out: Path, sources: Sequence[Source], tokenizer: Tokenizer, max
     Bad rows are skipped, the first of each source named on stderr. Raises UserError at more than max_bad_rows
     (see flame.data.document.allow_bad) in a source, and if there is no document at all.
     """
-    count, tokens = write(out, _encoded(sources, tokenizer, max_bad_rows), tokenizer.vocab_size)
-    if not count:
-        raise UserError(f"{out}: no document in {', '.join(source.name for source in sources)}")
-    return count, tokens
+    return write(out, _encoded(sources, tokenizer, max_bad_rows), tokenizer.vocab_size)
 
 
 def _encoded(sources: Sequence[Source], tokenizer: Tokenizer, max_bad_rows: float) -> Iterator[np.ndarray]:

@@ -54,15 +54,12 @@ class _Index:
 
     def document(self, row: int) -> np.ndarray:
         """All sequences of a document, joined."""
+        first, last = self._bounds[row : row + 2]
         parts = [
             self._tokens[int(offset) : int(offset) + int(length) * self._dtype.itemsize].view(self._dtype)
-            for offset, length in zip(*(a[self._bounds[row] : self._bounds[row + 1]] for a in self._arrays), strict=True)
+            for offset, length in zip(self._offsets[first:last], self._lengths[first:last], strict=True)
         ]
-        return np.asarray(np.concatenate(parts) if parts else np.empty(0, self._dtype))
-
-    @property
-    def _arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        return self._offsets, self._lengths
+        return np.concatenate(parts) if parts else np.empty(0, self._dtype)
 
 
 class IndexedRows:
@@ -93,22 +90,31 @@ def find_prefixes(path: str) -> list[str]:
 
 
 def write(prefix: str | Path, documents: Iterable[np.ndarray], vocab_size: int) -> tuple[int, int]:
-    """Write documents' ids, a sequence each; returns (documents, tokens). The files appear when both are whole."""
+    """Write documents' ids, a sequence each; returns (documents, tokens). Raises UserError if there is none.
+
+    vocab_size decides the dtype, as in Megatron. The files appear under their names when both are whole.
+    """
     dtype, code = (np.dtype("<u2"), 8) if vocab_size < SMALL else (np.dtype("<i4"), 4)
     parts = {end: Path(f"{prefix}{end}.part") for end in (".bin", ".idx")}
     parts[".bin"].parent.mkdir(parents=True, exist_ok=True)
     lengths: list[int] = []
-    with open(parts[".bin"], "wb") as file:
-        for ids in documents:
-            assert len(ids) and 0 <= ids.min() and ids.max() < vocab_size
-            file.write(ids.astype(dtype).tobytes())
-            lengths.append(len(ids))
-    ends = np.cumsum([0, *lengths], dtype="<i8")
-    with open(parts[".idx"], "wb") as file:
-        file.write(HEADER.pack(MAGIC, 1, code, len(lengths), len(lengths) + 1))
-        file.write(np.array(lengths, "<i4").tobytes())
-        file.write((ends[:-1] * dtype.itemsize).tobytes())
-        file.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
-    for end, part in parts.items():
-        os.replace(part, f"{prefix}{end}")
+    try:
+        with open(parts[".bin"], "wb") as file:
+            for ids in documents:
+                assert len(ids) and ids.min() >= 0 and ids.max() <= np.iinfo(dtype).max
+                file.write(ids.astype(dtype).tobytes())
+                lengths.append(len(ids))
+        if not lengths:
+            raise UserError(f"{prefix}: no document to write")
+        ends = np.cumsum([0, *lengths], dtype="<i8")
+        with open(parts[".idx"], "wb") as file:
+            file.write(HEADER.pack(MAGIC, 1, code, len(lengths), len(lengths) + 1))
+            file.write(np.array(lengths, "<i4").tobytes())
+            file.write((ends[:-1] * dtype.itemsize).tobytes())
+            file.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
+        for end, part in parts.items():
+            os.replace(part, f"{prefix}{end}")
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
     return len(lengths), int(ends[-1])

@@ -64,7 +64,10 @@ def build_sources(training: Any, data: Any) -> list[Source]:
     sources: list[Source] = []
     for table in data.sources or _tables(training):
         name = table.name or _name(table.path, table.subset, [s.name for s in sources])
-        sources.append(Source(name, table.weight, _open(table, training.streaming, data.column)))
+        source = Source(name, table.weight, _open(table, training.streaming, data.column))
+        if not source.streamed and len(source.rows) == 0:
+            raise UserError(f"{FLAG} {table.path}: no rows")
+        sources.append(source)
     return sources
 
 
@@ -122,7 +125,7 @@ def _name(path: str, name: str | None, taken: Sequence[str]) -> str:
     """Last part of the path that says something, the dataset's own sub-name, and a number if that is taken."""
     parts = [part for part in Path(path).parts if not set(part) & set("*?[")] or ["data"]
     base = parts[-1]
-    while Path(base).suffix in (*KINDS, *PACKED):
+    while Path(base).suffix in (*KINDS, *PACKED, ".bin", ".idx"):
         base = Path(base).stem
     base = f"{base}-{name}" if name else base
     return next(n for n in (base, *(f"{base}-{i}" for i in range(2, len(taken) + 3))) if n not in taken)

@@ -1,7 +1,8 @@
-"""Tables of `datasets`: files, folders and hub ids, of which one column is text or token ids.
+"""Tables of `datasets`: files, folders and hub ids, of which one column is text or token ids; and what else a path is.
 
 Of `datasets` only two things are used, random access to rows and a stream's position; shuffling is the windows' work.
-A .txt file is one document. Local .jsonl files are read by flame.data.jsonl, as `datasets` fails a file whole.
+A .txt file is one document. Local .jsonl files are read by flame.data.jsonl, as `datasets` fails a file whole,
+and Megatron's .bin and .idx by flame.data.megatron.
 """
 
 import copy
@@ -13,12 +14,15 @@ from typing import Any
 
 from flame.data.document import Bad, Document, accept
 from flame.data.jsonl import JsonLines, describe_columns
+from flame.data.megatron import IndexedRows, find_prefixes
 from flame.data.retry import PatientStream
 from flame.errors import UserError
 
 FLAG = "--training.dataset"
 KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".arrow": "arrow", ".txt": "text"}
 PACKED = (".gz", ".zst", ".bz2", ".xz")
+SAVED = ("state.json", "dataset_dict.json")  # in a folder that save_to_disk wrote
+ABOUT = ("dataset_infos.json", "dataset_info.json")  # files of a dataset that hold no rows
 COLUMNS = ("text", "content", "input_ids")
 
 
@@ -80,7 +84,7 @@ def _decoded(row: bytes | None) -> str | bytes | None:
 
 def open_table(
     path: str, name: str | None, split: str, folder: str | None, files: str | None, streaming: bool, column: str | None
-) -> JsonLines | TableRows | PatientStream:
+) -> IndexedRows | JsonLines | TableRows | PatientStream:
     """The text column of what a path or hub id names, with random access or, streaming, in one order.
 
     folder, files: data_dir and data_files of `load_dataset`, files a comma list; column: None for "text", "content" or
@@ -91,6 +95,11 @@ def open_table(
 
     try:
         inner = [file.strip() for file in files.split(",")] if files else None
+        if not inner and len(kinds := _kinds(Path(path).expanduser())) > 1:  # one kind would be read, the others not
+            there = ", ".join(sorted(kinds))
+            raise UserError(f"{FLAG} {path}: files of several kinds ({there}); choose with --training.data_files")
+        if prefixes := find_prefixes(path):
+            return IndexedRows(prefixes)
         if lines := _find_lines(path, name, split, folder, inner):
             types = describe_columns(lines)
             return JsonLines(lines, _choose(path, types, column)) if types else JsonLines(lines, column or COLUMNS[0])
@@ -154,7 +163,7 @@ def _load(path: str, name: str | None, split: str, folder: str | None, files: li
     from datasets import DatasetDict, load_dataset, load_from_disk
 
     local = Path(path).expanduser()
-    if local.is_dir() and any((local / mark).exists() for mark in ("state.json", "dataset_dict.json")):
+    if local.is_dir() and any((local / mark).exists() for mark in SAVED):
         saved = load_from_disk(str(local))
         if not isinstance(saved, DatasetDict):
             return saved
@@ -162,7 +171,7 @@ def _load(path: str, name: str | None, split: str, folder: str | None, files: li
             raise UserError(f"--training.dataset_split {split}: {path} has the splits {', '.join(saved)}")
         return saved[split]
     if local.is_dir():
-        kinds = {_kind(file) for file in local.rglob("*")} - {None}
+        kinds = _kinds(local)
         if not kinds:
             raise UserError(f"{FLAG} {path}: no files to read in this folder; allowed: {', '.join(KINDS)}")
         options = {"sample_by": "document"} if kinds == {"text"} else {}
@@ -172,16 +181,24 @@ def _load(path: str, name: str | None, split: str, folder: str | None, files: li
     pattern = bool(set(path) & set("*?["))
     found = [str(local)] if local.is_file() else sorted(glob(str(local), recursive=True)) if pattern else []
     if found:
-        kinds = {_kind(Path(file)) for file in found}
-        if len(kinds) > 1 or None in kinds:
-            raise UserError(f"{FLAG} {path}: files of one kind are needed; allowed: {', '.join(KINDS)}")
-        kind = kinds.pop()
+        endings = {_kind(Path(file)) for file in found}
+        kind = endings.pop()
+        if endings or kind is None:
+            raise UserError(f"{FLAG} {path}: files with one and the same ending are needed, of {', '.join(KINDS)}")
         options = {"sample_by": "document"} if kind == "text" else {}
         return load_dataset(kind, data_files={"train": found}, split=split, streaming=streaming, **options)
     if pattern or path[0] in "./~" or path.count("/") > 1 or _kind(local):
         raise UserError(f"{FLAG} {path}: no such file or folder")
     options = {"sample_by": "document"} if path == "text" else {}
     return load_dataset(path, name, split=split, data_dir=folder, data_files=files, streaming=streaming, **options)
+
+
+def _kinds(folder: Path) -> set[str]:
+    """The kinds of files of rows under a folder; none if it is no folder, or one that save_to_disk wrote."""
+    if not folder.is_dir() or any((folder / mark).exists() for mark in SAVED):
+        return set()
+    kinds = (_kind(file) for file in folder.rglob("*") if file.name not in ABOUT)
+    return {kind for kind in kinds if kind is not None}
 
 
 def _kind(file: Path) -> str | None:

@@ -6,6 +6,7 @@ import time
 import pytest
 
 from flame.config import parse
+from flame.data.__main__ import main
 from flame.data.bench import Side, bench, compare, draw_texts, encode_repeatedly, iterate, weigh_state
 from flame.data.source import Source
 from flame.data.tokenize import build_tokenizer
@@ -20,6 +21,14 @@ def test_the_table_has_a_line_for_each_number_of_workers_and_the_costs(tmp_path,
     assert [line.split()[0] for line in lines[:5]] == ["workers", "0", "1", "2", "4"]
     assert all(float(line.split()[2]) > 0 for line in lines[1:5])
     assert [line.split(":")[0] for line in lines[5:]] == ["tokenizer alone", "state", "peak memory"]
+
+
+def test_sources_without_text_are_refused_in_one_line(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"input_ids": [1, 2, 3]}\n' * 20)
+    (tmp_path / "job.toml").write_text(f'[training]\ndataset = "{tmp_path}/a.jsonl"\n')
+    assert main(["bench", str(tmp_path / "job.toml"), "--data.lanes", "8"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "token ids and no text" in error
 
 
 def test_a_ratio_is_that_of_tokens_a_second_and_slices_alternate():
