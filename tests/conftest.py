@@ -12,6 +12,7 @@ os.environ.update(
     HF_DATASETS_OFFLINE="1",
     TRANSFORMERS_OFFLINE="1",
     WANDB_MODE="disabled",
+    HYPOTHESIS_STORAGE_DIRECTORY=os.path.join(_HOME, "hypothesis"),
 )
 
 from flame import device  # noqa: E402 - after the environment is set
