@@ -170,7 +170,7 @@ def test_weights_are_equal_unless_given(shelf):
         ({"dataset": "{}/splits", "dataset_split": "test"}, "has the splits train, few"),
         ({"dataset": "{}/j.jsonl", "dataset_split": "train[:0]"}, "no data"),
         ({"dataset": "{}/j.jsonl,{}/texts/*"}, None),
-        ({"dataset": "{}/*.*"}, "files of one kind"),
+        ({"dataset": "{}/*.*"}, "one and the same ending"),
         ({"dataset": "nobody/nothing-of-this-name"}, "not loadable"),
         ({"dataset": "nobody/nothing-of-this-name", "streaming": True}, "not loadable"),
     ],
