@@ -5,14 +5,12 @@
 
 import functools
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+
+from tests.models.kernels import compare, run
 
 T = 70  # up to 64 tokens fla's layers use other kernels
 CU_SEQLENS = [0, 3, 68, 70]
@@ -78,37 +76,38 @@ def cases():
     from fla.modules.rotary import ops as rotary
     from fla.ops import gla
 
-    from flame.models import reference as ours
+    from flame.models.reference import attention, convolution, linear_attention, norm
 
-    rms = functools.partial(ours.norm, is_rms_norm=True)
+    rms = functools.partial(norm.norm, is_rms_norm=True)
     x, y, residual = normal(2, T, 32), normal(2, T, 32, seed=1), normal(2, T, 32, seed=2)
-    convs = [used_part_of_the_state(f) for f in (conv.causal_conv1d, ours.causal_conv1d)]
+    added = normal(2, T, 16)
+    convs = [used_part_of_the_state(f) for f in (conv.causal_conv1d, convolution.causal_conv1d)]
     state = {"output_final_state": True, "state_v_first": True}
     given, given3 = normal(2, 2, 32, 16), normal(3, 2, 32, 16)
-    linear, gla_forms = ours.gated_linear_attention, {"g": gla.chunk_gla, "gk": gla.fused_recurrent_gla}
+    linear, gla_forms = linear_attention.gated_linear_attention, {"g": gla.chunk_gla, "gk": gla.fused_recurrent_gla}
     table = {
         "rms_norm": (layernorm.rms_norm, rms, norm_inputs(residual=residual, prenorm=True)),
-        "layer_norm": (layernorm.layer_norm, ours.norm, norm_inputs(prenorm=True, residual_in_fp32=True)),
-        "group_norm": (layernorm.group_norm, ours.norm, norm_inputs(residual=residual, num_groups=2)),
-        "rms_norm_gated swish": (fused_norm_gate.rms_norm_gated, ours.rms_norm_gated, gated_inputs()),
+        "layer_norm": (layernorm.layer_norm, norm.norm, norm_inputs(prenorm=True, residual_in_fp32=True)),
+        "group_norm": (layernorm.group_norm, norm.norm, norm_inputs(residual=residual, num_groups=2)),
+        "rms_norm_gated swish": (fused_norm_gate.rms_norm_gated, norm.rms_norm_gated, gated_inputs()),
         "rms_norm_gated sigmoid": (
-            fused_norm_gate.rms_norm_gated, ours.rms_norm_gated, gated_inputs(activation="sigmoid")
+            fused_norm_gate.rms_norm_gated, norm.rms_norm_gated, gated_inputs(activation="sigmoid")
         ),
-        "l2norm": (l2norm, ours.l2norm, {"x": x}),
-        "swish": (activation.swish, ours.swish, (x,)),
-        "sigmoid": (activation.sigmoid, ours.sigmoid, (x,)),
-        "swiglu": (activation.swiglu, ours.swiglu, (x, y)),
-        "swiglu_linear": (activation.swiglu_linear, ours.swiglu_linear, (x, y, normal(8, 32), normal(8))),
-        "rotary": (rotary.rotary_embedding, ours.rotary_embedding, rotary_inputs(seqlen_offsets=3)),
-        "rotary interleaved": (rotary.rotary_embedding, ours.rotary_embedding, rotary_inputs(interleaved=True)),
-        "rotary packed": (rotary.rotary_embedding, ours.rotary_embedding, packed(rotary_inputs)),
-        "conv": (conv.causal_conv1d, ours.causal_conv1d, conv_inputs(activation="silu", residual=normal(2, T, 16))),
+        "l2norm": (l2norm, norm.l2norm, {"x": x}),
+        "swish": (activation.swish, norm.swish, (x,)),
+        "sigmoid": (activation.sigmoid, norm.sigmoid, (x,)),
+        "swiglu": (activation.swiglu, norm.swiglu, (x, y)),
+        "swiglu_linear": (activation.swiglu_linear, norm.swiglu_linear, (x, y, normal(8, 32), normal(8))),
+        "rotary": (rotary.rotary_embedding, attention.rotary_embedding, rotary_inputs(seqlen_offsets=3)),
+        "rotary interleaved": (rotary.rotary_embedding, attention.rotary_embedding, rotary_inputs(interleaved=True)),
+        "rotary packed": (rotary.rotary_embedding, attention.rotary_embedding, packed(rotary_inputs)),
+        "conv": (conv.causal_conv1d, convolution.causal_conv1d, conv_inputs(residual=added, activation="silu")),
         "conv with states": (*convs, conv_inputs(initial_state=normal(2, 16, 4), output_final_state=True)),
-        "conv packed": (conv.causal_conv1d, ours.causal_conv1d, packed(conv_inputs)),
+        "conv packed": (conv.causal_conv1d, convolution.causal_conv1d, packed(conv_inputs)),
         "conv packed with states": (
             *convs, packed(conv_inputs, initial_state=normal(3, 16, 4), output_final_state=True)
         ),
-        "conv one step": (conv.causal_conv1d_update, ours.causal_conv1d_update, {
+        "conv one step": (conv.causal_conv1d_update, convolution.causal_conv1d_update, {
             "x": normal(5, 1, 16).detach(), "cache": normal(5, 16, 4).detach(), "weight": normal(16, 4).detach(),
             "activation": "silu",
         }),
@@ -125,48 +124,15 @@ def cases():
     return table
 
 
-def outputs_and_gradients(function, inputs):
-    # Clones, because the convolution's step writes into its cache.
-    named = inputs if isinstance(inputs, dict) else dict(enumerate(inputs))
-    leaves = {
-        name: x.detach().clone().requires_grad_(x.requires_grad) if torch.is_tensor(x) else x
-        for name, x in named.items()
-    }
-    found = function(**leaves) if isinstance(inputs, dict) else function(*leaves.values())
-    found = [x for x in (found if isinstance(found, tuple) else (found,)) if x is not None]
-    wanted = [x for x in leaves.values() if torch.is_tensor(x) and x.requires_grad]
-    if not wanted:
-        return found
-    rng = torch.Generator().manual_seed(7)
-    loss = sum((x * torch.randn(x.shape, generator=rng)).sum() for x in found)
-    return [*found, *torch.autograd.grad(loss, wanted)]
-
-
-def compare():
-    """case -> the largest error of any output or gradient, relative to its largest value."""
-    errors = {}
-    for name, (kernel, reference, inputs) in cases().items():
-        expected, found = (outputs_and_gradients(f, inputs) for f in (kernel, reference))
-        pairs = zip(found, expected, strict=True)
-        errors[name] = max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
-    return errors
-
-
 @pytest.mark.slow
 def test_every_reference_equals_its_kernel():
-    root = Path(__file__).parents[2]
-    paths = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
-    run = subprocess.run(
-        [sys.executable, __file__], env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    errors = json.loads(run.stdout.splitlines()[-1])
+    errors = run(__file__)
     assert len(errors) == 26
     assert {name: error for name, error in errors.items() if not error < 1e-5} == {}
 
 
 if __name__ == "__main__":
-    import interpreter
+    from tests.models import interpreter
 
     interpreter.install()
-    print(json.dumps(compare()))
+    print(json.dumps(compare(cases())))

@@ -1,5 +1,7 @@
 """Softmax attention, and the rotary embedding in front of it."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -64,3 +66,14 @@ def flash_attn_varlen_func(
     documents = zip(q.split(queries), k.split(keys), v.split(keys), strict=True)
     options = (dropout_p, softmax_scale, causal, window_size)
     return torch.cat([flash_attn_func(a[None], b[None], c[None], *options)[0] for a, b, c in documents])
+
+
+def pairs() -> list[tuple[Callable, Callable]]:
+    """Entry points of fla, each with its reference here."""
+    from fla.modules.rotary import ops as rotary
+    from fla.ops import attnres
+
+    return [
+        (rotary.rotary_embedding, rotary_embedding),
+        (attnres.fused_attnres, attnres.naive_attnres),  # fla's own reference
+    ]

@@ -1,5 +1,7 @@
 """The short causal convolution in front of many mixers."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -54,3 +56,10 @@ def causal_conv1d_update(
     assert state is not None
     cache.copy_(state)
     return y.view(x.shape), cache
+
+
+def pairs() -> list[tuple[Callable, Callable]]:
+    """Entry points of fla, each with its reference here."""
+    from fla.modules.causal_conv1d import ops
+
+    return [(ops.causal_conv1d, causal_conv1d), (ops.causal_conv1d_update, causal_conv1d_update)]

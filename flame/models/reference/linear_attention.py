@@ -1,5 +1,7 @@
 """Gated linear attention, chunk by chunk."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -69,3 +71,10 @@ def _recur(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor | None)
         state = chunk_decay * state + chunk_written
     o = scores @ v + queries @ torch.stack(states, 2)
     return o.flatten(2, 3)[:, :, :length].transpose(1, 2), state
+
+
+def pairs() -> list[tuple[Callable, Callable]]:
+    """Entry points of fla, each with its reference here."""
+    from fla.ops import gla
+
+    return [(gla.chunk_gla, gated_linear_attention), (gla.fused_recurrent_gla, gated_linear_attention)]

@@ -1,5 +1,6 @@
 """Norms, gated norms and activations."""
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -69,3 +70,22 @@ def swiglu(x: Tensor, y: Tensor) -> Tensor:
 def swiglu_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A linear layer on `swiglu`."""
     return F.linear(F.silu(x) * y, weight, bias)
+
+
+def pairs() -> list[tuple[Callable, Callable]]:
+    """Entry points of fla, each with its reference here."""
+    from fla.modules.activations import ops as activation
+    from fla.modules.norm import fused_norm_gate, layernorm
+    from fla.modules.norm import l2norm as l2
+
+    return [
+        (layernorm.rms_norm, functools.partial(norm, is_rms_norm=True)),
+        (layernorm.layer_norm, norm),
+        (layernorm.group_norm, norm),
+        (fused_norm_gate.rms_norm_gated, rms_norm_gated),
+        (l2.l2norm, l2norm),
+        (activation.swish, swish),
+        (activation.sigmoid, sigmoid),
+        (activation.swiglu, swiglu),
+        (activation.swiglu_linear, swiglu_linear),
+    ]
