@@ -169,6 +169,8 @@ def _check_folders(config: JobConfig) -> None:
             break
     if checkpoint.create_seed_checkpoint and not checkpoint.enable:
         raise UserError("--checkpoint.create_seed_checkpoint: checkpoint.enable is false, must be true")
+    if os.path.normpath(checkpoint.folder).startswith(("..", "/")) or os.path.normpath(checkpoint.folder) == ".":
+        raise UserError(f"--checkpoint.folder: found {checkpoint.folder!r}, must be a folder inside job.dump_folder")
     initial = checkpoint.initial_load_path
     if initial and "://" not in initial and not os.path.exists(initial):
         raise UserError(f"--checkpoint.initial_load_path: there is no {initial}")

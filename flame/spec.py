@@ -54,6 +54,8 @@ def register(job_config: Any) -> None:
     model = job_config.model
     for flag in (flag for flag, asked in _NEEDS_GPU.items() if asked(job_config) and device_type == "cpu"):
         raise UserError(f"--{flag}: needs a GPU, and none is visible")
+    if job_config.compile.enable:
+        _check_backend(job_config.compile.backend)
     tokenizer = build_tokenizer(model.tokenizer_path, trust_remote_code=model.trust_remote_code)
     family, hf_config = load_hf_config(
         model.config,
@@ -82,6 +84,14 @@ def register(job_config: Any) -> None:
         state_dict_adapter=IdentityAdapter,
     )
     register_train_spec(model.name, spec)
+
+
+def _check_backend(name: str) -> None:
+    from torch._dynamo import list_backends  # seconds to import: only a job that compiles waits for it
+
+    if name not in list_backends(exclude_tags=()):
+        usual = ", ".join(["eager", "aot_eager", *list_backends()])
+        raise UserError(f"--compile.backend: found {name!r}, must be one of {usual}")
 
 
 def _check_same_model(hf_config: Any, job_config: Any) -> None:
