@@ -3,9 +3,7 @@
 The index is made once and kept beside the cache of `datasets`, as are compressed files, unpacked.
 """
 
-import io
 import json
-import lzma
 import os
 from collections.abc import Sequence
 from hashlib import blake2b
@@ -16,6 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from flame.data.document import LONGEST, Bad, Document, accept
+from flame.data.packed import PACKED, open_packed
 
 CHUNK = 1 << 24  # bytes
 
@@ -71,7 +70,7 @@ def describe_columns(files: Sequence[str], lines: int = 100) -> dict[str, str]:
     """{column: type of its first value that is not null} as the first lines that can be read have them."""
     types: dict[str, str] = {}
     for file in files:
-        with _reader(Path(file)) as stream:
+        with open_packed(Path(file)) as stream:
             for _ in range(lines):
                 line = stream.readline(CHUNK)
                 if not line:
@@ -94,20 +93,12 @@ def _encodes(text: str) -> bool:
     return True
 
 
-def _reader(path: Path) -> Any:
-    import pyarrow
-
-    if path.suffix == ".xz":
-        return lzma.open(path)
-    return io.BufferedReader(pyarrow.input_stream(str(path), compression="detect"))
-
-
 def _unpacked(path: Path) -> Path:
-    if path.suffix == ".jsonl":
+    if path.suffix not in PACKED:
         return path
     kept = _kept(path, ".jsonl")
     if not kept.exists():
-        with _reader(path) as stream, _replacing(kept) as out:
+        with open_packed(path) as stream, _replacing(kept) as out:
             while chunk := stream.read(CHUNK):
                 out.write(chunk)
     return kept

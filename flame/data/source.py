@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from flame.data.document import Bad, Document
-from flame.data.table import FLAG, KINDS, PACKED, open_table
+from flame.data.packed import PACKED
+from flame.data.table import FLAG, KINDS, open_table
 from flame.errors import UserError
 from flame.section import DataSource
 

@@ -1,8 +1,9 @@
 """Tables of `datasets`: files, folders and hub ids, of which one column is text or token ids; and what else a path is.
 
 Of `datasets` only two things are used, random access to rows and a stream's position; shuffling is the windows' work.
-A .txt file is one document. Local .jsonl files are read by flame.data.jsonl, as `datasets` fails a file whole,
-and Megatron's .bin and .idx by flame.data.megatron.
+Local files of which a part can be broken are read here, as `datasets` fails a file whole: JSON lines by
+flame.data.jsonl, .txt files, each one document, by flame.data.textfile; and Megatron's .bin and .idx by
+flame.data.megatron.
 """
 
 import copy
@@ -13,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from flame.data.document import Bad, Document, accept
-from flame.data.jsonl import JsonLines, describe_columns
+from flame.data.jsonl import CHUNK, JsonLines, describe_columns, parse_line
 from flame.data.megatron import IndexedRows, find_prefixes
+from flame.data.packed import PACKED, open_packed
 from flame.data.retry import PatientStream
+from flame.data.textfile import TextFiles
 from flame.errors import UserError
 
 FLAG = "--training.dataset"
 KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".arrow": "arrow", ".txt": "text"}
-PACKED = (".gz", ".zst", ".bz2", ".xz")
 SAVED = ("state.json", "dataset_dict.json")  # in a folder that save_to_disk wrote
 ABOUT = ("dataset_infos.json", "dataset_info.json")  # files of a dataset that hold no rows
 COLUMNS = ("text", "content", "input_ids")
@@ -84,7 +86,7 @@ def _decoded(row: bytes | None) -> str | bytes | None:
 
 def open_table(
     path: str, name: str | None, split: str, folder: str | None, files: str | None, streaming: bool, column: str | None
-) -> IndexedRows | JsonLines | TableRows | PatientStream:
+) -> IndexedRows | JsonLines | TextFiles | TableRows | PatientStream:
     """The text column of what a path or hub id names, with random access or, streaming, in one order.
 
     folder, files: data_dir and data_files of `load_dataset`, files a comma list; column: None for "text", "content" or
@@ -100,9 +102,12 @@ def open_table(
             raise UserError(f"{FLAG} {path}: files of several kinds ({there}); choose with --training.data_files")
         if prefixes := find_prefixes(path):
             return IndexedRows(prefixes)
-        if lines := _find_lines(path, name, split, folder, inner):
-            types = describe_columns(lines)
-            return JsonLines(lines, _choose(path, types, column)) if types else JsonLines(lines, column or COLUMNS[0])
+        local = _find_files(path, name, split, folder, inner)
+        if local and all(map(_is_lines, local)):
+            types = describe_columns(local)
+            return JsonLines(local, _choose(path, types, column)) if types else JsonLines(local, column or COLUMNS[0])
+        if local and all(_kind(Path(file)) == "text" for file in local):
+            return TextFiles(local)
         dataset = _load(path, name, split, folder, inner, streaming)
         streamed = isinstance(dataset, datasets.IterableDataset)
         names = dataset.column_names or list(next(iter(dataset), {}))
@@ -139,23 +144,28 @@ def _type(feature: Any) -> str:
     return getattr(feature, "dtype", "string")
 
 
-def _find_lines(path: str, name: str | None, split: str, folder: str | None, files: list[str] | None) -> list[str]:
-    """The .jsonl files that a name stands for here; none if it is anything else, or only a slice of a split."""
+def _find_files(path: str, name: str | None, split: str, folder: str | None, files: list[str] | None) -> list[str]:
+    """The files that a name stands for here; none if it is anything else, or only a slice of a split."""
     from datasets import load_dataset_builder
 
     local = Path(path).expanduser()
-    if local.is_dir() and any(_is_lines(file) for file in local.rglob("*")):
+    if local.is_dir() and _kinds(local) in ({"json"}, {"text"}):
         found = load_dataset_builder(str(local), name, data_dir=folder, data_files=files).config.data_files
-    elif path == "json" and files:
-        found = load_dataset_builder("json", data_dir=folder, data_files=files).config.data_files
+    elif path in ("json", "text") and files:
+        found = load_dataset_builder(path, data_dir=folder, data_files=files).config.data_files
     else:
         found = {"train": [str(local)] if local.is_file() else sorted(glob(str(local), recursive=True))}
     chosen = [str(file) for file in (found or {}).get(split, [])]
-    return chosen if all(_is_lines(Path(file)) and os.path.isfile(file) for file in chosen) else []
+    return chosen if all(os.path.isfile(file) for file in chosen) else []
 
 
-def _is_lines(file: Path) -> bool:
-    return [suffix for suffix in file.suffixes if suffix not in PACKED][-1:] == [".jsonl"]
+def _is_lines(file: str) -> bool:
+    """Whether a file holds an object a line: a .jsonl file does, and a .json file whose first line is one."""
+    ending = next((suffix for suffix in reversed(Path(file).suffixes) if suffix not in PACKED), None)
+    if ending != ".json":
+        return ending == ".jsonl"
+    with open_packed(Path(file)) as stream:
+        return isinstance(parse_line(stream.readline(CHUNK)), dict)
 
 
 def _load(path: str, name: str | None, split: str, folder: str | None, files: list[str] | None, streaming: bool) -> Any:

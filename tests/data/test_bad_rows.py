@@ -61,6 +61,18 @@ def test_a_lane_reads_past_bad_rows_and_the_loader_counts_and_names_them(file):
     assert len(run.noted()["rows"]) == 5 and all(str(file) in row.place for row in run.noted()["rows"])
 
 
+def test_a_text_file_that_cannot_be_read_is_skipped_alone_and_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("flame.data.textfile.LONGEST", 100)
+    contents = {"a": b"one", "b": b"\xff\xfe", "c": b"", "d": 500 * b"d", "e": "f\u00fcnf".encode()}
+    for name, content in contents.items():
+        (tmp_path / f"{name}.txt").write_bytes(content)
+    rows = build(tmp_path)[0].rows
+    one, *bad, five = rows.texts(range(5))
+    assert (one, five) == ("one", "f\u00fcnf")
+    assert [row.place for row in bad] == [str(tmp_path / f"{name}.txt") for name in "bcd"]
+    assert [row.reason for row in bad] == ["invalid UTF-8", "empty", "more than 100 characters"]
+
+
 def test_a_row_of_a_table_is_named_by_its_number_whether_streamed_or_not(tmp_path):
     values = [b"one", None, b"", b"\xff\xfe", b"five"]
     column = pyarrow.array(values, pyarrow.binary()).view(pyarrow.string())

@@ -3,6 +3,7 @@
 import gzip
 import json
 
+import pyarrow
 import pytest
 from datasets import Dataset, DatasetDict
 
@@ -31,6 +32,10 @@ def shelf(tmp_path_factory):
     (root / "folder" / "part-1.jsonl").write_text("".join(lines[25:]))
     with gzip.open(root / "z.jsonl.gz", "wt") as file:
         file.writelines(lines)
+    (root / "lines.json").write_text("".join(lines))
+    with pyarrow.output_stream(str(root / "lines.json.zst"), compression="zstd") as file:
+        file.write("".join(lines).encode())
+    (root / "array.json").write_text(json.dumps([{"text": text} for text in TEXTS]))
     for i, text in enumerate(TEXTS):
         (root / "texts" / f"{i:02d}.txt").write_text(text)
     table.save_to_disk(root / "saved")
@@ -66,6 +71,9 @@ def read(source):
         "folder",
         "folder/*.jsonl",
         "z.jsonl.gz",
+        "lines.json",
+        "lines.json.zst",
+        "array.json",
         "texts",
         "texts/*.txt",
         "saved",
@@ -100,7 +108,7 @@ def test_the_standard_library_is_read_in_place():
     assert not any("site-packages" in str(path) for path in source.rows._files)
 
 
-@pytest.mark.parametrize("path", ["t.parquet", "tables", "texts"])
+@pytest.mark.parametrize("path", ["t.parquet", "tables", "array.json"])
 def test_a_stream_goes_on_from_its_mark_in_this_and_the_next_epoch(shelf, path):
     (source,) = build(shelf / path, streaming=True)
     whole = list(source.rows.batches(7))
