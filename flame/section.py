@@ -205,6 +205,15 @@ class Comm(titan.Comm):
 
 
 @dataclass
+class Experimental(titan.Experimental):
+    custom_import: str = ""
+    """
+    Python module of your own, imported before anything is built: it registers a model with transformers, and its FAMILY
+    with flame. The same setting as --model.import.
+    """
+
+
+@dataclass
 class Debug(titan.Debug):
     seed: int | None = 42
     """Seed of the initial weights, the data order and everything else that is random"""
@@ -221,4 +230,5 @@ class JobConfig(titan.JobConfig):
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
     comm: Comm = field(default_factory=Comm)
+    experimental: Experimental = field(default_factory=Experimental)
     debug: Debug = field(default_factory=Debug)

@@ -16,7 +16,8 @@ from flame.data.tokenize import build_tokenizer
 from flame.errors import UserError
 from flame.input import validation_as_training
 from flame.metrics import build_metrics
-from flame.models.causal_lm import CausalLM, ModelArgs, check_buildable, load_hf_config
+from flame.models.causal_lm import CausalLM, ModelArgs
+from flame.models.hf import check_buildable, choose_attention, import_models, load_hf_config
 from flame.models.loss import build_loss
 from flame.parallel.apply import parallelize
 from flame.schedule import build_schedule
@@ -56,6 +57,8 @@ def register(job_config: Any) -> None:
         raise UserError(f"--{flag}: needs a GPU, and none is visible")
     if job_config.compile.enable:
         _check_backend(job_config.compile.backend)
+    if job_config.experimental.custom_import:
+        import_models(job_config.experimental.custom_import)
     tokenizer = build_tokenizer(model.tokenizer_path, trust_remote_code=model.trust_remote_code)
     family, hf_config = load_hf_config(
         model.config,
@@ -63,7 +66,12 @@ def register(job_config: Any) -> None:
         grow_vocab=model.grow_vocab,
         trust_remote_code=model.trust_remote_code,
     )
-    check_buildable(hf_config, model.config)
+    if job_config.training.varlen and family.packing is None:
+        raise UserError(
+            f"--training.varlen: models of type {hf_config.model_type} cannot keep packed documents apart; leave it off"
+        )
+    choose_attention(hf_config, family, job_config.training.mixed_precision_param)
+    check_buildable(hf_config, model.config, model.trust_remote_code)
     _check_same_model(hf_config, job_config)
     build_sources(job_config.training, job_config.data)
     if job_config.validation.enable:

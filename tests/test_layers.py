@@ -9,19 +9,23 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROWS = (
-    "errors data.document data.retry",
-    "data.window data.jsonl data.megatron",
+    "errors data.document data.packed data.retry",
+    "data.window data.jsonl data.megatron data.textfile",
     "legacy setting section log device schedule checkpoint.convert data.prefetch data.table models.family "
-    "models.reference.precision models.reference.packing",
-    "data.source data.skip data.mixture data.tokenize data.pack data.ledger models.loss models.flops "
-    "models.reference.attention models.reference.convolution models.reference.linear_attention models.reference.norm",
-    "config data.lane models.llama models.neox models.fla models.init models.reference "
+    "models.reference.precision models.reference.packing models.reference.delta_chunk",
+    "data.source data.skip data.cursor data.mixture data.tokenize data.pack data.ledger models.loss models.flops "
+    "models.reference.attention models.reference.convolution models.reference.linear_attention models.reference.norm "
+    "models.reference.gate models.reference.hgrn models.reference.simple_gla models.reference.token_shift",
+    "models.reference.gsa models.reference.lightnet models.reference.delta_rule models.reference.mamba "
+    "models.reference.rwkv",
+    "config data.lane models.llama models.fla models.init models.reference "
     "parallel.* checkpoint.manager checkpoint.export",
-    "input run data.loader models.table",
-    "plan metrics models.causal_lm data.inspect data.corpus data.bench",
-    "preflight validation data.__main__",
-    "spec",
-    "trainer",
+    "input run data.loader models.neox models.falcon models.moe models.delta models.generic models.shrink",
+    "plan metrics models.table data.inspect data.corpus data.bench",
+    "preflight validation models.hf data.__main__",
+    "models.causal_lm",
+    "spec models.audit models.listing",
+    "trainer models.__main__",
     "job",
     "launch train",
 )

@@ -5,77 +5,18 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
 from torchtitan.protocols import BaseModelArgs, ModelProtocol
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-from flame.errors import UserError
-from flame.models import reference
 from flame.models.family import Family
-from flame.models.flops import flops_per_token
+from flame.models.flops import flops_per_token, weights_met
+from flame.models.hf import build_hf
 from flame.models.init import Unit, init_weights
-from flame.models.loss import Head, TiedHead
-from flame.models.table import family_of
-
-VOCAB_MULTIPLE = 64  # a grown vocabulary is rounded up to this: tensor cores and TP like it
-
-
-def load_hf_config(
-    source: str, *, tokenizer: Any = None, grow_vocab: bool = False, trust_remote_code: bool = False
-) -> tuple[Family, PreTrainedConfig]:
-    """The family and Hugging Face config of a JSON file, a local HF folder or a hub id.
-
-    With a tokenizer, its special ids go into the config, and it must fit the embedding table or `grow_vocab` be set.
-    Raises UserError.
-    """
-    try:
-        if Path(source).is_file():
-            fields = json.loads(Path(source).read_text())
-        else:
-            fields, _ = PreTrainedConfig.get_config_dict(source)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model.config: cannot read {source}: {_first_line(error)}") from None
-    family = family_of(fields.get("model_type", ""))
-    if family.from_fla:
-        reference.enable()  # imports fla, whose model types must be known before transformers looks them up
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever a config class says of its fields is the user's to mend
-        raise UserError(f"--model.config {source}: {_first_line(error)}") from None
-    if tokenizer is not None:
-        _fit_to_tokenizer(config, tokenizer, grow_vocab)
-    return family, config
-
-
-def check_buildable(config: PreTrainedConfig, source: str) -> None:
-    """Build the model without memory, and refuse with one line what its constructor refuses. Raises UserError."""
-    if config.num_hidden_layers < 1:
-        raise UserError(f"--model.config {source}: num_hidden_layers is {config.num_hidden_layers}, must be 1 or more")
-    try:
-        with torch.device("meta"):
-            AutoModelForCausalLM.from_config(config)
-    except Exception as error:
-        raise UserError(f"--model.config {source} cannot be built: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def _fit_to_tokenizer(config: PreTrainedConfig, tokenizer: Any, grow_vocab: bool) -> None:
-    if tokenizer.vocab_size > config.vocab_size:
-        if not grow_vocab:
-            raise UserError(
-                f"--model.tokenizer_path: the tokenizer has {tokenizer.vocab_size} ids but the model's vocab_size is "
-                f"{config.vocab_size}; use a smaller tokenizer, raise vocab_size, or set --model.grow_vocab"
-            )
-        config.vocab_size = -(-tokenizer.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-    config.bos_token_id, config.eos_token_id = tokenizer.bos_id, tokenizer.eos_id
+from flame.models.loss import IGNORE_INDEX, Head, TiedHead, cross_entropy
 
 
 @dataclass
@@ -98,8 +39,8 @@ class ModelArgs(BaseModelArgs):
         """Parameters, and training FLOPs a token at rows of `seq_len`."""
         assert isinstance(model, CausalLM)
         parameters = sum(p.numel() for p in model.parameters())
-        table = 0 if model.tied else model.embedding.weight.numel()
-        return parameters, flops_per_token(self.hf_family, self.hf_config, parameters - table, seq_len)
+        met = weights_met(model, self.hf_config, model.embedding if model.tied else None)
+        return parameters, flops_per_token(self.hf_family, self.hf_config, met, seq_len)
 
 
 class Blocks(nn.ModuleDict):
@@ -125,21 +66,22 @@ class CausalLM(ModelProtocol):
         super().__init__(args)
         self.model_args = args
         self.family = family = args.hf_family
-        hf = AutoModelForCausalLM.from_config(args.hf_config)
-        self.__dict__["hf"] = hf  # not a child: its backbone is registered below, its `_init_weights` is used
+        hf = build_hf(args.hf_config)
+        # Not a child: its children are registered below, under their names. It keeps `_init_weights` and its forward.
+        self.__dict__["hf"] = hf
         self.prefix = hf.base_model_prefix
-        self.add_module(self.prefix, hf.base_model)
-        blocks = getattr(self.backbone, family.blocks)
-        setattr(self.backbone, family.blocks, Blocks({str(i): block for i, block in enumerate(blocks)}))
-
         linear = hf.get_output_embeddings()
         self.head_name = next(name for name, child in hf.named_children() if child is linear)
         self.tied = bool(getattr(args.hf_config, "tie_word_embeddings", False))
         if self.tied:
-            head: nn.Module = TiedHead(lambda: self.embedding.weight)
+            head: Head | TiedHead = TiedHead(lambda: self.embedding.weight)
         else:
             head = Head(linear.in_features, linear.out_features, bias=linear.bias is not None)
-        self.add_module(self.head_name, head)
+        head.l2warp = bool(getattr(args.hf_config, "use_l2warp", False))
+        setattr(hf, self.head_name, head)
+        self._modules.update(hf.named_children())  # not add_module: Mamba calls its own child "backbone"
+        blocks = getattr(self.backbone, family.blocks)
+        setattr(self.backbone, family.blocks, Blocks({str(i): block for i, block in enumerate(blocks)}))
 
         # How to build each part anew; recorded now, because AC, compile and FSDP change classes and wrap modules.
         config = args.hf_config
@@ -157,10 +99,10 @@ class CausalLM(ModelProtocol):
         return getattr(self.backbone, self.family.embedding)
 
     # The names torchtitan's apply_fsdp and apply_ac expect. Tied weights must live in one FSDP group, the root's: the
-    # embedding and the head are then hidden from it.
+    # embedding and the head are then hidden from it, as they are where transformers' own forward uses them in any way.
     @property
     def tok_embeddings(self) -> nn.Module | None:
-        return None if self.tied else self.embedding
+        return self.embedding if self._apart else None
 
     @property
     def layers(self) -> Blocks:
@@ -172,7 +114,11 @@ class CausalLM(ModelProtocol):
 
     @property
     def output(self) -> nn.Module | None:
-        return None if self.tied else self._modules[self.head_name]
+        return self._modules[self.head_name] if self._apart else None
+
+    @property
+    def _apart(self) -> bool:
+        return self.family.fused_loss and not self.tied
 
     def forward(
         self,
@@ -184,26 +130,70 @@ class CausalLM(ModelProtocol):
         """Logits (batch, seq, vocab), or with labels (batch, seq) their summed cross entropy.
 
         tokens: (batch, seq) int64. Of packed documents, `positions` (batch, seq) restart at each document, and
-        `cu_seqlens` (documents + 1,) are their boundaries in the flattened batch.
+        `cu_seqlens` (documents + 1,) are their boundaries in the flattened batch. In training the sum has the
+        balance loss of a mixture's routers too, times `router_aux_loss_coef` and the number of labels, if the config
+        says `output_router_logits`: divided by that number it is the loss of transformers.
         """
-        shape, packing = tokens.shape, {}
+        if not self.family.fused_loss:
+            output = self.hf(input_ids=tokens, use_cache=False)
+            if labels is None:
+                return output.logits
+            return self._balanced(cross_entropy(output.logits, labels), labels, getattr(output, "aux_loss", None))
+        shape = tokens.shape
+        packing: dict[str, Any] = {}
         if cu_seqlens is not None and self.family.packing == "cu_seqlens":
             tokens, packing = tokens.view(1, -1), {"cu_seqlens": cu_seqlens}  # fla's kernels take one long row
         elif positions is not None:
             packing = {"position_ids": positions}
-        hidden = self.backbone(input_ids=tokens, use_cache=False, **packing)[0].view(*shape, -1)
-        return self._modules[self.head_name](hidden, labels)
+            if self.family.packing == "mask":
+                packing["attention_mask"] = _same_document(positions)
+        routed = self.family.router_loss if labels is not None and self._balances else None
+        if routed is not None:
+            packing["output_router_logits"] = True
+        output = self.backbone(input_ids=tokens, use_cache=False, **packing)
+        result = self._modules[self.head_name](output[0].view(*shape, -1), labels)
+        if routed is None:
+            return result
+        assert labels is not None
+        return self._balanced(result, labels, routed(self.hf.config, output.router_logits))
+
+    @property
+    def _balances(self) -> bool:
+        # Not in validation, whose loss is that of the tokens, in whatever batches they come.
+        return self.training and bool(getattr(self.hf.config, "output_router_logits", False))
+
+    def _balanced(self, loss: torch.Tensor, labels: torch.Tensor, balance: torch.Tensor | None) -> torch.Tensor:
+        if balance is None or not self._balances:
+            return loss
+        return loss + self.hf.config.router_aux_loss_coef * balance * (labels != IGNORE_INDEX).sum()
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
         """The same weights in every layout; see flame.models.init."""
-        blocks = self.family.blocks
+        blocks, head = self.family.blocks, self._modules[self.head_name]
         units = [Unit(f"{blocks}.{i}", block, self.build[f"{blocks}.{i}"]) for i, block in self.layers.items()]
-        units += [Unit(name, child, self.build[name]) for name, child in self._parts() if name != blocks]
-        init_weights(self, units, self.hf._init_weights, self.model_args.seed)
+        units += [
+            Unit(name, child, self.build[name]) for name, child in self._parts() if name not in (blocks, self.head_name)
+        ]
+        units += [Unit(self.head_name, head, self._build_head)]
+        constants = {f"{self.prefix}.{name}": value for name, value in self.family.constants.items()}
+        init_weights(self, units, self.hf._init_weights, self.model_args.seed, constants)
+        setattr(self.hf, self.head_name, head)
+
+    def _build_head(self) -> nn.Module:
+        fresh = self.build[self.head_name]()
+        setattr(self.hf, self.head_name, fresh)  # RWKV-7 draws in its own way the module that `self.lm_head` is
+        return fresh
 
     def _parts(self) -> Iterator[tuple[str, nn.Module]]:
         yield from self.backbone.named_children()
-        yield self.head_name, self._modules[self.head_name]
+        yield from ((name, child) for name, child in self.named_children() if name != self.prefix)
+
+
+def _same_document(positions: torch.Tensor) -> torch.Tensor:
+    """Which earlier tokens of its row each token sees, (batch, 1, seq, seq), of positions that restart at documents."""
+    document = (positions == 0).cumsum(-1)
+    same = document[:, :, None] == document[:, None, :]
+    return same.tril()[:, None]
 
 
 def _builder(part: nn.Module, config: PreTrainedConfig) -> Any:
@@ -214,7 +204,6 @@ def _builder(part: nn.Module, config: PreTrainedConfig) -> Any:
 
 def _emptied(part: nn.Module) -> nn.Module:
     empty = copy.deepcopy(part).to_empty(device=torch.get_default_device())
-    for tensor in (*empty.parameters(), *empty.buffers()):
-        if tensor.is_floating_point():
-            tensor.detach().fill_(float("nan"))  # what `_init_weights` forgets must show
+    for module in empty.modules():
+        module.__dict__.pop("_is_hf_initialized", None)  # what transformers filled is gone
     return empty

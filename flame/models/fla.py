@@ -1,40 +1,110 @@
-"""Model types of flash-linear-attention. Their kernels need a GPU; flame.models.reference serves them on a CPU."""
+"""Model types of flash-linear-attention: attention, linear attention, gated recurrences, RWKV and state spaces.
 
+Their kernels need a GPU; flame.models.reference serves them on a CPU. The delta rules are in flame.models.delta.
+"""
+
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from flame.models.family import Family, attention_flops
+from flame.models.family import Family, attention_flops, state_flops
 
 
-def _transformer_flops(config: Any, seq_len: int) -> float:
-    window = config.window_size or seq_len
-    return attention_flops(config.num_hidden_layers, config.hidden_size, min(seq_len, 2 * window))
+def fla_family(
+    *model_types: str,
+    flops: Callable[[Any, int], float],
+    norm: str = "norm",
+    packed: bool = True,
+    constants: Mapping[str, float] | None = None,
+) -> Family:
+    """A row of fla: its models share names, and mixers that take `cu_seqlens` keep packed documents apart."""
+    return Family(
+        model_types=model_types,
+        blocks="layers",
+        embedding="embeddings",
+        norm=norm,
+        mixer_flops=flops,
+        packing="cu_seqlens" if packed else None,
+        from_fla=True,
+        constants=constants or {},
+        fullgraph=False,  # its dispatched kernels are torch.compiler.disable'd, and its rotary embedding breaks as well
+    )
 
 
-def _gla_flops(config: Any, seq_len: int) -> float:
-    # Per head and token the state (d_k x d_v) is decayed, written (k v^T) and read (q S): 2 FLOPs a MAC, two MACs an
-    # entry. A hybrid's `attn` layers are softmax attention.
-    attention = len(config.attn["layers"]) if config.attn else 0
-    d_k, d_v = config.hidden_size * config.expand_k, config.hidden_size * config.expand_v
-    state = (config.num_hidden_layers - attention) * 2 * 2 * d_k * d_v / config.num_heads
-    return state + attention_flops(attention, config.hidden_size, seq_len)
+def hybrid(mixer: Callable[[Any], float]) -> Callable[[Any, int], float]:
+    """Forward FLOPs a token of all layers: `mixer(config)` each, but softmax attention in those that `attn` names."""
+
+    def flops(config: Any, seq_len: int) -> float:
+        specs = config.attn or []
+        specs = specs if isinstance(specs, list) else [specs]
+        attention = sum(
+            len(spec["layers"]) * attention_flops(config.hidden_size, seq_len, spec.get("window_size"))
+            for spec in specs
+        )
+        recurrent = config.num_hidden_layers - sum(len(spec["layers"]) for spec in specs)
+        return attention + recurrent * mixer(config)
+
+    return flops
 
 
-FLA_TRANSFORMER = Family(
-    model_types=("transformer",),
-    blocks="layers",
-    embedding="embeddings",
-    norm="norm",
-    mixer_flops=_transformer_flops,
-    packing="cu_seqlens",
-    from_fla=True,
-)
+def _transformer(config: Any, seq_len: int) -> float:
+    return config.num_hidden_layers * attention_flops(config.hidden_size, seq_len, config.window_size)
 
-GLA = Family(  # https://arxiv.org/abs/2312.06635
-    model_types=("gla",),
-    blocks="layers",
-    embedding="embeddings",
-    norm="norm",
-    mixer_flops=_gla_flops,
-    packing="cu_seqlens",
-    from_fla=True,
-)
+
+def _mla(config: Any, seq_len: int) -> float:
+    keys, values = config.num_heads * config.qk_head_dim, config.num_heads * config.v_head_dim
+    return config.num_hidden_layers * attention_flops(keys, seq_len, config.window_size, value_width=values)
+
+
+def _linear(config: Any) -> float:
+    d_k, d_v = (config.hidden_size * expand / config.num_heads for expand in (config.expand_k, config.expand_v))
+    return state_flops(config.num_heads, d_k, d_v)
+
+
+def _gsa(config: Any) -> float:  # two states: queries read slots of keys, then slots of values
+    d_k, d_v = (config.hidden_size * expand / config.num_heads for expand in (config.expand_k, config.expand_v))
+    return state_flops(config.num_heads, d_k, config.num_slots) + state_flops(config.num_heads, config.num_slots, d_v)
+
+
+def _hgrn(config: Any) -> float:
+    return 0.0  # elementwise alone
+
+
+def _hgrn2(config: Any) -> float:
+    heads = config.num_heads if config.expand_ratio is None else config.hidden_size // config.expand_ratio
+    ratio = config.expand_ratio or config.hidden_size // heads
+    return state_flops(heads, ratio, config.hidden_size / heads)
+
+
+def _rwkv7(config: Any) -> float:  # reads the state with a, writes that along b, writes k v^T, reads
+    d_v = sum(config.value_dim) / len(config.value_dim) / config.num_heads
+    return state_flops(config.num_heads, config.head_dim, d_v, passes=4)
+
+
+def _mamba(config: Any, seq_len: int) -> float:
+    return config.num_hidden_layers * state_flops(1, config.state_size, config.intermediate_size)
+
+
+def _mamba2(config: Any, seq_len: int) -> float:
+    return config.num_hidden_layers * state_flops(config.num_heads, config.state_size, config.head_dim)
+
+
+def _samba(config: Any) -> float:
+    return state_flops(1, config.state_size, config.intermediate_size)
+
+
+FLA_TRANSFORMER = fla_family("transformer", flops=_transformer)
+MLA = fla_family("mla", flops=_mla)  # https://arxiv.org/abs/2405.04434
+LINEAR = fla_family("linear_attn", flops=hybrid(_linear), packed=False)  # https://arxiv.org/abs/2006.16236
+# https://arxiv.org/abs/2307.08621 and, with a decay that depends on the token, https://arxiv.org/abs/2312.06635
+DECAYED = fla_family("retnet", "gla", flops=hybrid(_linear))
+GSA = fla_family("gsa", flops=hybrid(_gsa))  # https://arxiv.org/abs/2409.07146
+HGRN = fla_family("hgrn", flops=hybrid(_hgrn), constants={"lower_bounds": 0.0})  # https://arxiv.org/abs/2311.04823
+HGRN2 = fla_family("hgrn2", flops=hybrid(_hgrn2), constants={"lower_bounds": 0.0})  # https://arxiv.org/abs/2404.07904
+RWKV6 = fla_family("rwkv6", flops=hybrid(_linear))  # https://arxiv.org/abs/2404.05892
+RWKV7 = fla_family("rwkv7", flops=hybrid(_rwkv7))  # https://arxiv.org/abs/2503.14456
+# These scans know no document boundaries, and would silently ignore them; linear_attn's model takes none.
+MAMBA = fla_family("mamba", flops=_mamba, norm="norm_f", packed=False)  # https://arxiv.org/abs/2312.00752
+MAMBA2 = fla_family("mamba2", flops=_mamba2, norm="norm_f", packed=False)  # https://arxiv.org/abs/2405.21060
+SAMBA = fla_family("samba", flops=hybrid(_samba), norm="norm_f", packed=False)  # https://arxiv.org/abs/2406.07522
+
+ROWS = (FLA_TRANSFORMER, MLA, LINEAR, DECAYED, GSA, HGRN, HGRN2, RWKV6, RWKV7, MAMBA, MAMBA2, SAMBA)

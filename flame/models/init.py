@@ -5,8 +5,9 @@ what only constructors set. So each block is built anew by its own constructor, 
 afterwards is an error that names the tensor.
 """
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,15 +27,21 @@ class Unit:
 
 
 @torch.no_grad()
-def init_weights(model: nn.Module, units: Iterable[Unit], init_module: Callable[[nn.Module], None], seed: int) -> None:
-    """Fill every parameter and buffer of `model`, which is made of `units`.
+def init_weights(
+    model: nn.Module,
+    units: Iterable[Unit],
+    init_module: Callable[[nn.Module], None],
+    seed: int,
+    constants: Mapping[str, float] | None = None,
+) -> None:
+    """Fill every parameter and buffer of `model`, which is made of `units` and of `constants`, {name: value}.
 
     `init_module` is Hugging Face's `_init_weights`. Peak extra memory is one unit. Raises RuntimeError naming
     parameters or buffers that nothing initialised.
     """
-    for _, tensor in _tensors(model):
+    for name, tensor in _tensors(model):
         if tensor.is_floating_point():
-            _local(tensor).fill_(float("nan"))
+            _local(tensor).fill_((constants or {}).get(name, float("nan")))
     for unit in units:
         _fill(unit, init_module, seed)
     unset = [name for name, tensor in _tensors(model) if tensor.is_floating_point() and _local(tensor).isnan().any()]
@@ -47,13 +54,28 @@ def _fill(unit: Unit, init_module: Callable[[nn.Module], None], seed: int) -> No
     if not targets:
         return
     device = _local(next(iter(targets.values()))).device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device, _poisoned():
         torch.manual_seed(_seed_of(unit.name, seed))
-        fresh = unit.build().apply(init_module)
+        fresh = unit.build().apply(lambda module: None if _is_done(module) else init_module(module))
     values = dict(_tensors(fresh))
     assert values.keys() == targets.keys(), f"{unit.name}: {sorted(values.keys() ^ targets.keys())}"
     for name, target in targets.items():
         _copy(target, values[name])
+
+
+def _is_done(module: nn.Module) -> bool:
+    return getattr(module, "_is_hf_initialized", False)  # transformers asks this too: RWKV-7's constructor says so
+
+
+@contextlib.contextmanager
+def _poisoned() -> Iterator[None]:
+    """torch.empty gives NaN, so that what a constructor allocates and nothing fills shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # it is this mode that fills new memory
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def _seed_of(name: str, seed: int) -> int:

@@ -10,31 +10,50 @@ from torch.utils.checkpoint import checkpoint
 
 IGNORE_INDEX = -100
 CHUNK = 1024  # tokens whose logits are alive at a time
+L2WARP = 1e-4  # weight of RWKV's penalty
 
 
 def linear_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, bias: torch.Tensor | None = None
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    l2warp: bool = False,
 ) -> torch.Tensor:
     """Sum over tokens of the cross entropy of `hidden @ weight.T + bias`, in fp32; labels of -100 do not count.
 
-    hidden: (batch, seq, hidden), weight: (vocab, hidden), labels: (batch, seq) int64; returns a scalar.
+    hidden: (batch, seq, hidden), weight: (vocab, hidden), labels: (batch, seq) int64; returns a scalar. `l2warp` adds
+    to the gradient, not to the value, that of L2WARP / 2 x the square of every token's largest logit (RWKV-LM).
     On a GPU this is fla's fused Triton kernel; elsewhere chunks of logits, computed again in the backward.
     """
     hidden, labels = hidden.flatten(0, -2), labels.flatten()
     if hidden.is_cuda:
         from fla.modules.fused_linear_cross_entropy import fused_linear_cross_entropy_loss
 
-        return fused_linear_cross_entropy_loss(hidden, labels, weight, bias, IGNORE_INDEX, reduction="sum")
+        return fused_linear_cross_entropy_loss(
+            hidden,
+            labels,
+            weight,
+            bias,
+            IGNORE_INDEX,
+            reduction="sum",
+            use_l2warp=l2warp,
+            l2_penalty_factor=L2WARP * len(hidden),  # the kernel divides by the tokens, whatever the reduction
+        )
     chunks = zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True)
-    losses = [checkpoint(_chunk_loss, x, weight, bias, y, use_reentrant=False) for x, y in chunks]
+    losses = [checkpoint(_chunk_loss, x, weight, bias, y, l2warp, use_reentrant=False) for x, y in chunks]
     return torch.stack(losses).sum()
 
 
 def _chunk_loss(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor, l2warp: bool
 ) -> torch.Tensor:
     logits = F.linear(hidden, weight, bias).float()
-    return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    loss = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    if l2warp:
+        penalty = L2WARP / 2 * logits.max(-1).values.square().sum()
+        loss = loss + penalty - penalty.detach()
+    return loss
 
 
 class Head(nn.Linear):
@@ -43,14 +62,18 @@ class Head(nn.Linear):
     The loss goes through this module's own forward so that FSDP gathers its weight around it.
     """
 
+    l2warp = False
+
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         if labels is None:
             return super().forward(hidden)
-        return linear_cross_entropy(hidden, self.weight, labels, self.bias)
+        return linear_cross_entropy(hidden, self.weight, labels, self.bias, self.l2warp)
 
 
 class TiedHead(nn.Module):
     """A head that owns no parameter and multiplies with the embedding table (tie_word_embeddings)."""
+
+    l2warp = False
 
     def __init__(self, embedding_weight: Callable[[], torch.Tensor]) -> None:
         super().__init__()
@@ -59,17 +82,18 @@ class TiedHead(nn.Module):
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         if labels is None:
             return F.linear(hidden, self.embedding_weight())
-        return linear_cross_entropy(hidden, self.embedding_weight(), labels)
+        return linear_cross_entropy(hidden, self.embedding_weight(), labels, l2warp=self.l2warp)
 
 
 def build_loss(job_config: Any, **_: Any) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """torchtitan's loss hook: passes a summed loss through, and sums the cross entropy of logits."""
 
     def loss(prediction: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        if prediction.ndim == 0:
-            return prediction
-        return F.cross_entropy(
-            prediction.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-        )
+        return prediction if prediction.ndim == 0 else cross_entropy(prediction, labels)
 
     return loss
+
+
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Sum over tokens of the cross entropy of logits (batch, seq, vocab), in fp32; labels of -100 do not count."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")

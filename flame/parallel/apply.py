@@ -23,7 +23,7 @@ def parallelize(model: Any, parallel_dims: ParallelDims, job_config: Any) -> nn.
             op_sac_save_list=_op_sac_save_list,
             base_folder=job_config.job.dump_folder,
         )
-    if compiled and model.family.from_fla:
+    if compiled and not model.family.fullgraph:
         _compile_with_graph_breaks(model, job_config.compile.backend)
     elif compiled:
         apply_compile(model, job_config.compile)
@@ -47,8 +47,7 @@ def parallelize(model: Any, parallel_dims: ParallelDims, job_config: Any) -> nn.
 
 
 def _compile_with_graph_breaks(model: Any, backend: str) -> None:
-    # torchtitan asks for fullgraph=True; fla's dispatched kernels are torch.compiler.disable'd and break the graph, and
-    # so does its rotary embedding in training.
+    # torchtitan asks for fullgraph=True, which the family's row denies.
     for name, block in model.layers.items():
         model.layers.register_module(name, torch.compile(block, backend=backend))
 

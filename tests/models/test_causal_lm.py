@@ -1,10 +1,15 @@
+import json
+
 import pytest
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import AutoModelForCausalLM
 
 from flame.errors import UserError
-from flame.models.causal_lm import CausalLM, ModelArgs, load_hf_config
+from flame.models.causal_lm import CausalLM, ModelArgs, _same_document
+from flame.models.hf import load_hf_config
 from flame.models.init import Unit, init_weights
+from tests.models.small import fields_of
 from tests.tiny import CONFIGS, write_config
 
 FAMILIES = sorted(CONFIGS)
@@ -120,9 +125,11 @@ def test_a_tokenizer_larger_than_the_model_is_refused_with_both_numbers(tmp_path
 
 
 def test_an_unknown_model_type_is_refused_with_the_known_ones(tmp_path):
-    path = tmp_path / "bert.json"
-    path.write_text('{"model_type": "bert"}')
-    with pytest.raises(UserError, match=r'"bert"; known: gla, gpt_neox, llama, transformer'):
+    path = tmp_path / "model.json"
+    path.write_text('{"model_type": "perceptron"}')
+    with pytest.raises(
+        UserError, match=r'"perceptron", nor does transformers know it; known: delta_net, .* transformer'
+    ):
         load_hf_config(str(path))
 
 
@@ -139,3 +146,63 @@ def test_packed_documents_give_the_loss_of_each_alone(name, tmp_path):
         leaking = model(packed).view(1, 128, -1)
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
     assert (leaking[:, 70:] - alone[:, 70:]).abs().max() > 1e-2
+
+
+# What some families add -----------------------------------------------------------------------------------------------
+
+
+def gradients(model, tokens, labels):
+    model.zero_grad()
+    loss = model(tokens, labels=labels)
+    loss.backward()
+    return loss.item(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def test_the_routers_balance_is_in_the_loss_of_training_alone(tmp_path):
+    path = tmp_path / "moe.json"
+    path.write_text(json.dumps(fields_of("mixtral_8x7B", router_aux_loss_coef=0.5)))
+    model = build(path)
+    tokens, labels = torch.randint(0, 320, (2, 2, 64)).unbind()
+    labels[0, :50] = -100
+    output = hf_twin(model).train()(tokens, use_cache=False)
+    plain = torch.nn.functional.cross_entropy(output.logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    valid = (labels != -100).sum()
+    torch.testing.assert_close(model.train()(tokens, labels=labels), plain + 0.5 * output.aux_loss * valid)
+    torch.testing.assert_close(model.eval()(tokens, labels=labels), plain)
+
+
+@pytest.mark.parametrize("name", ["mixtral_8x7B", "granitemoe"])
+def test_activation_checkpointing_leaves_the_routers_gradients_as_they_are(name, tmp_path):
+    path = tmp_path / "moe.json"
+    path.write_text(json.dumps(fields_of(name)))
+    model = build(path)
+    tokens, labels = torch.randint(0, 320, (2, 2, 64)).unbind()
+    before = gradients(model, tokens, labels)
+    for i, block in list(model.layers.items()):
+        model.layers.register_module(i, checkpoint_wrapper(block))
+    after = gradients(model, tokens, labels)
+    assert before[0] == after[0]
+    assert all(torch.equal(a, b) for a, b in zip(before[1], after[1], strict=True))
+
+
+def test_l2warp_changes_the_gradient_and_not_the_loss(tmp_path):
+    loss, plain = gradients(build(write_config(tmp_path, "gla")), *(batch := torch.randint(0, 320, (2, 2, 64))))
+    same, pulled = gradients(build(write_config(tmp_path, "gla", use_l2warp=True)), *batch)
+    assert same == loss
+    assert max((a - b).abs().max() for a, b in zip(plain, pulled, strict=True)) > 1e-4
+
+
+def test_weights_are_float32_whatever_the_config_says(tmp_path):
+    model = build(write_config(tmp_path, "llama", dtype="bfloat16"))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_falcons_mask_lets_no_token_see_another_document_or_the_future(tmp_path):
+    positions = torch.tensor([[0, 1, 0, 1, 2]])
+    assert _same_document(positions)[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [0, 0, 1, 0, 0],
+        [0, 0, 1, 1, 0],
+        [0, 0, 1, 1, 1],
+    ]

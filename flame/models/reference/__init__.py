@@ -14,9 +14,57 @@ import inspect
 import sys
 from collections.abc import Callable
 
-from flame.models.reference import attention, convolution, linear_attention, norm
+from torch import nn
 
-_PARTS = (attention, convolution, linear_attention, norm)
+from flame.errors import UserError
+from flame.models.reference import (
+    attention,
+    convolution,
+    delta_rule,
+    gate,
+    gsa,
+    hgrn,
+    lightnet,
+    linear_attention,
+    mamba,
+    norm,
+    rwkv,
+    simple_gla,
+    token_shift,
+)
+
+_PARTS = (
+    attention,
+    convolution,
+    delta_rule,
+    gate,
+    gsa,
+    hgrn,
+    lightnet,
+    linear_attention,
+    mamba,
+    norm,
+    rwkv,
+    simple_gla,
+    token_shift,
+)
+# The model types of fla whose training and generation run on these references alone; a test holds each of them.
+_SERVED = frozenset(
+    {
+        *("delta_net", "gated_deltanet", "gated_deltaproduct", "kda"),
+        *("gla", "gsa", "hgrn", "hgrn2", "lightnet", "linear_attn", "mla", "retnet", "transformer"),
+        *("mamba", "mamba2", "rwkv6", "rwkv7", "samba"),
+    }
+)
+
+
+def check(model_type: str) -> None:
+    """Refuse a model type of fla that has no reference, and so cannot run on a CPU. Raises UserError."""
+    if model_type not in _SERVED:
+        raise UserError(
+            f'--model.config: fla\'s model_type "{model_type}" has no CPU path, only Triton kernels that need a GPU; '
+            f"on a CPU flame runs {', '.join(sorted(_SERVED))}"
+        )
 
 
 @functools.cache  # so that a second call does nothing
@@ -42,20 +90,26 @@ def enable() -> None:
             ):
                 original = table.get(f"flash_attn_{name}")
                 table[f"flash_attn_{name}"] = _on_cpu(reference, original) if original else reference
+    for layer, reference in mamba.layers():  # what fla runs on a CPU is a method here, not a global
+        layer.forward = _on_cpu(reference, layer.forward)
 
 
 def _on_cpu(reference: Callable, original: Callable) -> Callable:
     known = tuple(inspect.signature(reference).parameters)
 
-    @functools.wraps(original)
+    # Without the attributes of the original, of which torch.compiler.disable's would break the graph of the reference.
+    @functools.wraps(original, updated=())
     def call(*args, **kwargs):
         first = args[0] if args else kwargs[known[0]]
+        if isinstance(first, nn.Module):
+            first = next(first.parameters())
         if first.device.type != "cpu":
             return original(*args, **kwargs)
         for name in [name for name in kwargs if name not in known]:
             value = kwargs.pop(name)
             if value is not None and value is not False:  # swallowing it would silently compute something else
-                raise NotImplementedError(f"{original.__name__}: {name} is not supported on CPU (found {value!r:.40})")
+                found = f"{name} is not supported on CPU (found {value!r:.40})"
+                raise NotImplementedError(f"{original.__qualname__}: {found}")
         return reference(*args, **kwargs)
 
     return call

@@ -1,0 +1,74 @@
+"""`python -m flame.models list|audit`: which models there are, and whether one is what its config means; see docs/."""
+
+import argparse
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from flame import device
+from flame.errors import UserError
+
+
+def main(argv: list[str]) -> int:
+    """Exit code: 0 fine, 1 a check failed, 2 a mistake of the user, said in one line."""
+    parser = argparse.ArgumentParser(prog="python -m flame.models", description="Model configs, and proofs about them.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    listing = commands.add_parser("list", help="the configs of configs/, or those given, with their sizes")
+    listing.add_argument("configs", nargs="*", type=Path, metavar="CONFIG.json")
+    listing.add_argument("--seq_len", type=int, default=2048, help="row length that FLOPs are counted at")
+    audit = commands.add_parser("audit", help="prove that flame's model is transformers' own, from init to gradients")
+    audit.add_argument("config", help="as --model.config")
+    audit.add_argument("--depth", type=int, help="only this many blocks (two at least)")
+    audit.add_argument("--width", type=int, help="with this hidden size, and all else as small")
+    audit.add_argument("--seq_len", type=int, default=128)
+    audit.add_argument("--seed", type=int, default=0)
+    audit.add_argument("--import", dest="module", help="as --model.import")
+    audit.add_argument("--trust_remote_code", action="store_true", help="as --model.trust_remote_code")
+    given = parser.parse_args(argv)
+    warnings.simplefilter("ignore")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    logging.getLogger("fla").setLevel(logging.ERROR)
+    device.choose()  # before the imports below, which import torchtitan, which reads the device
+    try:
+        return _list(given) if given.command == "list" else _audit(given)
+    except UserError as error:
+        print(f"flame: {error}", file=sys.stderr)
+        return 2
+
+
+def _list(given: Any) -> int:
+    from flame.models.listing import CONFIGS, table
+
+    for path in given.configs:
+        if not path.is_file():
+            raise UserError(f"list: there is no {path}, must be a model's JSON file")
+    print(table(given.configs or sorted(CONFIGS.glob("*.json")), given.seq_len))
+    return 0
+
+
+def _audit(given: Any) -> int:
+    from flame.models.audit import audit
+    from flame.models.hf import check_buildable, import_models, load_hf_config, read_config
+    from flame.models.shrink import shrink
+
+    for name, least in (("depth", 2), ("width", 16), ("seq_len", 8)):
+        if (value := getattr(given, name)) is not None and value < least:
+            raise UserError(f"--{name}: found {value}, must be {least} or more")
+    if given.module:
+        import_models(given.module)
+    family, config = load_hf_config(given.config, trust_remote_code=given.trust_remote_code)
+    if given.depth or given.width:
+        fields = shrink(config.to_dict(), config, given.depth, given.width)
+        family, config = read_config(fields, given.config, given.trust_remote_code)
+    check_buildable(config, given.config, given.trust_remote_code)
+    ok = True
+    for finding in audit(family, config, given.seq_len, given.seed):
+        print(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.name:<14}  {finding.figure}", flush=True)
+        ok = ok and finding.ok
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

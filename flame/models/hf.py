@@ -1,0 +1,160 @@
+"""Which model a config means: its family's row and its Hugging Face config, checked before anything is built."""
+
+import contextlib
+import importlib
+import importlib.util
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers.modeling_utils
+from torchtitan.tools.utils import device_type
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from flame.errors import UserError
+from flame.models import reference, table
+from flame.models.family import Family
+from flame.models.generic import read_family
+
+logger = logging.getLogger("flame")
+VOCAB_MULTIPLE = 64  # a grown vocabulary is rounded up to this: tensor cores and TP like it
+
+
+def import_models(module: str) -> None:
+    """Import a user's module, which registers its model with transformers, and add its FAMILY, if it has one.
+
+    Raises UserError.
+    """
+    try:
+        imported = importlib.import_module(module)
+    except Exception as error:  # whatever a user's module raises is the user's to mend
+        raise UserError(f"--model.import: cannot import {module}: {first_line(error)}") from None
+    family = getattr(imported, "FAMILY", None)
+    if family is None:
+        return
+    if not isinstance(family, Family):
+        raise UserError(f"--model.import: FAMILY of {module} is a {type(family).__name__}, must be a flame Family")
+    table.add(family)
+
+
+def load_hf_config(
+    source: str, *, tokenizer: Any = None, grow_vocab: bool = False, trust_remote_code: bool = False
+) -> tuple[Family, PreTrainedConfig]:
+    """The family and Hugging Face config of a JSON file, a local HF folder or a hub id.
+
+    With a tokenizer, its special ids go into the config, and it must fit the embedding table or `grow_vocab` be set.
+    Raises UserError.
+    """
+    family, config = read_config(read_fields(source), source, trust_remote_code)
+    if family.from_fla and device_type == "cpu":
+        reference.check(config.model_type)
+    if tokenizer is not None:
+        _fit_to_tokenizer(config, tokenizer, grow_vocab)
+    return family, config
+
+
+def read_fields(source: str) -> dict[str, Any]:
+    """What a JSON file, a local HF folder's config or a hub id's says. Raises UserError."""
+    try:
+        if Path(source).is_file():
+            fields = json.loads(Path(source).read_text())
+        else:
+            fields, _ = PreTrainedConfig.get_config_dict(source)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model.config: cannot read {source}: {first_line(error)}") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"--model.config: {source} holds a {type(fields).__name__}, must be a JSON object")
+    return fields
+
+
+def read_config(
+    fields: dict[str, Any], source: str, trust_remote_code: bool = False
+) -> tuple[Family, PreTrainedConfig]:
+    """The family and config of a config's fields, which came from `source`. Raises UserError."""
+    model_type = fields.get("model_type", "")
+    family = table.BY_MODEL_TYPE.get(model_type)
+    if family is None or family.from_fla:
+        reference.enable()  # imports fla, whose model types must be known before transformers looks them up
+    known = model_type in CONFIG_MAPPING
+    remote = not known and "auto_map" in fields
+    if remote and not trust_remote_code:
+        raise UserError(
+            f"--model.config {source}: its model_type {model_type!r} is Python code that it brings along; "
+            "read that code, then add --model.trust_remote_code"
+        )
+    if not known and not remote:
+        raise UserError(
+            f'--model.config: no family for model_type "{model_type}", nor does transformers know it; known: '
+            f"{', '.join(sorted(table.BY_MODEL_TYPE))}, and transformers' own causal models"
+        )
+    try:
+        if remote:
+            logger.warning(f"--model.trust_remote_code: running the Python code that {source} brings along")
+            config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        else:
+            config = CONFIG_MAPPING[model_type].from_dict(fields)
+    except Exception as error:  # whatever a config class says of its fields is the user's to mend
+        raise UserError(f"--model.config {source}: {first_line(error)}") from None
+    if family is None:
+        hf = check_buildable(config, source, trust_remote_code)
+        family = read_family(hf, model_type, from_fla=type(hf).__module__.startswith("fla."))
+    return family, config
+
+
+def check_buildable(config: PreTrainedConfig, source: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model without memory; refuses with one line what its constructor refuses. Raises UserError."""
+    if config.num_hidden_layers < 1:
+        raise UserError(f"--model.config {source}: num_hidden_layers is {config.num_hidden_layers}, must be 1 or more")
+    try:
+        with torch.device("meta"):
+            return build_hf(config, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise UserError(f"--model.config {source} cannot be built: {first_line(error)}") from None
+
+
+def build_hf(config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
+    """transformers' own model of a config, on the default device, in the default dtype whatever the config says."""
+    with _no_values() if torch.get_default_device().type == "meta" else contextlib.nullcontext():
+        return AutoModelForCausalLM.from_config(config, dtype=torch.get_default_dtype(), **options)
+
+
+@contextlib.contextmanager
+def _no_values() -> Iterator[None]:
+    # RWKV-7's constructor fills its weights element by element, half a second a block, also on the meta device, unless
+    # this switch of older transformers says that they will be loaded.
+    names = vars(transformers.modeling_utils)
+    before = {name: names[name] for name in ("_init_weights",) if name in names}
+    names["_init_weights"] = False
+    try:
+        yield
+    finally:
+        del names["_init_weights"]
+        names.update(before)
+
+
+def choose_attention(config: PreTrainedConfig, family: Family, dtype: str) -> None:
+    """flash-attn for transformers' attention where it is installed and `dtype` is one of its own; else SDPA."""
+    installed = importlib.util.find_spec("flash_attn") is not None
+    if family.packing == "positions" and installed and torch.cuda.is_available() and dtype in ("bfloat16", "float16"):
+        config._attn_implementation = "flash_attention_2"
+
+
+def first_line(error: Exception) -> str:
+    """An exception as one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _fit_to_tokenizer(config: PreTrainedConfig, tokenizer: Any, grow_vocab: bool) -> None:
+    if tokenizer.vocab_size > config.vocab_size:
+        if not grow_vocab:
+            raise UserError(
+                f"--model.tokenizer_path: the tokenizer has {tokenizer.vocab_size} ids but the model's vocab_size is "
+                f"{config.vocab_size}; use a smaller tokenizer, raise vocab_size, or set --model.grow_vocab"
+            )
+        config.vocab_size = -(-tokenizer.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_id, tokenizer.eos_id

@@ -1,0 +1,426 @@
+"""The state space and RWKV references against their recurrences, token by token in float64, and the models on them."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from flame.models import reference
+from flame.models.reference import mamba, rwkv, token_shift
+
+reference.enable()
+from fla.layers import rwkv6, rwkv7  # noqa: E402
+from fla.layers.mamba import Mamba  # noqa: E402
+from fla.layers.mamba2 import Mamba2  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
+
+BATCH, HEADS, K, V = 2, 3, 5, 7
+BOUNDS = [0, 3, 40, 41, 100]
+
+
+def normal(*shape, seed=0):
+    rng = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, generator=rng)
+
+
+def worst(found, expected):
+    """The largest difference relative to the largest expected value, over pairs of tensors."""
+    pairs = [(a.double(), b.double()) for a, b in zip(found, expected, strict=True)]
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+
+
+def gradients(outputs, inputs):
+    # A fixed random projection of every output: equal gradients of it mean equal Jacobian products.
+    rng = torch.Generator().manual_seed(9)
+    loss = sum((o.double() * torch.randn(o.shape, generator=rng, dtype=torch.float64)).sum() for o in outputs)
+    return torch.autograd.grad(loss, inputs)
+
+
+# The definitions: inputs and the state in, outputs (batch, seq, ...) and the last state out -------------------------
+
+
+def scan_steps(x, dt, A, B, C, state):
+    outputs = []
+    for t in range(x.shape[1]):
+        state = (dt[:, t, :, None] * A).exp() * state + (dt[:, t] * x[:, t])[..., None] * B[:, t, None]
+        outputs.append((state * C[:, t, None]).sum(-1))
+    return torch.stack(outputs, 1), state
+
+
+def duality_steps(x, dt, A, B, C, state):
+    heads = [h * B.shape[2] // x.shape[2] for h in range(x.shape[2])]  # head -> its group
+    outputs = []
+    for t in range(x.shape[1]):
+        write = (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, heads, None]
+        state = (dt[:, t] * A).exp()[..., None, None] * state + write
+        outputs.append((state * C[:, t, heads, None]).sum(-1))
+    return torch.stack(outputs, 1), state
+
+
+def rwkv6_steps(r, k, v, w, u, state):
+    outputs = []
+    for t in range(r.shape[1]):
+        write = k[:, t, :, :, None] * v[:, t, :, None]
+        outputs.append((r[:, t, :, :, None] * 0.3 * (state + u[..., None] * write)).sum(-2))
+        state = w[:, t, :, :, None].exp() * state + write
+    return torch.stack(outputs, 1), state
+
+
+def rwkv7_steps(r, w, k, v, a, b, state):
+    outputs = []
+    for t in range(r.shape[1]):
+        removed = b[:, t, :, :, None] * (a[:, t, :, :, None] * state).sum(-2, keepdim=True)
+        state = w[:, t, :, :, None].exp() * state + removed + k[:, t, :, :, None] * v[:, t, :, None]
+        outputs.append((r[:, t, :, :, None] * 0.3 * state).sum(-2))
+    return torch.stack(outputs, 1), state
+
+
+def rwkv7_decode_steps(r, w, k, v, kk, a, state):
+    return rwkv7_steps(r, w, k, v, -kk, kk * a, state)
+
+
+# What a test feeds them: a function of batch and length -------------------------------------------------------------
+
+
+def scan_inputs(batch, length):
+    x, dt = normal(batch, length, V), F.softplus(normal(batch, length, V, seed=1))
+    return [x, dt, -normal(V, K).exp(), normal(batch, length, K), normal(batch, length, K, seed=1)]
+
+
+def duality_inputs(batch, length):
+    x, dt = normal(batch, length, 4, V), F.softplus(normal(batch, length, 4))
+    return [x, dt, -normal(4).exp(), normal(batch, length, 2, K), normal(batch, length, 2, K, seed=1)]
+
+
+def rwkv6_inputs(batch, length):
+    r, k, w = (normal(batch, length, HEADS, K, seed=i) for i in range(3))
+    return [r, k, normal(batch, length, HEADS, V), F.logsigmoid(w), normal(HEADS, K)]
+
+
+def rwkv7_decode_inputs(batch, length):
+    r, k, w, kk, a = (normal(batch, length, HEADS, K, seed=i) for i in range(5))
+    v = normal(batch, length, HEADS, V)
+    return [r, F.logsigmoid(w), k, v, F.normalize(kk, dim=-1), a.sigmoid()]
+
+
+def rwkv7_inputs(batch, length):
+    r, w, k, v, kk, a = rwkv7_decode_inputs(batch, length)
+    return [r, w, k, v, -kk, kk * a]
+
+
+RWKV = {"scale": 0.3, "output_final_state": True}
+# name -> (reference, its options, definition, inputs, the shape of one state)
+OPS = {
+    "mamba": (mamba.selective_scan, {}, scan_steps, scan_inputs, (V, K)),
+    "mamba2": (mamba.state_space_duality, {"output_final_state": True}, duality_steps, duality_inputs, (4, V, K)),
+    "rwkv6": (rwkv.rwkv6, RWKV, rwkv6_steps, rwkv6_inputs, (HEADS, K, V)),
+    "rwkv7": (rwkv.rwkv7, RWKV, rwkv7_steps, rwkv7_inputs, (HEADS, K, V)),
+    "rwkv7 decode": (rwkv.rwkv7_decode, RWKV, rwkv7_decode_steps, rwkv7_decode_inputs, (HEADS, K, V)),
+}
+PACKED = ["rwkv6", "rwkv7", "rwkv7 decode"]
+
+
+@pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 65, 100])
+@pytest.mark.parametrize("name", OPS)
+def test_an_op_and_all_its_gradients_equal_the_recurrence(name, length):
+    op, options, steps, inputs, shape = OPS[name]
+    given = [x.requires_grad_() for x in (*inputs(BATCH, length), normal(BATCH, *shape))]
+    found = op(*given[:-1], initial_state=given[-1], **options)
+    exact = [x.detach().double().requires_grad_() for x in given]
+    expected = steps(*exact)
+    assert worst(found, expected) < 2e-6
+    assert worst(gradients(found, given), gradients(expected, exact)) < 1e-5
+    wide = op(*exact[:-1], initial_state=exact[-1], **options)  # float64 stays float64
+    assert worst(wide, expected) < 1e-13
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_an_op_without_a_state_starts_from_zero(name):
+    op, options, steps, inputs, shape = OPS[name]
+    given = inputs(BATCH, 40)
+    expected = steps(*(x.double() for x in given), torch.zeros(BATCH, *shape, dtype=torch.float64))
+    assert worst(op(*given, **options), expected) < 2e-6
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_an_op_stays_exact_when_decays_of_minus_a_thousand_stand_among_weak_ones(name):
+    op, options, steps, inputs, shape = OPS[name]
+    given = inputs(BATCH, 100)
+    at = 3 if name == "rwkv6" else 1  # the log decays, or dt
+    strong = torch.rand(given[at].shape, generator=torch.Generator().manual_seed(1)) < 0.1
+    given[at] = torch.where(strong, math.copysign(1000.0, given[at].flatten()[0]), given[at] / 16)
+    given = [x.requires_grad_() for x in given]
+    found = op(*given, **options)
+    exact = [x.detach().double().requires_grad_() for x in given]
+    expected = steps(*exact, torch.zeros(BATCH, *shape, dtype=torch.float64))
+    assert worst(found, expected) < 2e-6
+    assert worst(gradients(found, given), gradients(expected, exact)) < 1e-5
+
+
+def each_document_alone(name, given, states):
+    _, _, steps, _, shape = OPS[name]
+    alone = []
+    for i, (a, b) in enumerate(itertools.pairwise(BOUNDS)):
+        piece = [x[:, a:b] if x.ndim == 4 else x for x in given]  # the bonus of rwkv6 has no tokens
+        zero = torch.zeros(1, *shape, dtype=torch.float64)
+        alone.append(steps(*piece, zero if states is None else states[i : i + 1]))
+    return torch.cat([o for o, _ in alone], 1), torch.cat([state for _, state in alone])
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_documents_and_their_gradients_equal_separate_documents(name):
+    op, _, _, inputs, shape = OPS[name]
+    given = [x.requires_grad_() for x in inputs(1, 100)]
+    cu_seqlens = torch.tensor(BOUNDS, dtype=torch.int32)
+    packed, _ = op(*given, scale=0.3, cu_seqlens=cu_seqlens)
+    exact = [x.detach().double().requires_grad_() for x in given]
+    separate, _ = each_document_alone(name, exact, None)
+    assert worst([packed], [separate]) < 2e-6
+    assert worst(gradients([packed], given), gradients([separate], exact)) < 1e-5
+    assert worst([op(*given, scale=0.3)[0]], [separate]) > 0.1  # unpacked, documents do leak
+    states = normal(len(BOUNDS) - 1, *shape)
+    found = op(*given, initial_state=states, cu_seqlens=cu_seqlens, **RWKV)
+    assert worst(found, each_document_alone(name, exact, states.double())) < 2e-6
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_an_op_computes_in_fp32_under_autocast_and_returns_the_dtype_of_v(name):
+    op, options, _, inputs, _ = OPS[name]
+    given = [x.bfloat16() for x in inputs(BATCH, 70)]
+    expected, _ = op(*(x.float() for x in given), **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        o, state = op(*given, **options)
+    assert (o.dtype, state.dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(o, expected.bfloat16())
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_a_state_space_op_returns_fp32_under_autocast(name):
+    op, options, _, inputs, _ = OPS[name]
+    given = [x.bfloat16() for x in inputs(BATCH, 70)]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = op(*given, **options)
+    expected = op(*(x.float() for x in given), **options)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+# The small operations ------------------------------------------------------------------------------------------------
+
+
+def test_token_shift_hands_the_last_token_on():
+    x, cache = normal(2, 9, 4), normal(2, 4)
+    zero = torch.zeros(2, 1, 4)
+    assert torch.equal(token_shift.token_shift(x), torch.cat([zero, x[:, :-1]], 1) - x)
+    shifted, last = token_shift.token_shift(x, cache=cache, output_cache=True)
+    assert torch.equal(shifted, torch.cat([cache[:, None], x[:, :-1]], 1) - x) and torch.equal(last, x[:, -1])
+    halves = [token_shift.token_shift(x[:, :5], output_cache=True), token_shift.token_shift(x[:, 5:], cache=x[:, 4])]
+    assert torch.equal(torch.cat([halves[0][0], halves[1]], 1), token_shift.token_shift(x))
+
+
+def test_packed_token_shift_equals_separate_documents():
+    x, cache, cu_seqlens = normal(1, 100, 4), normal(4, 4), torch.tensor(BOUNDS)
+    pieces = [x[:, a:b] for a, b in itertools.pairwise(BOUNDS)]
+    separate = torch.cat([token_shift.token_shift(piece) for piece in pieces], 1)
+    assert torch.equal(token_shift.token_shift(x, cu_seqlens), separate)
+    assert not torch.equal(token_shift.token_shift(x), separate)
+    found = token_shift.token_shift(x, cu_seqlens, cache, output_cache=True)
+    continued = [token_shift.token_shift(piece, cache=cache[i : i + 1]) for i, piece in enumerate(pieces)]
+    assert torch.equal(found[0], torch.cat(continued, 1))
+    assert torch.equal(found[1], torch.cat([piece[:, -1] for piece in pieces]))
+
+
+def test_the_elementwise_operations_of_rwkv_equal_their_formulas():
+    x, delta, weights = normal(2, 9, 6).double(), normal(2, 9, 6, seed=1).double(), normal(6, 6).double()
+    expected = [x + delta * m for m in weights]
+    assert worst(rwkv.mix_previous(x, delta, *weights), expected) < 1e-14
+    assert rwkv.mix_previous(x, delta, *weights[:5])[5] is None
+    assert worst([rwkv.update_key(x, delta, weights[0])], [x * (1 + (delta - 1) * weights[0])]) < 1e-14
+    r, k, v = (t.unflatten(-1, (2, 3)) for t in (x, delta, x.flip(1)))
+    u = weights[0].view(2, 3)
+    bonus = torch.einsum("bthd,bthd,hd,bthe->bthe", r, k, u, v).flatten(2)
+    assert worst([rwkv.correct_output(delta, r, k, u, v, x)], [(delta + bonus) * x]) < 1e-14
+    assert torch.equal(rwkv.squared_relu(torch.tensor([-2.0, 0.0, 3.0])), torch.tensor([0.0, 0.0, 9.0]))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("norm_before_gate", [True, False])
+def test_the_gated_norm_of_mamba2_equals_torch_in_float64(groups, norm_before_gate):
+    x, z, weight = normal(3, 8).double(), normal(3, 8, seed=1).double(), normal(8).double()
+    options = {"eps": 1e-5, "group_size": 8 // groups, "norm_before_gate": norm_before_gate}
+    y = x if norm_before_gate else x * F.silu(z)
+    expected = F.rms_norm(y.unflatten(-1, (groups, -1)), (8 // groups,), eps=1e-5).flatten(-2) * weight
+    expected = expected * F.silu(z) if norm_before_gate else expected
+    assert worst([mamba.rms_norm_gated(x, weight, None, z, **options)], [expected]) < 1e-14
+
+
+# The layers ----------------------------------------------------------------------------------------------------------
+
+
+def layer_outputs(call, layer, x, **options):
+    o = call(x, **options)[0]
+    return [o, *gradients([o], [x, *layer.parameters()])]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("layer, fallback", [
+    (Mamba(hidden_size=16, intermediate_size=32, state_size=4), Mamba.slow_forward),
+    # One group: with more, fla's fallback lays the groups over the heads in another order than its own decoding does.
+    (Mamba2(hidden_size=16, head_dim=8, state_size=4, chunk_size=16), Mamba2.torch_forward),
+    (Mamba2(hidden_size=16, head_dim=8, state_size=4, D_has_hdim=True, rmsnorm=False), Mamba2.torch_forward),
+])  # fmt: skip
+def test_a_layer_and_its_gradients_equal_the_fallback_of_fla(layer, fallback, masked):
+    # The kernels of mamba_ssm cannot run here: fla's fallback stands for the layer, the recurrence for the kernels.
+    layer, x = layer.double(), normal(2, 50, 16).double().requires_grad_()
+    mask = torch.ones(2, 50, dtype=torch.long)
+    mask[0, :7] = 0
+    options = {"attention_mask": mask} if masked else {}
+    expected = layer_outputs(lambda x, **options: fallback(layer, x, **options), layer, x, **options)
+    assert worst(layer_outputs(layer, layer, x, **options), expected) < 1e-6  # the fallbacks go through fp32
+
+
+def test_two_groups_of_mamba2_are_shared_as_in_the_decoding_of_fla():
+    layer, x = Mamba2(hidden_size=16, head_dim=8, state_size=4, n_groups=2, chunk_size=16).double(), normal(2, 9, 16)
+    last = {"conv_state": normal(2, layer.conv_dim, 4) * 0, "recurrent_state": normal(2, layer.num_heads, 8, 4) * 0}
+    outputs = []
+    with torch.no_grad():
+        for token in x.double().split(1, 1):
+            o, last["conv_state"], last["recurrent_state"] = layer.torch_forward(token, last)
+            outputs.append(o)
+        expected = torch.cat(outputs, 1)
+        assert worst([layer(x.double())[0]], [expected]) < 1e-6
+        assert worst([layer.torch_forward(x.double())[0]], [expected]) > 1e-3  # why flame does not leave it to fla
+
+
+# The models ----------------------------------------------------------------------------------------------------------
+
+
+MODELS = {
+    "mamba": {"state_size": 8},
+    "mamba2": {"state_size": 16, "head_dim": 16, "n_groups": 2},
+    "samba": {"attn": {"layers": [1], "num_heads": 2, "window_size": 16}},
+    "rwkv6": {"num_heads": 2, "proj_low_rank_dim": 8, "gate_low_rank_dim": 8},
+    "rwkv7": {"head_dim": 16},
+}
+SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "fuse_cross_entropy": False}
+
+
+def build(name, scale=1.0, **options):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, **{**SMALL, **MODELS[name], **options})
+    model = AutoModelForCausalLM.from_config(config)
+    assert type(model).__module__ == f"fla.models.{name}.modeling_{name}"  # transformers has a mamba and a mamba2 too
+    with torch.no_grad():
+        for weight in model.parameters():
+            # what starts at zero, as the output projections of rwkv7, would hide what stands before it
+            weight.copy_(weight * scale if weight.any() else torch.randn_like(weight) * 0.1 * (scale > 1))
+    return model
+
+
+def scaled(name):  # fla's initial weights are so small that every model looks alike
+    return build(name, scale=2.0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_learns_to_copy(name):
+    model = build(name, vocab_size=8)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    for _ in range(30):
+        x = torch.randint(0, 8, (32, 2)).repeat(1, 12)
+        labels = torch.cat([torch.full_like(x[:, :2], -100), x[:, 2:]], 1)  # the first two cannot be known
+        loss = model(x, labels=labels, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss < math.log(8) / 2  # without looking back it stays at log 8
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_parameter_gets_a_gradient(name):
+    model = scaled(name)
+    x = torch.randint(0, 64, (2, 70))
+    model(x, labels=x, use_cache=False).loss.backward()
+    gradient = {name: torch.zeros(1) if p.grad is None else p.grad for name, p in model.named_parameters()}
+    assert [name for name, g in gradient.items() if not (g.isfinite().all() and g.any())] == []
+
+
+@pytest.mark.parametrize("name", ["rwkv6", "rwkv7"])
+def test_packed_documents_equal_separate_documents_in_the_whole_model(name):
+    model = scaled(name)
+    x = torch.randint(0, 64, (1, 100))
+    with torch.no_grad():
+        packed = model(x, use_cache=False, cu_seqlens=torch.tensor(BOUNDS, dtype=torch.int32)).logits
+        separate = [model(x[:, a:b], use_cache=False).logits for a, b in itertools.pairwise(BOUNDS)]
+        assert worst([packed], [torch.cat(separate, 1)]) < 1e-5
+        assert worst([model(x, use_cache=False).logits], [packed]) > 1e-2
+
+
+@pytest.mark.parametrize("name, layer", [("mamba", "Mamba"), ("mamba2", "Mamba2"), ("samba", "Mamba")])
+def test_packing_is_refused_where_the_layer_of_fla_would_leak(name, layer):
+    with pytest.raises(NotImplementedError, match=f"{layer}.forward: cu_seqlens is not supported"):
+        build(name)(torch.zeros(1, 9, dtype=torch.long), cu_seqlens=torch.tensor([0, 4, 9]))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_decoding_with_the_cache_equals_the_full_forward(name):
+    model = scaled(name).eval()
+    x = torch.randint(0, 64, (2, 80))
+    with torch.no_grad():
+        full = model(x, use_cache=False).logits
+        out = model(x[:, :70], use_cache=True)
+        logits = [out.logits]
+        for t in range(70, 80):
+            out = model(x[:, t : t + 1], past_key_values=out.past_key_values, use_cache=True)
+            logits.append(out.logits)
+    assert worst([torch.cat(logits, 1)], [full]) < 1e-5
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_generation_of_a_left_padded_batch_equals_generation_of_each_prompt(name):
+    model = scaled(name).eval()
+    prompts = [torch.randint(3, 64, (n,)) for n in (5, 9)]
+    padded = torch.stack([F.pad(p, (9 - len(p), 0)) for p in prompts])
+    mask = torch.stack([F.pad(torch.ones_like(p), (9 - len(p), 0)) for p in prompts])
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    together = model.generate(padded, attention_mask=mask, **options)[:, 9:]
+    alone = [model.generate(p[None], **options)[0, len(p) :] for p in prompts]
+    assert torch.equal(together, torch.stack(alone))
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "rwkv6", "rwkv7"])
+def test_a_block_compiles_without_a_graph_break(name):  # samba's mixers are those of mamba and of transformer
+    model = scaled(name)
+    block = (model.backbone if "mamba" in name else model.model).layers[0]
+    x = normal(2, 70, 32).requires_grad_()
+    expected = block(x)[0]
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")(x)[0]
+    assert worst([compiled], [expected]) < 1e-6
+    assert worst(gradients([compiled], [x]), gradients([expected], [x])) < 1e-5
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_trains_under_bf16_autocast(name):
+    model = build(name)
+    x = torch.randint(0, 64, (2, 70))
+    expected = model(x, labels=x, use_cache=False).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(x, labels=x, use_cache=False).loss
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=0.02)
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_options_without_a_reference_are_refused_by_name():
+    r, k, v, w, u = rwkv6_inputs(1, 5)
+    with pytest.raises(NotImplementedError, match="fused_recurrent_rwkv6: reverse is not supported on CPU"):
+        rwkv6.fused_recurrent_rwkv6(r, k, v, w, u, reverse=True)
+    with pytest.raises(NotImplementedError, match="chunk_rwkv7: cp_context is not supported on CPU"):
+        rwkv7.chunk_rwkv7(*rwkv7_inputs(1, 5), cp_context=object())
+
+
+def test_an_entry_point_that_fla_hides_from_the_compiler_compiles_on_a_cpu():
+    x = normal(2, 9, 4)
+    compiled = torch.compile(lambda x: rwkv6.token_shift(x) * 2, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), token_shift.token_shift(x) * 2)
