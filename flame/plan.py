@@ -23,6 +23,7 @@ _FROM_0 = (
     *("training.dataloader.num_workers", "lr_scheduler.warmup_steps", "checkpoint.keep_latest_k"),
     *("comm.trace_buf_size", "optimizer.weight_decay", "debug.seed"),
 )
+_INNER = ("tensor", "pipeline", "context")  # what divides a model, and not the batch
 _BELOW_1 = ("optimizer.beta1", "optimizer.beta2")
 _UP_TO_1 = ("lr_scheduler.decay_ratio", "lr_scheduler.min_lr_factor")
 _CONVERTERS = {f"quantize.{kind}.{name}" for kind in ("linear", "grouped_mm") for name in ("float8", "mx")}
@@ -104,26 +105,50 @@ def _check_choices(config: JobConfig) -> None:
 def _check_parallelism(config: JobConfig, world_size: int) -> int:
     """The data-parallel degree; UserError for a layout this version does not have or these ranks do not make."""
     p = config.parallelism
-    for kind in ("tensor", "pipeline", "context", "expert", "expert_tensor"):
+    for kind in ("expert", "expert_tensor"):
         if (degree := getattr(p, f"{kind}_parallel_degree")) != 1:
-            raise UserError(
-                f"--parallelism.{kind}_parallel_degree: found {degree}, must be 1 in this version; "
-                "ranks share the work by data_parallel_shard_degree (FSDP) or _replicate_degree (DDP, HSDP)"
-            )
-    replicate, shard = p.data_parallel_replicate_degree, p.data_parallel_shard_degree
-    if replicate < 1:
-        raise UserError(f"--parallelism.data_parallel_replicate_degree: found {replicate}, must be 1 or more")
+            raise UserError(f"--parallelism.{kind}_parallel_degree: found {degree}, must be 1 in this version")
+    degrees = {f"{kind}_parallel_degree": getattr(p, f"{kind}_parallel_degree") for kind in _INNER}
+    degrees |= {"data_parallel_replicate_degree": p.data_parallel_replicate_degree}
+    shard = p.data_parallel_shard_degree
+    for name, degree in degrees.items():
+        if degree < 1:
+            raise UserError(f"--parallelism.{name}: found {degree}, must be 1 or more")
     if shard < 1 and shard != -1:
         raise UserError(f"--parallelism.data_parallel_shard_degree: found {shard}, must be -1 (all ranks) or 1 or more")
-    if world_size % replicate or (shard != -1 and replicate * shard != world_size):
-        shards = "" if shard == -1 else f" x data_parallel_shard_degree {shard}"
+    if shard != -1:
+        degrees["data_parallel_shard_degree"] = shard
+    ranks = math.prod(degrees.values())
+    if world_size % ranks or (shard != -1 and ranks != world_size):
+        said = {name: degree for name, degree in degrees.items() if degree > 1 or name.startswith("data")}
+        asked = " x ".join(f"{name} {degree}" for name, degree in said.items())
         verb = "does not divide" if shard == -1 else "must equal"
-        raise UserError(
-            f"--parallelism.data_parallel_replicate_degree {replicate}{shards} {verb} the number of ranks, {world_size}"
-        )
+        raise UserError(f"--parallelism.{asked} {verb} the number of ranks, {world_size}")
     if config.checkpoint.create_seed_checkpoint and world_size != 1:
         raise UserError(f"--checkpoint.create_seed_checkpoint: found {world_size} processes, needs 1 (NNODE=1 NGPU=1)")
-    return world_size
+    inner = math.prod(degrees[f"{kind}_parallel_degree"] for kind in _INNER)
+    data_parallel = world_size // inner
+    replicas = p.data_parallel_replicate_degree
+    if replicas > 1 and replicas == data_parallel and inner > 1 and p.context_parallel_degree == 1:
+        raise UserError(
+            f"--parallelism.data_parallel_replicate_degree: found {replicas}, must be 1 beside tensor or pipeline "
+            "parallelism: replicas that share no weights (DDP) go with no other layout; leave the ranks to FSDP"
+        )
+    if p.pipeline_parallel_degree > 1:
+        _check_microbatches(config)
+    return data_parallel
+
+
+def _check_microbatches(config: JobConfig) -> None:
+    p, batch = config.parallelism, config.training.local_batch_size
+    size, path = p.pipeline_parallel_microbatch_size, p.pipeline_parallel_schedule_csv
+    if size < 1 or batch % size:
+        raise UserError(
+            f"--parallelism.pipeline_parallel_microbatch_size: found {size}, must divide training.local_batch_size "
+            f"{batch}"
+        )
+    if path and not os.path.isfile(path):
+        raise UserError(f"--parallelism.pipeline_parallel_schedule_csv: there is no file {path}")
 
 
 def _check_batch(config: JobConfig, data_parallel: int) -> None:
@@ -154,6 +179,12 @@ def _check_validation(config: JobConfig) -> None:
         raise UserError("--validation.dataset: not set, must be a local path or a hub id, or a comma list of them")
     with validation_as_training(config) as held_out:
         check_data(held_out)
+    validation, training = config.validation, config.training
+    if config.parallelism.pipeline_parallel_degree > 1:  # whose stages take batches of one shape
+        for name in ("local_batch_size", "seq_len"):
+            found, needed = getattr(validation, name), getattr(training, name)
+            if found != needed:
+                raise UserError(f"--validation.{name}: found {found}, must be training.{name} {needed} in a pipeline")
 
 
 def _check_folders(config: JobConfig) -> None:

@@ -19,7 +19,9 @@ from flame.metrics import build_metrics
 from flame.models.causal_lm import CausalLM, ModelArgs
 from flame.models.hf import check_buildable, choose_attention, import_models, load_hf_config
 from flame.models.loss import build_loss
+from flame.parallel import layout
 from flame.parallel.apply import parallelize
+from flame.parallel.pipeline import pipeline
 from flame.schedule import build_schedule
 from flame.validation import build_validator
 
@@ -71,7 +73,8 @@ def register(job_config: Any) -> None:
             f"--training.varlen: models of type {hf_config.model_type} cannot keep packed documents apart; leave it off"
         )
     choose_attention(hf_config, family, job_config.training.mixed_precision_param)
-    check_buildable(hf_config, model.config, model.trust_remote_code)
+    hf_model = check_buildable(hf_config, model.config, model.trust_remote_code)
+    layout.check(family, hf_config, hf_model, job_config)
     _check_same_model(hf_config, job_config)
     build_sources(job_config.training, job_config.data)
     if job_config.validation.enable:
@@ -81,7 +84,7 @@ def register(job_config: Any) -> None:
         model_cls=CausalLM,
         model_args={model.flavor: ModelArgs().bind(family, hf_config)},
         parallelize_fn=parallelize,
-        pipelining_fn=None,
+        pipelining_fn=pipeline,
         build_optimizers_fn=build_optimizers,
         build_lr_schedulers_fn=build_schedule,
         build_dataloader_fn=build_dataloader,

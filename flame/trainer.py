@@ -110,6 +110,12 @@ class FlameTrainer(torchtitan.train.Trainer):
         its replicas, which makes gradients too small by their number.
         """
         dims = self.parallel_dims
+        if dims.pp_enabled:
+            self.loss_fn.scale = 1 / global_valid_tokens
+            loss = super().forward_backward_step(
+                input_dict=input_dict, labels=labels, global_valid_tokens=torch.ones_like(global_valid_tokens)
+            )
+            return loss if self.pp_has_last_stage else torch.zeros_like(loss)
         averaged = dims.dp_replicate if dims.dp_replicate_enabled and not dims.fsdp_enabled else 1
         loss = super().forward_backward_step(
             input_dict=input_dict, labels=labels, global_valid_tokens=global_valid_tokens / averaged
@@ -118,8 +124,12 @@ class FlameTrainer(torchtitan.train.Trainer):
 
     def post_dataloading_process(self, input_dict: dict[str, torch.Tensor], labels: torch.Tensor) -> Any:
         """Hand the labels to the model, whose head returns the loss without ever holding all logits."""
-        inputs, labels, extra_inputs, extra_kwargs = super().post_dataloading_process(input_dict, labels)
-        return inputs, labels, extra_inputs, {**extra_kwargs, "labels": labels}
+        extra_inputs, extra_kwargs = dict(input_dict), {"labels": labels}
+        inputs = extra_inputs.pop("input")
+        if self.parallel_dims.pp_enabled:  # every stage needs them, cut into microbatches
+            extra_kwargs |= {"positions": extra_inputs["positions"]} if "positions" in extra_inputs else {}
+            extra_inputs = {}
+        return inputs, labels, extra_inputs, extra_kwargs
 
     def _seed_step(self) -> None:
         # Dropout draws from (seed, step, rank), so that a resumed run draws what an uninterrupted one does.
@@ -200,12 +210,16 @@ class FlameTrainer(torchtitan.train.Trainer):
     def _log(
         self, loss: torch.Tensor, local_tokens: torch.Tensor, global_tokens: torch.Tensor, grad_norm: float, lr: float
     ) -> None:
+        if self.parallel_dims.pp_enabled:  # the last stage has it, the others zero
+            dist.all_reduce(loss, group=self.parallel_dims.get_mesh("pp").get_group())
         mean_loss = max_loss = loss.item()
         waited = sum(self.metrics_processor.data_loading_times)
         if self.parallel_dims.dp_cp_enabled:
             mesh = self.parallel_dims.get_optional_mesh("loss")
             mean_loss = dist_utils.dist_sum(loss, mesh)
-            max_loss = dist_utils.dist_max(loss * global_tokens / local_tokens, mesh)
+            context = self.parallel_dims.get_optional_mesh("cp")
+            of_rows = loss if context is None else torch.tensor(dist_utils.dist_sum(loss, context), device=self.device)
+            max_loss = dist_utils.dist_max(of_rows * global_tokens / local_tokens, mesh)
             waited = dist_utils.dist_max(torch.tensor(waited, device=self.device), mesh)
         extra = {"lr": lr, "tokens": self.tokens, "data_digest": self.data_digest}
         extra["data/wait_seconds"] = waited  # since the last log, of the rank that waited longest

@@ -5,14 +5,16 @@ see its end together, and nothing of training's stream or random state is touche
 """
 
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torchtitan.components.validate import BaseValidator
+from torchtitan.distributed import ParallelDims
 from torchtitan.tools import utils
 
 from flame.config import JobConfig
@@ -22,9 +24,30 @@ from flame.data.tokenize import Tokenizer
 from flame.errors import UserError
 from flame.input import validation_as_training
 from flame.metrics import Metrics
-from flame.models.loss import IGNORE_INDEX
+from flame.models.loss import IGNORE_INDEX, SummedLoss
 
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The schedule of a rank's stages, for batches of the shape that it trains on."""
+
+    schedule: Any
+    first: bool
+    last: bool
+    loss: SummedLoss
+
+    def sum_losses(self, tokens: torch.Tensor, positions: torch.Tensor | None, labels: torch.Tensor) -> torch.Tensor:
+        """The sum of a batch's losses on the rank of the last stage, 0 on the others."""
+        self.loss.scale = 1.0
+        losses: list[torch.Tensor] | None = [] if self.last else None
+        given = {"labels": labels} if positions is None else {"labels": labels, "positions": positions}
+        target = labels if self.last else None
+        self.schedule.eval(
+            *([tokens] if self.first else []), target=target, losses=losses, return_outputs=False, **given
+        )
+        return torch.stack(losses).sum() if losses else torch.zeros((), device=labels.device)
 
 
 class Validator(BaseValidator):
@@ -40,13 +63,16 @@ class Validator(BaseValidator):
         rank: int,
         ranks: int,
         *,
-        group: dist.ProcessGroup | None,
+        dims: ParallelDims,
+        pipeline: "Pipeline | None",
+        context: Callable[[], AbstractContextManager],
         amp: AbstractContextManager,
         metrics: Metrics,
     ) -> None:
         super().__init__(job_config)
         self._loader, self._start, self._rank, self._ranks = loader, loader.position(), rank, ranks
-        self._group, self._amp, self._metrics = group, amp, metrics
+        self._dims, self._pipeline, self._metrics = dims, pipeline, metrics
+        self._context, self._amp = context, amp
         with closing(self._rows()) as rows:
             if next(rows, None) is None:
                 validation = job_config.validation
@@ -59,19 +85,25 @@ class Validator(BaseValidator):
     def validate(self, model_parts: list[torch.nn.Module], step: int) -> None:
         """Log "validation/loss", the sum of all tokens' losses over their number, of the model as it is."""
         begin = time.perf_counter()
-        (model,) = model_parts  # no pipeline
-        model.eval()
+        for part in model_parts:
+            part.eval()
         total = torch.zeros(2, dtype=torch.float64, device=utils.device_type)  # losses, tokens
         with closing(self._batches()) as batches:
             for inputs, labels in batches:
                 moved = {name: tensor.to(utils.device_type) for name, tensor in inputs.items()}
                 tokens, targets = moved.pop("input"), labels.to(utils.device_type)
-                with self._amp:
-                    total[0] += model(tokens, **moved, labels=targets)
+                with self._context(), self._amp:
+                    if self._pipeline is not None:
+                        total[0] += self._pipeline.sum_losses(tokens, moved.get("positions"), targets)
+                    else:
+                        total[0] += model_parts[0](tokens, **moved, labels=targets)
                 total[1] += (targets != IGNORE_INDEX).sum()
-        model.train()
-        if self._group is not None:
-            dist.all_reduce(total, group=self._group)
+        for part in model_parts:
+            part.train()
+        # Ranks that share a sequence all count its tokens, and each has a part of its loss.
+        for figure, names in zip(total, (("loss", "pp"), ("batch",)), strict=True):
+            for mesh in filter(None, map(self._dims.get_optional_mesh, names)):
+                dist.all_reduce(figure, group=mesh.get_group())
         loss, count = total.tolist()
         seconds = time.perf_counter() - begin
         self._metrics.log_validation(
@@ -114,9 +146,14 @@ def build_validator(
     dp_world_size: int,
     dp_rank: int,
     tokenizer: Tokenizer,
-    parallel_dims: Any,
+    parallel_dims: ParallelDims,
+    loss_fn: SummedLoss,
+    validation_context: Callable[[], AbstractContextManager],
     maybe_enable_amp: AbstractContextManager,
     metrics_processor: Metrics,
+    pp_schedule: Any = None,
+    pp_has_first_stage: Any = None,
+    pp_has_last_stage: Any = None,
     **_: Any,
 ) -> Validator:
     """torchtitan's `build_validator_fn`. Raises UserError for data that cannot be read or is too short."""
@@ -143,7 +180,9 @@ def build_validator(
         loader,
         dp_rank,
         dp_world_size,
-        group=parallel_dims.get_mesh("batch").get_group() if parallel_dims.dp_enabled else None,
+        dims=parallel_dims,
+        pipeline=Pipeline(pp_schedule, pp_has_first_stage, pp_has_last_stage, loss_fn) if pp_schedule else None,
+        context=validation_context,
         # as in flame.trainer: 0.2.2 asks autocast for float32, which CPU refuses
         amp=nullcontext() if training.mixed_precision_param == "float32" else maybe_enable_amp,
         metrics=metrics_processor,

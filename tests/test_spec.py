@@ -8,7 +8,7 @@ from flame.spec import register
 
 
 def test_a_compile_backend_that_torch_does_not_have_is_refused():
-    with pytest.raises(UserError, match="--compile.backend: found 'nonsense', must be one of eager, .*inductor"):
+    with pytest.raises(UserError, match=r"--compile\.backend: found 'nonsense', must be one of eager, .*inductor"):
         register(parse(["--compile.enable", "--compile.backend=nonsense"]))
 
 

@@ -1,6 +1,7 @@
 """Validation is one number on any number of ranks, and training does not notice it."""
 
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -54,7 +55,8 @@ def validator(held_out, rank=0, ranks=1, *flags):
         dp_world_size=ranks,
         dp_rank=rank,
         tokenizer=build_tokenizer("byte"),
-        parallel_dims=SimpleNamespace(dp_enabled=False),  # so that each rank logs its own part
+        parallel_dims=SimpleNamespace(get_optional_mesh=lambda name: None),  # so that each rank logs its own part
+        validation_context=nullcontext,
         maybe_enable_amp=None,
         metrics_processor=logged,
         **{"loss_fn": None},
@@ -159,16 +161,31 @@ def runs(tmp_path_factory, held_out):
         *("--validation.enable", f"--validation.dataset={held_out}", "--validation.seq_len=64", "--validation.freq=2"),
         "--validation.local_batch_size=5",
     ]
-    train_each([job("one", 1, *validated), job("plain", 1, dropout), job("validated", 1, dropout, *validated)])
+    shapes = ("--validation.seq_len=128", "--validation.local_batch_size=8")  # a pipeline takes those of training
+    train_each(
+        [
+            job("one", 1, *validated),
+            job("plain", 1, dropout),
+            job("validated", 1, dropout, *validated),
+            job("whole", 1, *validated, *shapes),
+        ]
+    )
     ddp = "--parallelism.data_parallel_replicate_degree=2"
-    train_each([job("fsdp2", 2, *validated), job("ddp2", 2, *validated, ddp), job("plain2", 2)], ranks=2)
-    return {name: metrics(root / name) for name in ("one", "plain", "validated", "plain2", "fsdp2", "ddp2")}
+    divided = {
+        f"{kind}2": job(f"{kind}2", 1, *validated, *shapes, f"--parallelism.{name}_parallel_degree=2")
+        for kind, name in (("tp", "tensor"), ("cp", "context"), ("pp", "pipeline"))
+    }
+    train_each([job("fsdp2", 2, *validated), job("ddp2", 2, *validated, ddp), job("plain2", 2), *divided.values()], 2)
+    names = ("one", "plain", "validated", "plain2", "fsdp2", "ddp2", "whole", *divided)
+    return {name: metrics(root / name) for name in names}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["fsdp2", "ddp2"])
-def test_the_validation_loss_is_the_same_on_one_and_two_ranks(layout, runs):
-    one, many = ([r for r in runs[name] if "validation/loss" in r] for name in ("one", layout))
+@pytest.mark.parametrize(
+    "layout, single", [("fsdp2", "one"), ("ddp2", "one"), ("tp2", "whole"), ("cp2", "whole"), ("pp2", "whole")]
+)
+def test_the_validation_loss_is_the_same_on_one_and_two_ranks(layout, single, runs):
+    one, many = ([r for r in runs[name] if "validation/loss" in r] for name in (single, layout))
     assert [r["step"] for r in one] == [r["step"] for r in many] == [1, 2, 4]
     for a, b in zip(one, many, strict=True):
         assert b["validation/loss"] == pytest.approx(a["validation/loss"], abs=1e-6)

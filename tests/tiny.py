@@ -26,7 +26,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "vocab_size": 320,
     },
     "transformer": {"model_type": "transformer", "num_hidden_layers": 2, "num_heads": 4, **_FLA},
-    "gla": {"model_type": "gla", "num_hidden_layers": 2, "num_heads": 2, **_FLA},
+    "gla": {"model_type": "gla", "num_hidden_layers": 2, "num_heads": 4, **_FLA},
 }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torchtitan.protocols import BaseModelArgs, ModelProtocol
 from transformers import PreTrainedConfig
 
@@ -25,6 +26,11 @@ class ModelArgs(BaseModelArgs):
 
     config: dict[str, Any] | None = None  # the HF config, for torchtitan's start-up log
     seed: int = 0
+
+    @property
+    def n_layers(self) -> int:
+        """torchtitan's name for the number of blocks, which it divides over pipeline stages."""
+        return self.hf_config.num_hidden_layers
 
     def bind(self, family: Family, hf_config: PreTrainedConfig) -> "ModelArgs":
         """Give the arguments their model; kept out of the dataclass fields, which torchtitan prints as JSON."""
@@ -66,6 +72,7 @@ class CausalLM(ModelProtocol):
         super().__init__(args)
         self.model_args = args
         self.family = family = args.hf_family
+        self.sequence_part = (0, 1)  # of so many: what a rank has of each sequence behind the blocks
         hf = build_hf(args.hf_config)
         # Not a child: its children are registered below, under their names. It keeps `_init_weights` and its forward.
         self.__dict__["hf"] = hf
@@ -87,7 +94,7 @@ class CausalLM(ModelProtocol):
         config = args.hf_config
         self.__dict__["build"] = {
             **{f"{family.blocks}.{i}": partial(block.__class__, config, i) for i, block in enumerate(blocks)},
-            **{name: _builder(child, config) for name, child in self._parts() if name != family.blocks},
+            **{name: _builder(child, config) for name, child in self.parts() if name != family.blocks},
         }
 
     @property
@@ -109,16 +116,31 @@ class CausalLM(ModelProtocol):
         return getattr(self.backbone, self.family.blocks)
 
     @property
-    def norm(self) -> nn.Module:
-        return getattr(self.backbone, self.family.norm)
+    def norm(self) -> nn.Module | None:
+        norm = getattr(self.backbone, self.family.norm)
+        return None if isinstance(norm, nn.Identity) else norm
+
+    @property
+    def head(self) -> nn.Module | None:
+        return self._modules[self.head_name]
 
     @property
     def output(self) -> nn.Module | None:
-        return self._modules[self.head_name] if self._apart else None
+        return self.head if self._apart else None
 
     @property
     def _apart(self) -> bool:
         return self.family.fused_loss and not self.tied
+
+    def keep(self, parts: set[str], blocks: dict[str, nn.Module]) -> None:
+        """Become a pipeline stage of these blocks and, of "tok_embeddings", "norm" and "output", these parts."""
+        setattr(self.backbone, self.family.blocks, Blocks(blocks))
+        if "tok_embeddings" not in parts:
+            setattr(self.backbone, self.family.embedding, None)
+        if "norm" not in parts:
+            setattr(self.backbone, self.family.norm, nn.Identity())  # transformers calls it whatever it is
+        if "output" not in parts:
+            setattr(self, self.head_name, None)
 
     def forward(
         self,
@@ -139,10 +161,11 @@ class CausalLM(ModelProtocol):
             if labels is None:
                 return output.logits
             return self._balanced(cross_entropy(output.logits, labels), labels, getattr(output, "aux_loss", None))
-        shape = tokens.shape
+        shape = tokens.shape[:2]
         packing: dict[str, Any] = {}
-        if cu_seqlens is not None and self.family.packing == "cu_seqlens":
-            tokens, packing = tokens.view(1, -1), {"cu_seqlens": cu_seqlens}  # fla's kernels take one long row
+        if positions is not None and self.family.packing == "cu_seqlens":
+            tokens = tokens.reshape(1, -1, *tokens.shape[2:])  # fla's kernels take one long row
+            packing = {"cu_seqlens": _boundaries(positions) if cu_seqlens is None else cu_seqlens}
         elif positions is not None:
             packing = {"position_ids": positions}
             if self.family.packing == "mask":
@@ -150,12 +173,16 @@ class CausalLM(ModelProtocol):
         routed = self.family.router_loss if labels is not None and self._balances else None
         if routed is not None:
             packing["output_router_logits"] = True
-        output = self.backbone(input_ids=tokens, use_cache=False, **packing)
-        result = self._modules[self.head_name](output[0].view(*shape, -1), labels)
-        if routed is None:
-            return result
-        assert labels is not None
-        return self._balanced(result, labels, routed(self.hf.config, output.router_logits))
+        given = "inputs_embeds" if tokens.is_floating_point() else "input_ids"  # of the stage before, or none
+        output = self.backbone(**{given: tokens}, use_cache=False, **packing)
+        hidden = output[0]
+        if self.head is None:
+            return hidden.view(*shape, -1)
+        if labels is None:
+            return self.head(hidden).view(*shape, -1)
+        rank, ranks = self.sequence_part
+        loss = self.head(hidden, labels.reshape(len(hidden), -1).chunk(ranks, 1)[rank])
+        return loss if routed is None else self._balanced(loss, labels, routed(self.hf.config, output.router_logits))
 
     @property
     def _balances(self) -> bool:
@@ -172,9 +199,9 @@ class CausalLM(ModelProtocol):
         blocks, head = self.family.blocks, self._modules[self.head_name]
         units = [Unit(f"{blocks}.{i}", block, self.build[f"{blocks}.{i}"]) for i, block in self.layers.items()]
         units += [
-            Unit(name, child, self.build[name]) for name, child in self._parts() if name not in (blocks, self.head_name)
+            Unit(name, child, self.build[name]) for name, child in self.parts() if name not in (blocks, self.head_name)
         ]
-        units += [Unit(self.head_name, head, self._build_head)]
+        units += [Unit(self.head_name, head, self._build_head)] if head is not None else []
         constants = {f"{self.prefix}.{name}": value for name, value in self.family.constants.items()}
         init_weights(self, units, self.hf._init_weights, self.model_args.seed, constants)
         setattr(self.hf, self.head_name, head)
@@ -184,8 +211,9 @@ class CausalLM(ModelProtocol):
         setattr(self.hf, self.head_name, fresh)  # RWKV-7 draws in its own way the module that `self.lm_head` is
         return fresh
 
-    def _parts(self) -> Iterator[tuple[str, nn.Module]]:
-        yield from self.backbone.named_children()
+    def parts(self) -> Iterator[tuple[str, nn.Module]]:
+        """The children of the backbone and the head, by name, as far as a pipeline stage has them."""
+        yield from ((name, part) for name, part in self.backbone.named_children() if not isinstance(part, nn.Identity))
         yield from ((name, child) for name, child in self.named_children() if name != self.prefix)
 
 
@@ -194,6 +222,12 @@ def _same_document(positions: torch.Tensor) -> torch.Tensor:
     document = (positions == 0).cumsum(-1)
     same = document[:, :, None] == document[:, None, :]
     return same.tril()[:, None]
+
+
+def _boundaries(positions: torch.Tensor) -> torch.Tensor:
+    """cu_seqlens of a pipeline's microbatch, int32 (documents + 1,), from positions that restart at documents."""
+    starts = (positions.flatten() == 0).nonzero().flatten()
+    return F.pad(starts, (0, 1), value=positions.numel()).int()
 
 
 def _builder(part: nn.Module, config: PreTrainedConfig) -> Any:

@@ -2,8 +2,10 @@
 
 from typing import Any
 
+import torch
+
 from flame.models.family import state_flops
-from flame.models.fla import fla_family, hybrid
+from flame.models.fla import cut_heads, fla_family, hybrid
 
 
 def _delta_net(config: Any) -> float:  # reads the old value, writes the difference, reads
@@ -21,9 +23,35 @@ def _product(config: Any) -> float:  # several writes a token, one read
     return state_flops(config.num_heads, config.head_dim, config.head_dim * config.expand_v, passes)
 
 
-DELTA_NET = fla_family("delta_net", flops=hybrid(_delta_net))  # https://arxiv.org/abs/2406.06484
-# https://arxiv.org/abs/2412.06464 and, with a decay a channel, https://arxiv.org/abs/2510.26692
-GATED_DELTANET = fla_family("gated_deltanet", "kda", flops=hybrid(_gated))
-GATED_DELTAPRODUCT = fla_family("gated_deltaproduct", flops=hybrid(_product))  # https://arxiv.org/abs/2502.10297
+def _own_heads(config: Any, parameter: torch.Tensor, rank: int, ranks: int) -> torch.Tensor:
+    """The rank's heads of each of several writes, one behind the other."""
+    return parameter.unflatten(0, (config.num_householder, -1)).chunk(ranks, 1)[rank].flatten(0, 1)
 
-ROWS = (DELTA_NET, GATED_DELTANET, GATED_DELTAPRODUCT)
+
+_HEADS = ("num_heads", "num_v_heads")
+_SIZES = {"counts": ("num_heads", "num_v_heads", "key_dim", "value_dim")}
+DELTA_NET = fla_family(
+    "delta_net", flops=hybrid(_delta_net), cut=cut_heads("b_proj.*")
+)  # https://arxiv.org/abs/2406.06484
+GATED_DELTANET = fla_family(  # https://arxiv.org/abs/2412.06464
+    "gated_deltanet",
+    flops=hybrid(_gated),
+    cut=cut_heads("a_proj.*", "b_proj.*", "A_log", "dt_bias", divides=_HEADS, **_SIZES),
+)
+KDA = fla_family(  # https://arxiv.org/abs/2510.26692: a decay a channel
+    "kda",
+    flops=hybrid(_gated),
+    cut=cut_heads("b_proj.*", "[fg]_proj.1.*", "A_log", "dt_bias", divides=_HEADS, **_SIZES),
+)
+GATED_DELTAPRODUCT = fla_family(  # https://arxiv.org/abs/2502.10297
+    "gated_deltaproduct",
+    flops=hybrid(_product),
+    cut=cut_heads(
+        *("a_proj.*", "A_log", "dt_bias"),
+        divides=_HEADS,
+        picks=dict.fromkeys(["attn.[kvb]_proj.*", "attn.[kv]_conv1d.*"], _own_heads),
+        **_SIZES,
+    ),
+)
+
+ROWS = (DELTA_NET, GATED_DELTANET, KDA, GATED_DELTAPRODUCT)

@@ -1,7 +1,20 @@
 """Falcon: attention beside the MLP, one or a few key-value heads, rotary positions (https://arxiv.org/abs/2311.16867)."""
 
-from flame.models.family import Family
+from typing import Any
+
+import torch
+
+from flame.models.family import Cut, Family
 from flame.models.llama import rotary_attention_flops
+
+
+def _own_heads(config: Any, parameter: torch.Tensor, rank: int, ranks: int) -> torch.Tensor:
+    """The rank's queries with the one key and the one value that all heads share; or its groups of heads."""
+    if config.new_decoder_architecture or not config.multi_query:
+        return parameter.chunk(ranks)[rank]
+    queries, shared = parameter.split([config.hidden_size, len(parameter) - config.hidden_size])
+    return torch.cat([queries.chunk(ranks)[rank], shared])
+
 
 FALCON = Family(
     model_types=("falcon",),
@@ -10,4 +23,13 @@ FALCON = Family(
     norm="ln_f",
     mixer_flops=rotary_attention_flops,
     packing="mask",  # transformers' Falcon builds its own from the length alone, whatever the positions say
+    cut=Cut(
+        mixers=("self_attention",),
+        columns=("mlp",),
+        split={"self_attention.dense.weight": 1, "mlp.dense_h_to_4h.*": 0, "mlp.dense_4h_to_h.weight": 1},
+        picks={"self_attention.query_key_value.*": _own_heads},
+        divides=("num_attention_heads",),
+        counts=("num_heads", "num_kv_heads"),
+        needs={"alibi": False},
+    ),
 )

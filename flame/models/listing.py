@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from flame.models.causal_lm import CausalLM, ModelArgs
+from flame.models.family import layouts
 from flame.models.hf import read_config, read_fields
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -34,7 +35,7 @@ def rows(paths: Iterable[Path], seq_len: int) -> Iterator[tuple[str, ...]]:
             f"{parameters:,}",
             f"{inner:,}",
             f"{flops / 1e9:,.2f}",
-            " ".join(family.layouts),
+            " ".join(layouts(family)),
             "fullgraph" if family.fullgraph else "breaks",
             "no" if family.packing is None else "yes",
         )

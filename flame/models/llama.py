@@ -2,9 +2,10 @@
 (https://arxiv.org/abs/2302.13971), Mistral's window (https://arxiv.org/abs/2310.06825), the norms of Qwen3, OLMo 2.
 """
 
+from dataclasses import replace
 from typing import Any
 
-from flame.models.family import Family, attention_flops
+from flame.models.family import Cut, Family, attention_flops
 
 
 def rotary_attention_flops(config: Any, seq_len: int) -> float:
@@ -20,10 +21,23 @@ def rotary_attention_flops(config: Any, seq_len: int) -> float:
 
 
 LLAMA = Family(
-    model_types=("llama", "mistral", "olmo2", "qwen2", "qwen3"),
+    model_types=("llama", "mistral", "qwen2", "qwen3"),
     blocks="layers",
     embedding="embed_tokens",
     norm="norm",
     mixer_flops=rotary_attention_flops,
     packing="positions",
+    cut=Cut(
+        mixers=("self_attn",),
+        columns=("mlp",),
+        split={
+            **{f"self_attn.{name}_proj.*": 0 for name in "qkv"},
+            "self_attn.o_proj.weight": 1,
+            **{f"mlp.{name}_proj.*": 0 for name in ("gate", "up")},
+            "mlp.down_proj.weight": 1,
+        },
+        divides=("num_attention_heads", "num_key_value_heads", "intermediate_size"),
+    ),
 )
+
+OLMO2 = replace(LLAMA, model_types=("olmo2",), cut="its norms of queries and keys span all heads")

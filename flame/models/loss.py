@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed.tensor import DTensor, Replicate
 from torch.utils.checkpoint import checkpoint
 
 IGNORE_INDEX = -100
@@ -27,7 +28,9 @@ def linear_cross_entropy(
     On a GPU this is fla's fused Triton kernel; elsewhere chunks of logits, computed again in the backward.
     """
     hidden, labels = hidden.flatten(0, -2), labels.flatten()
-    if hidden.is_cuda:
+    if isinstance(weight, DTensor):  # cut along the vocabulary: every rank has its part of each token's logits
+        hidden = DTensor.from_local(hidden, weight.device_mesh, [Replicate()], run_check=False)
+    elif hidden.is_cuda:
         from fla.modules.fused_linear_cross_entropy import fused_linear_cross_entropy_loss
 
         return fused_linear_cross_entropy_loss(
@@ -42,7 +45,8 @@ def linear_cross_entropy(
         )
     chunks = zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True)
     losses = [checkpoint(_chunk_loss, x, weight, bias, y, l2warp, use_reentrant=False) for x, y in chunks]
-    return torch.stack(losses).sum()
+    loss = torch.stack(losses).sum()
+    return loss.full_tensor() if isinstance(loss, DTensor) else loss
 
 
 def _chunk_loss(
@@ -85,13 +89,18 @@ class TiedHead(nn.Module):
         return linear_cross_entropy(hidden, self.embedding_weight(), labels, l2warp=self.l2warp)
 
 
-def build_loss(job_config: Any, **_: Any) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """torchtitan's loss hook: passes a summed loss through, and sums the cross entropy of logits."""
+class SummedLoss:
+    """torchtitan's loss: passes a summed loss through, and sums the cross entropy of logits; times `scale`."""
 
-    def loss(prediction: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return prediction if prediction.ndim == 0 else cross_entropy(prediction, labels)
+    scale: float | torch.Tensor = 1.0
 
-    return loss
+    def __call__(self, prediction: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return (prediction if prediction.ndim == 0 else cross_entropy(prediction, labels)) * self.scale
+
+
+def build_loss(_job_config: Any, **_: Any) -> SummedLoss:
+    """torchtitan's loss hook."""
+    return SummedLoss()
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -29,4 +29,5 @@ MOE = Family(
     packing="positions",
     router_loss=_router_loss,
     fullgraph=False,  # which experts are hit is only known in the step
+    cut="its experts are not divided in this version",
 )

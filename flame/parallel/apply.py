@@ -11,9 +11,18 @@ from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list, apply_compile, apply_ddp, apply_fsdp
 from torchtitan.tools.utils import device_type
 
+from flame.parallel.context import divide_heads, divide_sequences
+from flame.parallel.tensor import apply_tensor_parallel
+
 
 def parallelize(model: Any, parallel_dims: ParallelDims, job_config: Any) -> nn.Module:
     """torchtitan's `parallelize_fn` for a flame.models.causal_lm.CausalLM on the meta device."""
+    if parallel_dims.cp_enabled:
+        divide_heads(model, parallel_dims.get_mesh("cp"), model.family.cut)
+    if parallel_dims.tp_enabled:
+        apply_tensor_parallel(model, parallel_dims.get_mesh("tp"), model.family.cut)
+    if parallel_dims.cp_enabled:
+        divide_sequences(model, parallel_dims.get_mesh("cp"))
     compiled = job_config.compile.enable and "model" in job_config.compile.components
     if job_config.activation_checkpoint.mode != "none":
         apply_ac(

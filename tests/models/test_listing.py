@@ -12,7 +12,7 @@ def test_the_list_says_of_a_model_its_type_size_and_layouts(capsys):
     assert lines[0][:4] == ["gla_340M", "gla", "374,475,776", "308,939,776"]
     assert lines[1][1] == "mamba" and lines[1][-1] == "no"  # its scan knows no documents
     assert lines[2][2:4] == ["6,921,720,704", "6,626,251,648"]  # tied: one table is both
-    assert lines[0][5:] == ["FSDP2", "HSDP", "DDP", "breaks", "yes"]
+    assert lines[0][5:] == ["FSDP2", "HSDP", "DDP", "TP", "CP", "PP", "breaks", "yes"]
 
 
 def test_flops_grow_with_the_row_for_attention_and_not_for_a_state():

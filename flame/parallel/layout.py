@@ -1,0 +1,102 @@
+"""Which layouts a model can be trained in: `check` refuses the others in one line, before any process group exists."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch.nn as nn
+from torchtitan.distributed.pipeline_parallel import generate_llm_fqn_per_model_part
+
+from flame.errors import UserError
+from flame.models.family import Cut, Family
+
+_TENSOR, _PIPELINE, _CONTEXT = (f"--parallelism.{kind}_parallel_degree" for kind in ("tensor", "pipeline", "context"))
+
+
+def check(family: Family, config: Any, model: nn.Module, job_config: Any) -> None:
+    """Refuse a layout that a model (transformers' own, on the meta device) cannot have. Raises UserError."""
+    layout = job_config.parallelism
+    tensor, context = layout.tensor_parallel_degree, layout.context_parallel_degree
+    if tensor * context > 1:
+        flag = _TENSOR if tensor > 1 else _CONTEXT
+        if isinstance(family.cut, str):
+            raise UserError(f"{flag}: found {tensor * context}, must be 1 for {config.model_type}: {family.cut}")
+        _check_heads(family.cut, config, tensor, context, flag)
+        if tensor > 1:
+            _check_columns(family, config, model, tensor)
+        for section in ("training", "validation") if job_config.validation.enable else ("training",):
+            if (seq_len := getattr(job_config, section).seq_len) % (tensor * context):
+                raise UserError(
+                    f"--{section}.seq_len: found {seq_len}, must be a multiple of {tensor * context}, the ranks that "
+                    "share a sequence (tensor_parallel_degree x context_parallel_degree)"
+                )
+    if layout.pipeline_parallel_degree > 1:
+        for reason in _stage_reasons(family, config, job_config):
+            raise UserError(f"{_PIPELINE}: found {layout.pipeline_parallel_degree}, must be 1: {reason}")
+
+
+def _check_heads(cut: Cut, config: Any, tensor: int, context: int, flag: str) -> None:
+    for name, needed in cut.needs.items():
+        if getattr(config, name) != needed:
+            raise UserError(f"{flag}: {config.model_type} is divided by heads only where {name} is {needed}")
+    attn = getattr(config, "attn", None) or []
+    for owner in (vars(config), *(attn if isinstance(attn, list) else [attn])):
+        for name in cut.divides:
+            heads = owner.get(name)
+            if heads and heads % (tensor * context):
+                raise UserError(
+                    f"{flag}: tensor_parallel_degree {tensor} x context_parallel_degree {context} must divide the "
+                    f"model's {name}, {heads}"
+                )
+
+
+def _check_columns(family: Family, config: Any, model: Any, tensor: int) -> None:
+    assert isinstance(family.cut, Cut)
+    sizes = {"vocab_size": config.vocab_size}
+    for block in getattr(model.base_model, family.blocks):
+        for name, parameter in block.named_parameters():
+            if (dim := family.cut.dimension(name)) is not None:
+                sizes[f"{name} (its dimension {dim})"] = parameter.shape[dim]
+    for name, size in sizes.items():
+        if size % tensor:
+            raise UserError(f"{_TENSOR}: found {tensor}, must divide the model's {name}, {size}")
+
+
+def _stage_reasons(family: Family, config: Any, job_config: Any) -> Iterator[str]:
+    """Why a model cannot be cut into the pipeline stages asked for."""
+    layout = job_config.parallelism
+    if family.stages is not True:
+        yield f"{config.model_type} has no stages: {family.stages}"
+    if not family.fused_loss:
+        yield f"{config.model_type} has no row in flame.models.table"
+    if getattr(config, "tie_word_embeddings", False):
+        yield "the first and the last stage would share the table of tied embeddings (tie_word_embeddings)"
+    if getattr(config, "output_router_logits", False):
+        yield "the routers' balance (output_router_logits) is one number over all stages"
+    if len(set(getattr(config, "layer_types", None) or [None])) > 1:
+        yield "blocks of several kinds (layer_types) are counted from the first of a stage"
+    try:
+        for number, names in enumerate(stages(config.num_hidden_layers, layout), 1):
+            if not any(name.startswith("layers.") for name in names):
+                yield f"stage {number} would have none of the model's {config.num_hidden_layers} blocks"
+    except ValueError as error:
+        yield f"{error}".split(". ")[0]
+
+
+def stages(blocks: int, layout: Any) -> list[list[str]]:
+    """The modules of each pipeline stage, as torchtitan's pipeline_llm chooses them. Raises ValueError."""
+    from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
+
+    if layout.module_fqns_per_model_part is not None:
+        return layout.module_fqns_per_model_part
+    first, last = (getattr(layout, f"pipeline_parallel_{edge}_stage_less_layers") for edge in ("first", "last"))
+    single = issubclass(get_schedule_class(layout.pipeline_parallel_schedule), PipelineScheduleSingle)
+    number = layout.pipeline_parallel_degree * (1 if single else 2)
+    if (size := layout.pipeline_parallel_layers_per_stage) is not None:
+        number = -(-(blocks + first + last) // size)
+        if number % layout.pipeline_parallel_degree or (number == layout.pipeline_parallel_degree) != single:
+            needed = "one" if single else "two or more"
+            raise ValueError(
+                f"pipeline_parallel_layers_per_stage {size} makes {number} stages, of which "
+                f"{layout.pipeline_parallel_schedule} needs {needed} on each of {layout.pipeline_parallel_degree} ranks"
+            )
+    return generate_llm_fqn_per_model_part(number, blocks, first, last)

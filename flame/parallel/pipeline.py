@@ -1,0 +1,47 @@
+"""Pipeline parallelism: torchtitan's `pipeline_llm`, for models that keep Hugging Face's names."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed.pipeline_parallel import pipeline_llm
+
+
+class Split(nn.Module):
+    """A model under the names that torchtitan splits by: it copies this for each stage and sets to None what is not."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.tok_embeddings, self.layers, self.norm, self.output = model.embedding, model.layers, model.norm, model.head
+        self.__dict__["model"] = model  # not a child, but copied with the children, which are the same modules in it
+
+    def stage(self) -> Any:
+        """The model without the parts that other stages have."""
+        model = self.__dict__["model"]
+        model.keep(
+            {name for name, part in self.named_children() if part is not None and name != "layers"},
+            dict(self.layers.items()),
+        )
+        return model
+
+
+def pipeline(
+    model: Any,
+    parallel_dims: ParallelDims,
+    job_config: Any,
+    device: torch.device,
+    model_args: Any,
+    parallelize: Callable,
+    loss: Callable,
+) -> tuple[Any, list[nn.Module], bool, bool]:
+    """torchtitan's `pipelining_fn` for a flame.models.causal_lm.CausalLM on the meta device.
+
+    Returns the schedule, this rank's model parts, and whether they have the first and the last stage.
+    """
+
+    def parallelize_stage(split: Any, *args: Any) -> nn.Module:
+        return parallelize(split.stage(), *args)
+
+    return pipeline_llm(Split(model), parallel_dims, job_config, device, model_args, parallelize_stage, loss)

@@ -1,0 +1,62 @@
+"""Tensor parallelism with sequence parallelism: one rule for every family, whose row says what is cut.
+
+Outside of forward the parameters are DTensors, so that FSDP, clipping and checkpoints see them whole; inside it each
+rank has its part of them as a plain tensor. See flame.parallel.region.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch.nn as nn
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
+
+from flame.models.family import Cut
+from flame.parallel.region import SEQUENCE, change_input, change_output, change_parameters, move, open_region
+
+
+def apply_tensor_parallel(model: Any, mesh: DeviceMesh, cut: Cut) -> None:
+    """Cut the parts of a flame.models.causal_lm.CausalLM on the meta device over `mesh` as `cut` says."""
+    config, blocks = model.hf.config, list(model.layers.values())
+    for block in blocks:
+        _distribute(block, mesh, cut.dimension)
+        for region in (module for name, module in block.named_modules() if name in (*cut.mixers, *cut.columns)):
+            open_region(region, mesh, cut.counts)
+        change_parameters(block, partial(_as_local, config, mesh, cut, Partial()))
+    change_input(blocks[0], lambda x: move(x, mesh, Replicate(), SEQUENCE))
+    change_output(blocks[-1], lambda x: move(x, mesh, SEQUENCE, Replicate()))
+    for name, part in model.parts():
+        if part is model.embedding:
+            parallelize_module(part, mesh, RowwiseParallel(input_layouts=Replicate()))
+        elif part is model.head:
+            _distribute(part, mesh, lambda _: 0)  # along the vocabulary; flame.models.loss takes it as it is
+        elif name != model.family.blocks:
+            _distribute(part, mesh, lambda _: None)
+            change_parameters(part, partial(_as_local, config, mesh, None, Replicate()))
+
+
+def _distribute(module: nn.Module, mesh: DeviceMesh, cut: Callable[[str], int | None]) -> None:
+    for path, owner in module.named_modules():
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            dim = cut(f"{path}.{name}".lstrip("."))
+            placement: Placement = Replicate() if dim is None else Shard(dim)
+            whole = distribute_tensor(parameter, mesh, [placement], src_data_rank=None)
+            owner.register_parameter(name, nn.Parameter(whole, requires_grad=parameter.requires_grad))
+
+
+def _as_local(
+    config: Any, mesh: DeviceMesh, cut: Cut | None, gradient: Placement, name: str, parameter: Tensor
+) -> Tensor:
+    """The rank's part of a parameter; gradient: what its gradient is of the whole one's, if the rank has all of it."""
+    if not isinstance(parameter, DTensor):
+        return parameter
+    value = parameter.to_local()
+    if parameter.placements == (Replicate(),):
+        value = move(value, mesh, Replicate(), Replicate(), gradient)
+    if cut and cut.is_summed(name):
+        return value / mesh.size()
+    pick = cut and cut.pick(name)
+    return pick(config, value, mesh.get_local_rank(), mesh.size()) if pick else value
