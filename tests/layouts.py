@@ -3,6 +3,7 @@
 `python -m tests.layouts` trains all of it again and writes the table into docs/parallelism.md.
 """
 
+import functools
 import json
 import sys
 import tempfile
@@ -92,17 +93,28 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {  # name: (ranks, flags)
 
 def refusal(name: str, layout: str) -> str | None:
     """Why flame does not train the model of MODELS in a layout; None if it does."""
+    return refusal_of(name, LAYOUTS[layout][1])
+
+
+def refusal_of(name: str, flags: list[str]) -> str | None:
+    """The same of flags."""
     from flame.config import parse
     from flame.errors import UserError
-    from flame.models.hf import check_buildable, read_config
     from flame.parallel.layout import check
 
-    family, config = read_config(MODELS[name], name)
     try:
-        check(family, config, check_buildable(config, name), parse([*SMALL, *LAYOUTS[layout][1]]))
+        check(*_built(name), parse([*SMALL, *flags]))
     except UserError as error:
         return str(error)
     return None
+
+
+@functools.cache
+def _built(name: str) -> tuple[Any, Any, Any]:
+    from flame.models.hf import check_buildable, read_config
+
+    family, config = read_config(MODELS[name], name)
+    return family, config, check_buildable(config, name)
 
 
 def run(root: Path, pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], list[dict[str, Any]]]:

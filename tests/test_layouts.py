@@ -1,8 +1,11 @@
 """The same global batch gives the same loss and gradient norm in every layout, and however it is accumulated."""
 
+import importlib.util
+
 import pytest
 
-from tests.layouts import LAYOUTS, MODELS, STEPS, differences, refusal, run
+from tests.launch import REPO
+from tests.layouts import LAYOUTS, MODELS, STEPS, differences, refusal, refusal_of, run
 
 HEADS = {  # the models of which heads or columns, and blocks, cannot be divided, and the words that say why
     "mixtral": "experts are not divided",
@@ -84,3 +87,31 @@ def test_loss_and_gradient_norm_equal_those_of_one_rank_for_every_family(name, l
 def test_training_moves_the_weights(name, quick):
     # The equalities above would also hold between runs that learn nothing.
     assert quick[name, "one"][-1]["loss"] < quick[name, "one"][0]["loss"] - 0.1
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--parallelism.tensor_parallel_degree=2 --compile.enable", "must be 1 with --compile.enable"),
+        ("--parallelism.context_parallel_degree=2 --compile.enable", "must be 1 with --compile.enable"),
+        ("--parallelism.enable_async_tensor_parallel", "enable_async_tensor_parallel: found true"),
+        ("--parallelism.tensor_parallel_degree=3", "must divide the model's num_attention_heads, 4"),
+        ("--parallelism.tensor_parallel_degree=2 --training.seq_len=129", "--training.seq_len: found 129"),
+        ("--parallelism.pipeline_parallel_degree=4", "stage 1 would have none of the model's 2 blocks"),
+        (
+            "--parallelism.pipeline_parallel_degree=2 --parallelism.pipeline_parallel_layers_per_stage=1",
+            "makes 4 stages, of which 1F1B needs one on each of 2 ranks",
+        ),
+    ],
+)
+def test_a_layout_that_cannot_be_is_refused_in_one_line(flags, words):
+    message = refusal_of("llama", flags.split())
+    assert words in message and "\n" not in message
+
+
+def test_the_page_holds_the_table_of_the_rows():
+    spec = importlib.util.spec_from_file_location("parallelism_page", REPO / "scripts" / "parallelism_page.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = module.PAGE.read_text(encoding="utf-8")
+    assert module.page(text) == text, "run scripts/parallelism_page.py"

@@ -20,6 +20,8 @@ def check(family: Family, config: Any, model: nn.Module, job_config: Any) -> Non
         flag = _TENSOR if tensor > 1 else _CONTEXT
         if isinstance(family.cut, str):
             raise UserError(f"{flag}: found {tensor * context}, must be 1 for {config.model_type}: {family.cut}")
+        if job_config.compile.enable and "model" in job_config.compile.components:
+            raise UserError(f"{flag}: found {tensor * context}, must be 1 with --compile.enable in this version")
         _check_heads(family.cut, config, tensor, context, flag)
         if tensor > 1:
             _check_columns(family, config, model, tensor)
@@ -29,6 +31,8 @@ def check(family: Family, config: Any, model: nn.Module, job_config: Any) -> Non
                     f"--{section}.seq_len: found {seq_len}, must be a multiple of {tensor * context}, the ranks that "
                     "share a sequence (tensor_parallel_degree x context_parallel_degree)"
                 )
+    if layout.enable_async_tensor_parallel:
+        raise UserError("--parallelism.enable_async_tensor_parallel: found true, must be false in this version")
     if layout.pipeline_parallel_degree > 1:
         for reason in _stage_reasons(family, config, job_config):
             raise UserError(f"{_PIPELINE}: found {layout.pipeline_parallel_degree}, must be 1: {reason}")
