@@ -98,15 +98,21 @@ def refusal(name: str, layout: str) -> str | None:
 
 def refusal_of(name: str, flags: list[str]) -> str | None:
     """The same of flags."""
-    from flame.config import parse
     from flame.errors import UserError
     from flame.parallel.layout import check
 
     try:
-        check(*_built(name), parse([*SMALL, *flags]))
+        check(*_built(name), _parsed(*flags))
     except UserError as error:
         return str(error)
     return None
+
+
+@functools.cache
+def _parsed(*flags: str) -> Any:
+    from flame.config import parse
+
+    return parse([*SMALL, *flags])
 
 
 @functools.cache
