@@ -1,6 +1,7 @@
 """The layouts in which every family is compared with one rank, and the page that says how near they came.
 
-`python -m tests.layouts` trains all of it again and writes the table into docs/parallelism.md.
+`python -m tests.layouts [RANKS]` trains all of it again, on that many ranks at most (8), and writes the table into
+docs/parallelism.md.
 """
 
 import functools
@@ -164,10 +165,11 @@ def table(found: dict[tuple[str, str], list[dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(most: int = 8) -> None:
     page = REPO / "docs/parallelism.md"
+    layouts = [layout for layout, (ranks, _) in LAYOUTS.items() if ranks <= most]
     with tempfile.TemporaryDirectory() as root:
-        pairs = [(name, layout) for name in MODELS for layout in LAYOUTS if refusal(name, layout) is None]
+        pairs = [(name, layout) for name in MODELS for layout in layouts if refusal(name, layout) is None]
         made = table(run(Path(root), pairs))
     before, mark, _ = page.read_text().partition("<!-- measured -->\n")
     assert mark, f"{page} has no place for the table"
@@ -175,4 +177,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(*map(int, sys.argv[1:]))
