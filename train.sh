@@ -44,6 +44,7 @@ env -u WORLD_SIZE "$python" -m flame.preflight "$@" || status=$? # WORLD_SIZE: r
 case $status in
   0) ;;
   64) exit 0 ;; # it printed the help
+  65) exec env -u WORLD_SIZE "$python" -m flame.train "$@" ;; # a dry run: one process speaks for all ranks
   *) exit "$status" ;;
 esac
 

@@ -75,6 +75,7 @@ def parse(argv: list[str]) -> JobConfig:
         config.model.hf_assets_path = config.model.tokenizer_path
     if config.training.varlen and config.training.context_len is None:
         config.training.context_len = min(2048, config.training.seq_len)
+    config.job.dry_run |= config.memory_estimation.enable  # whose answer is a part of the dry run's
     _check_sections(config)
     return config
 

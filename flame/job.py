@@ -4,12 +4,11 @@ import shlex
 from typing import Any
 
 import torch.distributed as dist
-from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.tools.logging import logger
 
-from flame.checkpoint.export import export_checkpoint
 from flame.checkpoint.manager import complete_steps
 from flame.trainer import FlameTrainer
+from flame.verify import export_proven
 
 
 def run_job(trainer_class: type[FlameTrainer], job_config: Any) -> int:
@@ -44,8 +43,6 @@ def _say_ignored(job_config: Any) -> None:
     """Say which settings were given and have no effect."""
     if job_config.training.context_len is not None and not job_config.training.varlen:
         logger.warning("--training.context_len has no effect: it cuts documents that --training.varlen keeps apart")
-    if job_config.memory_estimation.enable:
-        logger.warning("--memory_estimation.enable has no effect: torchtitan 0.2.2 has no memory estimation")
 
 
 def _finish(trainer: FlameTrainer) -> None:
@@ -64,7 +61,7 @@ def _finish(trainer: FlameTrainer) -> None:
         if config.export:
             export = run.folder / "hf" / f"step-{step}"
             export.parent.mkdir(exist_ok=True)
-            export_checkpoint(checkpoint, run.folder / "model", export, TORCH_DTYPE_MAP[config.export_dtype])
+            export_proven(checkpoint, run.folder / "model", export, config.export_dtype)
             lines.append(f"model        {export}  (Hugging Face format)")
     if later := [other for other in steps if other > step]:
         lines.append(f"note         step {later[-1]} is there as well, and is what a resume takes")

@@ -155,8 +155,10 @@ TABLE: dict[str, Old] = {
         kind=Literal["layernorm", "np_layernorm", "rmsnorm", "fused_rmsnorm"],
         ignored="the model JSON decides the norm",
     ),
-    # Three settings of today are rows too, as they say in another way what a second one holds: torchtitan's name of the
-    # tokenizer folder, accumulation, which torchtitan knows as a global batch, and `import`, which is no field's name.
+    # Four settings of today are rows too, as they say in another way what a second one holds: torchtitan's name of the
+    # tokenizer folder, accumulation, which torchtitan knows as a global batch, `import`, which is no field's name, and
+    # --dry_run, which needs no section.
+    "dry_run": Old("job.dry_run"),
     "model.import": Old("experimental.custom_import"),
     "model.hf_assets_path": Old("model.tokenizer_path"),
     "optimizer.fused": Old(kind=bool, change=_fused),

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 HELP_SHOWN = 64  # exit code that tells train.sh that all went well and there is nothing to launch
+DRY_RUN = 65  # exit code that tells train.sh that one process is enough
 REFUSED = 2
 
 
@@ -41,7 +42,7 @@ def without_torch() -> Iterator[None]:
 
 
 def main(argv: list[str]) -> int:
-    """Exit code for a command line: 0 fine, HELP_SHOWN, or REFUSED with one line on stderr. Writes no file."""
+    """Exit code for a command line: 0 fine, HELP_SHOWN, DRY_RUN, or REFUSED with one line on stderr. Writes no file."""
     with without_torch():
         from flame.config import help_text, parse, world_size
         from flame.errors import UserError
@@ -54,11 +55,12 @@ def main(argv: list[str]) -> int:
         return HELP_SHOWN
     logging.getLogger("flame").setLevel(logging.ERROR)  # the run itself says what it ignores
     try:
-        check(parse(argv), world_size())
+        config = parse(argv)
+        check(config, world_size())
     except UserError as e:
         print(f"flame: {e}", file=sys.stderr)
         return REFUSED
-    return 0
+    return DRY_RUN if config.job.dry_run else 0
 
 
 if __name__ == "__main__":

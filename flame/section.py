@@ -10,6 +10,15 @@ from torchtitan.config import job_config as titan
 
 
 @dataclass
+class Job(titan.Job):
+    dry_run: bool = False
+    """
+    Check everything, print what the job would train, need and take on NNODE x NGPU ranks, and end; --dry_run does as
+    well. Needs no accelerator, makes no folder and downloads no data.
+    """
+
+
+@dataclass
 class Model(titan.Model):
     name: str = "auto"
     """Which model to train. "auto" reads the family off the model_type of model.config."""
@@ -223,6 +232,7 @@ class Debug(titan.Debug):
 class JobConfig(titan.JobConfig):
     """Everything a run can be told, torchtitan's settings and ours."""
 
+    job: Job = field(default_factory=Job)
     model: Model = field(default_factory=Model)
     training: Training = field(default_factory=Training)
     data: Data = field(default_factory=Data)

@@ -68,7 +68,8 @@ def register(job_config: Any) -> None:
         grow_vocab=model.grow_vocab,
         trust_remote_code=model.trust_remote_code,
     )
-    if job_config.training.varlen and family.packing is None:
+    alibi = family.packing == "mask" and getattr(hf_config, "alibi", False)  # which has no form with such a mask
+    if job_config.training.varlen and (family.packing is None or alibi):
         raise UserError(
             f"--training.varlen: models of type {hf_config.model_type} cannot keep packed documents apart; leave it off"
         )

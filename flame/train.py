@@ -14,6 +14,7 @@ def main(argv: list[str]) -> int:
     log.configure()
     device.choose()  # before the imports below, which import torchtitan, which reads the device
     from flame.config import parse, world_size
+    from flame.dry_run import describe
     from flame.job import run_job
     from flame.plan import check
     from flame.spec import register
@@ -22,6 +23,9 @@ def main(argv: list[str]) -> int:
     try:
         config = parse(argv)
         check(config, world_size())
+        if config.job.dry_run:
+            print(describe(config, world_size()))
+            return 0
         register(config)
         return run_job(FlameTrainer, config)
     except UserError as error:

@@ -10,23 +10,26 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROWS = (
     "errors data.document data.packed data.retry",
-    "data.window data.jsonl data.megatron data.textfile",
-    "legacy setting section log device schedule checkpoint.convert data.prefetch data.table models.family "
-    "models.reference.precision models.reference.packing models.reference.delta_chunk",
-    "data.source data.skip data.cursor data.mixture data.tokenize data.pack data.ledger models.loss models.flops "
+    "data.window data.jsonl data.megatron data.textfile checkpoint.element checkpoint.record checkpoint.report",
+    "legacy setting section log device schedule storage checkpoint.chunk checkpoint.structure data.prefetch data.table "
+    "models.family models.reference.precision models.reference.packing models.reference.delta_chunk",
+    "data.source data.skip data.cursor data.order data.mixture data.tokenize data.pack data.ledger "
+    "models.loss models.flops "
+    "checkpoint.dcp_file checkpoint.safetensors_file "
     "models.reference.attention models.reference.convolution models.reference.linear_attention models.reference.norm "
     "models.reference.gate models.reference.hgrn models.reference.simple_gla models.reference.token_shift",
     "models.reference.gsa models.reference.lightnet models.reference.delta_rule models.reference.mamba "
-    "models.reference.rwkv",
+    "models.reference.rwkv checkpoint.dcp_writer parallel.region",
     "config data.lane models.llama models.fla models.init models.reference "
-    "parallel.* checkpoint.manager checkpoint.export",
-    "input run data.loader models.neox models.falcon models.moe models.delta models.generic models.shrink",
+    "parallel.tensor parallel.context parallel.pipeline parallel.layout checkpoint.manager checkpoint.convert",
+    "input run data.loader checkpoint.export parallel.apply "
+    "models.neox models.falcon models.moe models.delta models.generic models.shrink",
     "plan metrics models.table data.inspect data.corpus data.bench",
     "preflight validation models.hf data.__main__",
     "models.causal_lm",
-    "spec models.audit models.listing",
-    "trainer models.__main__",
-    "job",
+    "spec blueprint models.audit models.listing activation",
+    "trainer verify models.__main__ memory",
+    "job dry_run",
     "launch train",
 )
 STRANGERS = {"data": {"models"}, "models": {"data"}, "checkpoint": {"data", "models"}}  # whatever their rows

@@ -3,20 +3,22 @@
 import json
 import os
 import shutil
+from collections.abc import Callable, Mapping
 from itertools import count
+from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import GenerationConfig
-
 from flame.checkpoint.convert import convert_dcp_to_hf
-
-ORIGIN = "flame_export.json"  # in an export: which checkpoint it was made from
+from flame.checkpoint.dcp_file import read_tensors
+from flame.checkpoint.report import new_folder, read_report, sha256, write_report
+from flame.checkpoint.structure import STRUCTURE, Part, main_dtype
 
 
 def record_assets(folder: Path, hf_model: Any, hf_tokenizer: Any) -> None:
     """Write config.json, generation_config.json and the tokenizer: all that an export needs besides the weights."""
+    from transformers import GenerationConfig  # here: a conversion alone needs neither transformers nor torch
+
     config = hf_model.config
     config.architectures = [type(hf_model).__name__]
     config.save_pretrained(folder)
@@ -24,27 +26,50 @@ def record_assets(folder: Path, hf_model: Any, hf_tokenizer: Any) -> None:
     hf_tokenizer.save_pretrained(folder)
 
 
-def export_checkpoint(checkpoint: Path, assets: Path, folder: Path, dtype: torch.dtype | None = None) -> bool:
+def export_checkpoint(
+    checkpoint: Path,
+    assets: Path | Callable[[], Path],
+    folder: Path,
+    dtype: str | None = None,
+    *,
+    parts: Mapping[str, Part] | None = None,
+    prove: Callable[[Path], dict[str, Any]] = lambda folder: {},
+    advance: Callable[[int], None] = lambda count: None,
+) -> bool:
     """Export a DCP checkpoint to `folder`, whole or not at all; returns False if this very one is there already.
 
-    `assets` is the folder that `record_assets` wrote. The weights are cast to `dtype` when given. An export of another
-    checkpoint of the same name (its steps were done again) is moved aside.
+    `assets` is the folder that `record_assets` wrote, or a function that says where it is and is asked last. The
+    weights are cast to `dtype` (torch's name) when given, and named and cut as `parts` say. `prove` checks the export
+    before it gets its name, and what it returns goes into the report. `advance` is told the bytes that were written. An
+    export of another checkpoint of the same name (its steps were done again) is moved aside.
     """
-    origin = {"metadata_mtime_ns": (checkpoint / ".metadata").stat().st_mtime_ns, "dtype": str(dtype)}
-    if folder.exists():
-        if _origin(folder) == origin:
-            return False
-        aside = (folder.with_name(f"{folder.name}.old-{n}") for n in count(1))
-        os.replace(folder, next(path for path in aside if not path.exists()))
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # what an export that was killed left behind
-    shutil.copytree(assets, temporary)
-    convert_dcp_to_hf(checkpoint, temporary, dtype)
-    (temporary / ORIGIN).write_text(json.dumps(origin))
-    os.replace(temporary, folder)
+    origin = {"metadata_sha256": sha256(checkpoint / ".metadata"), "dtype": dtype}
+    if folder.exists() and origin.items() <= read_report(folder).items():
+        return False
+    tensors = read_tensors(checkpoint)
+    found = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    with new_folder(folder) as temporary:
+        digests = convert_dcp_to_hf(tensors, temporary, dtype, parts, advance=advance)
+        asset_folder = assets() if callable(assets) else assets
+        shutil.copytree(asset_folder, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns(STRUCTURE))
+        _set_dtype(temporary / "config.json", dtype or main_dtype(found))
+        write_report(
+            temporary,
+            digests,
+            checkpoint=str(checkpoint.resolve()),
+            **origin,
+            tensors=len(tensors),
+            parameters=sum(prod(shape) for _, shape in found.values()),
+            checks={"bytes": "every tensor reads back as it was written"} | prove(temporary),
+        )
+        if folder.exists():
+            aside = (folder.with_name(f"{folder.name}.old-{n}") for n in count(1))
+            os.rename(folder, next(path for path in aside if not path.exists()))
     return True
 
 
-def _origin(folder: Path) -> dict[str, Any] | None:
-    path = folder / ORIGIN
-    return json.loads(path.read_text()) if path.exists() else None
+def _set_dtype(path: Path, dtype: str) -> None:
+    """Say in a config.json what type the weights have: `from_pretrained` loads them as what it says there."""
+    config = json.loads(path.read_text())
+    config.pop("torch_dtype", None)
+    path.write_text(json.dumps(config | {"dtype": dtype}, indent=2, sort_keys=True) + "\n")

@@ -12,13 +12,8 @@ import torch.distributed.checkpoint as dcp
 from torchtitan.components.checkpoint import CheckpointManager as TitanCheckpointManager
 from torchtitan.tools.logging import logger
 
+from flame.checkpoint.dcp_file import complete_steps
 from flame.errors import UserError
-
-
-def complete_steps(folder: str | Path) -> list[int]:
-    """Steps of the complete checkpoints under `folder`, ascending; DCP writes `.metadata` last."""
-    found = (re.fullmatch(r"step-(\d+)", path.parent.name) for path in Path(folder).glob("step-*/.metadata"))
-    return sorted(int(match[1]) for match in found if match)
 
 
 def incomplete(folder: Path) -> list[Path]:

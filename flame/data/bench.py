@@ -3,6 +3,7 @@
 import itertools
 import os
 import pickle
+import random
 import resource
 import statistics
 import sys
@@ -52,26 +53,25 @@ def bench(config: JobConfig, seconds: float = SECONDS) -> None:
     if not texts:
         raise UserError("bench: the sources hold token ids and no text, so there is no tokenizer to compare with")
     ceiling = encode_repeatedly(tokenizer, texts)
-    threads = os.environ.get("RAYON_NUM_THREADS") or f"all {os.cpu_count()}"
+    alone = os.environ.setdefault("TOKENIZERS_PARALLELISM", "false") == "false"  # on both sides, as workers have it
+    threads = "one thread" if alone else f"{os.environ.get('RAYON_NUM_THREADS') or f'all {os.cpu_count()}'} threads"
     print(f"{'workers':>7}  {'tokens/s':>10}  {'of the tokenizer':>16}  {'per CPU second':>14}")
     tokenizer_speeds = []
     for workers in WORKERS:
         config.training.dataloader.num_workers = workers
         loader = build_dataloader(dp_world_size=1, dp_rank=0, tokenizer=tokenizer, job_config=config)
-        pair = compare(iterate(loader, workers * (config.training.dataloader.prefetch_factor or 2)), ceiling, seconds)
+        pair = compare(iterate(loader, loader.ahead), ceiling, seconds)
         tokenizer_speeds.append(pair.other.wall)
         print(f"{workers:>7}  {pair.one.wall:>10,.0f}  {pair.ratio.wall:>16.2f}  {pair.ratio.cpu:>14.2f}")
     size, seconds = weigh_state(loader)
     lanes = config.data.lanes
-    print(
-        f"tokenizer alone: {statistics.median(tokenizer_speeds):,.0f} tokens/s (encode_batch_fast, {threads} threads)"
-    )
+    print(f"tokenizer alone: {statistics.median(tokenizer_speeds):,.0f} tokens/s (encode_batch_fast, {threads})")
     print(f"state: {size:,} bytes for {lanes} lanes, {size / lanes:.0f} a lane; state_dict() {seconds * 1e3:.2f} ms")
     print(f"peak memory: {peak_memory():.0f} MiB, {TEXT >> 20} MiB of text for the tokenizer alone with it")
 
 
 def draw_texts(sources: Sequence[Source], characters: int = TEXT) -> list[str]:
-    """Texts from all over the sources, of about so many characters in all, in the shares of the mixture."""
+    """Texts from all over the sources, of about so many characters in all, in the shares of the mixture, shuffled."""
     total, texts = sum(source.weight for source in sources), []
     for source in sources:
         room = characters * source.weight / total
@@ -81,6 +81,7 @@ def draw_texts(sources: Sequence[Source], characters: int = TEXT) -> list[str]:
             if room > 0 and isinstance(text, str) and text:
                 texts.append(text)
                 room -= len(text)
+    random.Random(0).shuffle(texts)  # so that every slice of time meets the mixture, as the stream's do
     return texts
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from flame.data.cursor import encode
 from flame.data.document import Bad, Document, allow_bad
-from flame.data.lane import encode
 from flame.data.loader import NOTED
 from flame.data.megatron import write
 from flame.data.source import Source

@@ -5,9 +5,10 @@ The index is made once and kept beside the cache of `datasets`, as are compresse
 
 import json
 import os
+from bisect import bisect_right
 from collections.abc import Sequence
 from hashlib import blake2b
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,21 +27,21 @@ class JsonLines:
         self._column, self._names = column, list(files)
         self._paths = [_unpacked(Path(file)) for file in files]
         self._starts = [_index(path) for path in self._paths]
-        self._firsts = np.cumsum([0, *(len(starts) - 1 for starts in self._starts)])
+        self._firsts = list(accumulate((len(starts) - 1 for starts in self._starts), initial=0))
 
     def __len__(self) -> int:
-        return int(self._firsts[-1])
+        return self._firsts[-1]
 
     def texts(self, indices: Sequence[int]) -> list[Document | Bad]:
         found: dict[int, Document | Bad] = {}
-        for file, chosen in groupby(sorted(set(indices)), lambda i: int(np.searchsorted(self._firsts, i, "right")) - 1):
+        for file, chosen in groupby(sorted(set(indices)), lambda i: bisect_right(self._firsts, i) - 1):
             with open(self._paths[file], "rb") as lines:
                 for index in chosen:
-                    found[index] = self._read(lines, file, int(index - self._firsts[file]))
+                    found[index] = self._read(lines, file, index - self._firsts[file])
         return [found[index] for index in indices]
 
     def _read(self, lines: BinaryIO, file: int, row: int) -> Document | Bad:
-        begin, end = (int(at) for at in self._starts[file][row : row + 2])
+        begin, end = self._starts[file][row : row + 2].tolist()
         place = f"{self._names[file]}:{row + 1}"
         if end - begin > 8 * LONGEST:  # not even read
             return Bad(f"a line of {end - begin:,} bytes", place)
@@ -50,7 +51,7 @@ class JsonLines:
         if isinstance(record, str):
             return Bad(record, place)
         document = accept(record.get(self._column), place)
-        if isinstance(document, str) and b"\\u" in line and not _encodes(document):
+        if isinstance(document, str) and not document.isascii() and b"\\u" in line and not _encodes(document):
             return Bad("half a surrogate pair", place)
         return document
 
@@ -116,16 +117,18 @@ def _index(path: Path) -> np.ndarray:
         ends = np.concatenate(starts)
         with _replacing(kept) as out:
             np.save(out, ends if ends[-1] == at else np.append(ends, at))
-    return np.load(kept, mmap_mode="r")
+    return np.asarray(np.load(kept, mmap_mode="r"))  # a plain view of the map: np.memmap is slow to slice
 
 
 def _kept(path: Path, ending: str) -> Path:
     """Where what is made of a file as it is now is kept."""
-    from datasets import config
+    from huggingface_hub.constants import HF_HOME
 
+    # As in datasets.config, which takes its time to import.
+    cache = Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME, "datasets"))
     stat = path.stat()
     key = blake2b(f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}".encode(), digest_size=12).hexdigest()
-    return Path(config.HF_DATASETS_CACHE) / "flame" / (key + ending)
+    return cache / "flame" / (key + ending)
 
 
 class _replacing:

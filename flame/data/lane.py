@@ -4,39 +4,14 @@ A lane made from the state() of another, in another process, goes on with the ro
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from flame.data import mixture
-from flame.data.document import Bad, Document
-from flame.data.window import IndexedWindows, Part, StreamedWindows
+from flame.data.cursor import Cursor, Place
 from flame.errors import UserError
-
-BLOCK = 1 << 16  # characters tokenized in one call, at least: enough for Rust's threads, soon enough for the first step
-BARREN = 100  # a source is given up when a lane met no text in this many windows a lane, one after the other
-
-
-class Encoder(Protocol):
-    """What a lane needs of a tokenizer."""
-
-    eos_id: int
-    vocab_size: int
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]: ...
-
-
-class Place(NamedTuple):
-    """Where a lane is in one source; at: document of its part of the window; mark: a stream's, before the window."""
-
-    epoch: int = 0
-    window: int = 0
-    at: int = 0
-    tokens: int = 0
-    documents: int = 0
-    skipped: int = 0
-    mark: Any = None
 
 
 class LaneState(NamedTuple):
@@ -46,106 +21,6 @@ class LaneState(NamedTuple):
     offset: int
     credits: tuple[float, ...]
     places: tuple[Place, ...]
-
-
-class Cursor:
-    """Reads one source for one lane: its part of a window as text, of which a block at a time is tokenized."""
-
-    def __init__(
-        self,
-        name: str,
-        windows: IndexedWindows | StreamedWindows,
-        lane: int,
-        encoder: Encoder,
-        place: Place,
-        epochs: int = 0,
-        report: Callable[[str, Bad], None] | None = None,
-    ) -> None:
-        self.name, self.windows, self.lane, self.encoder, self.place = name, windows, lane, encoder, place
-        self._epochs, self._report = epochs, report  # 0 epochs: endless
-        self._part: Part | None = None
-        self._documents: list[Document] = []  # of the part, without its bad rows
-        self._ids: list[np.ndarray] = []  # of the documents from _first on
-        self._first = 0
-        self._tokens = place.tokens
-
-    @property
-    def through(self) -> bool:
-        """Whether the source was read as many times as asked for."""
-        return 0 < self._epochs <= self.place.epoch
-
-    def document(self) -> np.ndarray | None:
-        """Ids of the document at hand, EOS last, int32 (length,); None when the source is through."""
-        barren = 0
-        while self._part is None or self.place.at >= len(self._documents):
-            if self.through:
-                return None
-            if barren > BARREN * self.windows.deal.lanes:
-                raise UserError(f"source {self.name}: no document in {barren} windows in a row of lane {self.lane}")
-            barren += 1
-            self._advance()
-        if self.place.at >= self._first + len(self._ids):
-            self._encode()
-        return self._ids[self.place.at - self._first]
-
-    def spend(self, tokens: int) -> None:
-        """Count tokens handed out."""
-        self._tokens += tokens
-
-    def close(self) -> None:
-        """Go on to the next document."""
-        self.place = self.place._replace(at=self.place.at + 1, documents=self.place.documents + 1)
-        if self.place.at == len(self._documents):
-            self._advance()
-
-    def state(self) -> Place:
-        return self.place._replace(tokens=self._tokens)
-
-    def _advance(self) -> None:
-        """Leave the window if one is open, else open the one at hand."""
-        if self._part is not None:
-            skipped = self.place.skipped + len(self._part.rows) - len(self._documents)
-            window = self.place.window + 1
-            self.place = self.place._replace(window=window, at=0, skipped=skipped, mark=self._part.after)
-            self._part = None
-            return
-        part = self.windows.take(self.lane, self.place.epoch, self.place.window)
-        if part is None:
-            self.place = self.place._replace(epoch=self.place.epoch + 1, window=0, at=0, mark=None)
-            return
-        self._part, self._documents = part, [row for row in part.rows if not isinstance(row, Bad)]
-        self._ids, self._first = [], self.place.at
-        if self._report is not None:
-            for row in part.rows:
-                if isinstance(row, Bad):
-                    self._report(self.name, row)
-
-    def _encode(self) -> None:
-        """Tokenize the block of documents that begins with the one at hand."""
-        self._first = end = self.place.at
-        size = 0
-        while end < len(self._documents) and size < BLOCK:
-            size, end = size + len(self._documents[end]), end + 1
-        self._ids = encode(self.encoder, self._documents[self._first : end], self.name)
-
-
-def encode(encoder: Encoder, documents: Sequence[Document], name: str) -> list[np.ndarray]:
-    """Ids of each document, int32 (length,), the EOS last; one that is ids already may bring its own.
-
-    Raises UserError if ids that the tokenizer does not have are among those.
-    """
-    made = iter(encoder.encode_batch([document for document in documents if isinstance(document, str)]))
-    eos, found = np.int32(encoder.eos_id), []
-    for document in documents:
-        ids = next(made) if isinstance(document, str) else document
-        if not isinstance(document, str) and ids.max() >= encoder.vocab_size:
-            raise UserError(
-                f"source {name}: it holds token id {ids.max()}, but the tokenizer ends at {encoder.vocab_size - 1}; "
-                "give --model.tokenizer_path the one it was made with"
-            )
-        ended = not isinstance(document, str) and ids[-1] == eos
-        found.append(ids if ended else np.append(ids, eos))
-    return found
 
 
 class Lane:

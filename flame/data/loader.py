@@ -1,8 +1,9 @@
 """Batches of a rank's lanes, read ahead in the background; the state is that of the last batch handed out."""
 
-import json
-from collections.abc import Generator, Sequence
-from itertools import count
+import os
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -11,9 +12,11 @@ from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.tools.logging import logger
 
 from flame.data import mixture, pack
+from flame.data.cursor import Cursor, Encoder, Place, encode
 from flame.data.document import Bad
-from flame.data.lane import Cursor, Encoder, Lane, LaneState, Place, dump_state, encode, parse_state
-from flame.data.prefetch import read_ahead
+from flame.data.lane import Lane, LaneState, dump_state, parse_state
+from flame.data.order import Order
+from flame.data.prefetch import read_in_turn
 from flame.data.skip import parse_skip
 from flame.data.source import Source, build_sources
 from flame.data.window import Deal, IndexedWindows, StreamedWindows
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 
 NOTED = 5  # bad rows a source and rank are named in the log
 SAMPLE = 16  # documents of a source whose lengths set the phases of the lanes
+AHEAD = 1 << 18  # tokens in rows read ahead, up to a row a lane: a document of a megabyte does not hold up the others
 
 
 class Row(NamedTuple):
@@ -80,10 +84,11 @@ class Loader(BaseDataLoader):
         self._names, self._epochs = [source.name for source in sources], epochs
         self._shares = mixture.normalize([source.weight for source in sources])
         self._deals = [Deal(name, window, lanes, seed) for name in self._names]
-        self._order = {"lanes": lanes, "window": window, "seed": seed}
-        self._step = step or batch * world
-        self._skip = [((a - 1) * self._step, b * self._step) for a, b in skip]  # sequences, the end not included
-        self._workers, self._prefetch = min(workers, lanes // world), prefetch
+        self._order = Order(lanes, window, seed, step or batch * world, skip)
+        self._workers = min(workers, lanes // world)
+        self._ahead = max(self._workers * prefetch * batch, min(lanes // world, AHEAD // (seq_len + 1)))  # rows
+        if workers:  # each of them is a thread of its own; Rust's pool of threads would have them wait for each other
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         lengths = [_typical_length(source, encoder) for source in sources]
         places = tuple(Place() for _ in sources)
         self._fresh = {
@@ -98,34 +103,22 @@ class Loader(BaseDataLoader):
     def __iter__(self) -> Generator[tuple[dict[str, torch.Tensor], torch.Tensor], None, None]:
         turn = self._turn = object()
         own = list(self._states)  # the rank's lanes; its j-th row comes from own[j % len(own)]
-        first = self._sequence // self._world
-        lanes = self._open_lanes()
-        shares = max(1, self._workers)
-        parts: list[Generator[list[Row], None, None]] = []
-        for k in range(shares):
-            mine = _read([lanes[lane] for lane in own], first, self._batch, k, shares)
-            parts.append(read_ahead(mine, self._prefetch) if self._workers else mine)
-        try:
-            for begin in count(first, self._batch):
-                made = [next(part, None) for part in parts]
+        first = self._sequence // self._world % len(own)
+        order = own[first:] + own[:first]
+        lanes, turns = self._open_lanes(), cycle(order)
+        with closing(read_in_turn([_read(lanes[lane]) for lane in order], self._workers, self._ahead)) as stream:
+            while len(rows := list(islice(stream, self._batch))) == self._batch:
                 if self._turn is not turn:
                     raise RuntimeError("stale iterator: the loader was iterated anew or given another state since")
-                ready = [iter(rows) for rows in made if rows is not None]
-                if len(ready) < shares:
-                    return
-                places = [j % len(own) for j in range(begin, begin + self._batch)]
-                rows = [next(ready[place % shares]) for place in places]
-                self._states.update((own[place], row.state) for place, row in zip(places, rows, strict=True))
-                skipped = any(low <= self._sequence < high for low, high in self._skip)
+                self._states.update((next(turns), row.state) for row in rows)
+                left_out = self._order.leaves_out(self._sequence)
                 self._sequence += self._batch * self._world
-                if skipped:
-                    self._say_skipped()
+                if left_out:
+                    for steps in self._order.left_out_up_to(self._sequence):
+                        logger.info(f"--data.skip: the data of steps {steps} is not trained on")
                     continue
                 self.rows = rows
                 yield self._collate(rows)
-        finally:
-            for part in parts:
-                part.close()
 
     def _open_lanes(self) -> dict[int, Lane]:
         windows = [
@@ -157,17 +150,10 @@ class Loader(BaseDataLoader):
             batch |= {"positions": torch.from_numpy(positions), "cu_seqlens": torch.from_numpy(cu_seqlens)}
         return batch, torch.from_numpy(labels)
 
-    def _say_skipped(self) -> None:
-        for begin, end in self._skip:
-            if end == self._sequence:
-                logger.info(f"--data.skip: the data of steps {self._name_steps([(begin, end)])} is not trained on")
-
-    def _skipped(self, sequence: int) -> list[list[int]]:
-        """Ranges of sequences, the end not included, that were skipped on the way to one."""
-        return [[begin, min(end, sequence)] for begin, end in self._skip if begin < sequence]
-
-    def _name_steps(self, ranges: Sequence[Sequence[int]]) -> str:
-        return ",".join(f"{begin // self._step + 1}-{end // self._step}" for begin, end in ranges) or "none"
+    @property
+    def ahead(self) -> int:
+        """Batches that the workers may have ready."""
+        return -(-self._ahead // self._batch) if self._workers else 0
 
     def counts(self) -> dict[str, tuple[int, float]]:
         """{source: (tokens, epochs)} that this rank's lanes were handed; sums over ranks are those of the run."""
@@ -210,28 +196,16 @@ class Loader(BaseDataLoader):
     def state_dict(self) -> dict[str, Any]:
         """The state behind the last batch handed out: "sequence", "order", and JSON for each of the rank's lanes."""
         lanes = {f"lane_{lane:03d}": dump_state(state, self._names) for lane, state in self._states.items()}
-        order = json.dumps({**self._order, "skipped": self._skipped(self._sequence)})
-        return {"sequence": self._sequence, "order": order, **lanes}
+        return {"sequence": self._sequence, "order": self._order.dump(self._sequence), **lanes}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up such a state, made on any number of ranks. Raises UserError if the order of the data was another."""
         if not state_dict:
             return
-        was, now = json.loads(state_dict["order"]), self._order
-        flags = {"lanes": "--data.lanes", "window": "--data.window", "seed": "--debug.seed"}
-        for key, flag in flags.items():
-            if was[key] != now[key]:
-                raise UserError(f"{flag} {now[key]}: the checkpoint's data order was made with {was[key]}; keep it")
         sequence = state_dict["sequence"]
+        self._order.check(state_dict["order"], sequence)
         if sequence % self._world:
             raise UserError(f"the {sequence} sequences of the checkpoint do not divide over {self._world} ranks")
-        passed = was.get("skipped", [])
-        asked = self._skipped(sequence)
-        if passed != asked:
-            raise UserError(
-                f"--data.skip: of the steps before the checkpoint it names {self._name_steps(asked)}, but "
-                f"{self._name_steps(passed)} were skipped; keep those, or go back further by --checkpoint.load_step"
-            )
         self._sequence, self._turn = sequence, None
         self._states = {
             lane: parse_state(state_dict[f"lane_{lane:03d}"], self._names, fresh) for lane, fresh in self._fresh.items()
@@ -274,18 +248,6 @@ def _typical_length(source: Source, encoder: Encoder) -> float:
     return float((lengths**2).sum() / lengths.sum()) if documents else 1.0
 
 
-def _read(lanes: Sequence[Lane], first: int, batch: int, worker: int, workers: int) -> Generator[list[Row], None, None]:
-    """The rows of each batch that come from a worker's lanes, to the first batch for which one of them has none.
-
-    Worker k owns every workers-th lane from k on.
-    """
-    for begin in count(first, batch):
-        places = [j % len(lanes) for j in range(begin, begin + batch)]
-        mine = [lanes[place] for place in places if place % workers == worker]
-        rows: list[Row] = []
-        for lane in mine:
-            row = lane.row()
-            if row is None:
-                return
-            rows.append(Row(*row, lane.state()))
-        yield rows
+def _read(lane: Lane) -> Iterator[Row]:
+    while (row := lane.row()) is not None:
+        yield Row(*row, lane.state())

@@ -10,8 +10,8 @@ IGNORE = -100  # the label that torch's and fla's cross-entropy skip
 
 def shift(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Rows of seq_len + 1 tokens to inputs and labels, each int64 (batch, seq); the labels are the next tokens."""
-    tokens = np.stack(rows).astype(np.int64)
-    return np.ascontiguousarray(tokens[:, :-1]), np.ascontiguousarray(tokens[:, 1:])
+    tokens = np.stack(rows)
+    return tokens[:, :-1].astype(np.int64), tokens[:, 1:].astype(np.int64)
 
 
 def mark_documents(

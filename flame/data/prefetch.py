@@ -1,51 +1,98 @@
-"""Items made ahead by a thread of their own."""
+"""Items of several iterators in turn, made ahead by threads."""
 
-import queue
 import threading
-from collections.abc import Generator, Iterator
-from typing import TypeVar
+from collections.abc import Generator, Iterator, Sequence
+from heapq import heappop, heappush
+from itertools import cycle
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
+END = object()
 
 
-def read_ahead(items: Iterator[Item], depth: int) -> Generator[Item, None, None]:
-    """The same items, made in the background, at most depth of them waiting.
+def read_in_turn(parts: Sequence[Iterator[Item]], workers: int = 0, ahead: int = 1) -> Generator[Item, None, None]:
+    """One item of each part, round and round, up to the turn of a part that has none left.
 
-    An error of the thread is raised here, after the items made before it. Closing the iterator ends the thread.
+    With workers, so many threads make them in the background, at most `ahead` items ahead of the reader. A thread takes
+    on whichever part is due first of those that no other is at, so that one slow item holds up its own part alone. An
+    error of a part is raised at its turn, after the items before it. Closing the iterator ends the threads.
     """
-    ready: queue.Queue[Item | _End] = queue.Queue(depth)
-    stop = threading.Event()
-    thread = threading.Thread(target=_fill, args=(items, ready, stop), name="flame-data", daemon=True)
-    thread.start()
+    if workers:
+        yield from _read_ahead(parts, workers, ahead)
+        return
+    for part in cycle(parts):
+        item = next(part, END)
+        if item is END:
+            return
+        yield item  # type: ignore[misc]
+
+
+def _read_ahead(parts: Sequence[Iterator[Item]], workers: int, ahead: int) -> Generator[Item, None, None]:
+    work = _Work(parts, ahead)
+    threads = [threading.Thread(target=work.run, name="flame-data", daemon=True) for _ in range(workers)]
+    for thread in threads:
+        thread.start()
     try:
-        while True:
-            item = ready.get()
-            if not isinstance(item, _End):
-                yield item
-            elif item.error is None:
-                return
-            else:
-                raise item.error
+        while (item := work.take()) is not END:
+            yield item
     finally:
-        stop.set()
-        while not ready.empty():  # room for the one item that the thread may be waiting to put
-            ready.get_nowait()
-        thread.join(timeout=10)  # it may be waiting for the network; a daemon does not keep the process
+        work.stop()
+        for thread in threads:
+            thread.join(timeout=10)  # it may be waiting for the network; a daemon does not keep the process
 
 
-class _End:
-    """Behind the last item; error: what ended them before their end."""
+class _Work:
+    """Turn t is the next item of part t % len(parts); what threads and reader know of the turns, under one lock."""
 
-    def __init__(self, error: BaseException | None) -> None:
+    def __init__(self, parts: Sequence[Iterator[Any]], ahead: int) -> None:
+        self._parts, self._ahead = parts, ahead
+        self._due = list(range(len(parts)))  # a heap: the next turn of each part that no thread is at
+        self._made: dict[int, Any] = {}  # turn: its item, END or _Error
+        self._taken = 0
+        self._stopped = False
+        self._changed = threading.Condition()
+
+    def take(self) -> Any:
+        """The item of the next turn, waited for; END behind the last."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._taken in self._made)
+            item = self._made.pop(self._taken)
+            self._taken += 1
+            self._changed.notify_all()
+        if isinstance(item, _Error):
+            raise item.error
+        return item
+
+    def stop(self) -> None:
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    def run(self) -> None:
+        """Make items until stopped; what a thread does."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(self._may_go_on)
+                if self._stopped:
+                    return
+                turn = heappop(self._due)
+            item: Any
+            try:
+                item = next(self._parts[turn % len(self._parts)], END)
+            except BaseException as error:  # whatever it is, it is the reader's to raise
+                item = _Error(error)
+            with self._changed:
+                self._made[turn] = item
+                if item is not END and not isinstance(item, _Error):
+                    heappush(self._due, turn + len(self._parts))
+                self._changed.notify_all()
+
+    def _may_go_on(self) -> bool:
+        return self._stopped or bool(self._due and self._due[0] < self._taken + self._ahead)
+
+
+class _Error:
+    """In an item's place: what kept it from being made."""
+
+    def __init__(self, error: BaseException) -> None:
         self.error = error
-
-
-def _fill(items: Iterator[Item], ready: "queue.Queue[Item | _End]", stop: threading.Event) -> None:
-    try:
-        for item in items:
-            if stop.is_set():
-                return
-            ready.put(item)
-        ready.put(_End(None))
-    except BaseException as error:  # whatever it is, it is the reader's to raise
-        ready.put(_End(error))

@@ -92,9 +92,6 @@ def open_table(
     folder, files: data_dir and data_files of `load_dataset`, files a comma list; column: None for "text", "content" or
     "input_ids". Raises UserError, one line, if nothing is found there, it has no rows or no such column.
     """
-    import datasets
-    from datasets.exceptions import DatasetsError
-
     try:
         inner = [file.strip() for file in files.split(",")] if files else None
         if not inner and len(kinds := _kinds(Path(path).expanduser())) > 1:  # one kind would be read, the others not
@@ -109,11 +106,11 @@ def open_table(
         if local and all(_kind(Path(file)) == "text" for file in local):
             return TextFiles(local)
         dataset = _load(path, name, split, folder, inner, streaming)
-        streamed = isinstance(dataset, datasets.IterableDataset)
+        streamed = not hasattr(dataset, "__len__")
         names = dataset.column_names or list(next(iter(dataset), {}))
     except UserError:
         raise
-    except (OSError, ValueError, RuntimeError, ImportError, DatasetsError) as error:
+    except _failures() as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"{FLAG} {path}: not loadable ({reason})") from error
     if not names or (not streamed and len(dataset) == 0):
@@ -121,6 +118,13 @@ def open_table(
     features = dataset.features or {}
     found = _choose(path, {column: _type(features.get(column)) for column in names}, column)
     return PatientStream(TableStream(dataset, found), path) if streamed else TableRows(dataset, found)
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What a path or hub id that cannot be read raises; `datasets` is imported by what needs it, and only then."""
+    from datasets.exceptions import DatasetsError
+
+    return (OSError, ValueError, RuntimeError, ImportError, DatasetsError)
 
 
 def _choose(path: str, types: Mapping[str, str], column: str | None) -> str:
@@ -146,17 +150,22 @@ def _type(feature: Any) -> str:
 
 def _find_files(path: str, name: str | None, split: str, folder: str | None, files: list[str] | None) -> list[str]:
     """The files that a name stands for here; none if it is anything else, or only a slice of a split."""
-    from datasets import load_dataset_builder
-
     local = Path(path).expanduser()
     if local.is_dir() and _kinds(local) in ({"json"}, {"text"}):
-        found = load_dataset_builder(str(local), name, data_dir=folder, data_files=files).config.data_files
+        found = _list_files(str(local), name, folder, files)
     elif path in ("json", "text") and files:
-        found = load_dataset_builder(path, data_dir=folder, data_files=files).config.data_files
+        found = _list_files(path, None, folder, files)
     else:
         found = {"train": [str(local)] if local.is_file() else sorted(glob(str(local), recursive=True))}
-    chosen = [str(file) for file in (found or {}).get(split, [])]
+    chosen = [str(file) for file in found.get(split, [])]
     return chosen if all(os.path.isfile(file) for file in chosen) else []
+
+
+def _list_files(path: str, name: str | None, folder: str | None, files: list[str] | None) -> Mapping[str, Sequence]:
+    """The files of each split, as `load_dataset` finds them."""
+    from datasets import load_dataset_builder
+
+    return load_dataset_builder(path, name, data_dir=folder, data_files=files).config.data_files or {}
 
 
 def _is_lines(file: str) -> bool:

@@ -56,7 +56,7 @@ class Tokenizer(BaseTokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text, int32 (length,), without special tokens; parallel in Rust, the GIL released."""
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.fromiter(encoding.ids, np.int32) for encoding in encodings]
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     def encode(self, text: str) -> list[int]:
         """Ids of one text, without special tokens."""

@@ -7,7 +7,7 @@ epoch by exactly one lane, every lane gets some of every source, and a source of
 
 import threading
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -53,14 +53,18 @@ class Deal:
 
 @dataclass(frozen=True)
 class Part:
-    """A lane's part of a window; after: the stream's mark behind the window (None with random access)."""
+    """A lane's part of a window: so many rows, of which `read(first, last)` gives some, the last not included.
 
-    rows: list[Document | Bad]
+    after: the stream's mark behind the window (None with random access).
+    """
+
+    size: int
+    read: Callable[[int, int], list[Document | Bad]]
     after: Any = None
 
 
 class IndexedWindows:
-    """Windows of rows with random access: a lane reads its own part and nothing else."""
+    """Windows of rows with random access: a lane reads its own part and nothing else, and that when it is asked for."""
 
     def __init__(self, rows: Rows, deal: Deal) -> None:
         self.rows, self.deal = rows, deal
@@ -72,8 +76,8 @@ class IndexedWindows:
         if count <= 0:
             return None
         order, shift = self.deal.order(epoch, window, count)
-        chosen = self.deal.part(order, shift, lane) + first
-        return Part(self.rows.texts(chosen.tolist()) if len(chosen) else [])
+        chosen = (self.deal.part(order, shift, lane) + first).tolist()
+        return Part(len(chosen), lambda begin, end: self.rows.texts(chosen[begin:end]))
 
 
 class StreamedWindows:
@@ -129,5 +133,9 @@ class StreamedWindows:
         if waiting:
             order, shift = self.deal.order(epoch, window, len(texts))
             self._held[epoch, window] = {
-                lane: Part([texts[i] for i in self.deal.part(order, shift, lane)], after) for lane in waiting
+                lane: _hold([texts[i] for i in self.deal.part(order, shift, lane)], after) for lane in waiting
             }
+
+
+def _hold(rows: list[Document | Bad], after: Any) -> Part:
+    return Part(len(rows), lambda begin, end: rows[begin:end], after)

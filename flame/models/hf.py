@@ -76,6 +76,8 @@ def read_config(
 ) -> tuple[Family, PreTrainedConfig]:
     """The family and config of a config's fields, which came from `source`. Raises UserError."""
     model_type = fields.get("model_type", "")
+    if not isinstance(model_type, str):
+        raise UserError(f"--model.config {source}: model_type is {model_type!r}, must be a name such as llama")
     family = table.BY_MODEL_TYPE.get(model_type)
     if family is None or family.from_fla:
         reference.enable()  # imports fla, whose model types must be known before transformers looks them up
@@ -107,13 +109,33 @@ def read_config(
 
 def check_buildable(config: PreTrainedConfig, source: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model without memory; refuses with one line what its constructor refuses. Raises UserError."""
-    if config.num_hidden_layers < 1:
-        raise UserError(f"--model.config {source}: num_hidden_layers is {config.num_hidden_layers}, must be 1 or more")
+    layers = getattr(config, "num_hidden_layers", None)
+    if not isinstance(layers, int) or layers < 1:
+        raise UserError(f"--model.config {source}: num_hidden_layers is {layers!r}, must be a whole number from 1")
+    _check_types(config, source)
     try:
         with torch.device("meta"):
             return build_hf(config, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise UserError(f"--model.config {source} cannot be built: {first_line(error)}") from None
+
+
+def _check_types(config: PreTrainedConfig, source: str) -> None:
+    """Refuse a number that is none, and heads and experts that do not fit; fla's configs take anything. UserError."""
+    for name, usual in vars(type(config)()).items():
+        value = getattr(config, name, None)
+        if type(usual) in (int, float) and value is not None and not isinstance(value, int | float):
+            raise UserError(f"--model.config {source}: {name} is {value!r}, must be a number")
+    heads, shared = getattr(config, "num_attention_heads", None), getattr(config, "num_key_value_heads", None)
+    if heads and shared and heads % shared:
+        raise UserError(
+            f"--model.config {source}: num_key_value_heads {shared} must divide num_attention_heads {heads}"
+        )
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    if experts and experts < (chosen := getattr(config, "num_experts_per_tok", None) or 0):
+        raise UserError(
+            f"--model.config {source}: num_experts_per_tok {chosen} is more than the {experts} experts there are"
+        )
 
 
 def build_hf(config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
@@ -145,8 +167,11 @@ def choose_attention(config: PreTrainedConfig, family: Family, dtype: str) -> No
 
 def first_line(error: Exception) -> str:
     """An exception as one line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    said = " ".join(lines[:2]) if lines[0].endswith(":") and len(lines) > 1 else lines[0]  # the reason is below it
+    return f"{type(error).__name__}: {said}"
 
 
 def _fit_to_tokenizer(config: PreTrainedConfig, tokenizer: Any, grow_vocab: bool) -> None:

@@ -24,6 +24,8 @@ def shrink(fields: dict[str, Any], config: Any, depth: int | None = None, width:
             attn = attn | {"layers": [i for i in attn["layers"] if i < depth] or [depth - 1]}
     if width is not None:
         small |= _narrow(fields, config, width)
+        if isinstance(small.get("value_dim"), list):  # of RWKV-7, a number a block
+            small["value_dim"] = [width * value // config.hidden_size for value in small["value_dim"]]
         small = {name: value for name, value in small.items() if not name.endswith("_token_id")}
         if attn:
             attn = attn | {"num_heads": _HEADS, "num_kv_heads": _HEADS, "window_size": _WINDOW}

@@ -2,7 +2,7 @@
 python scripts/benchmark/data.py [--seconds 120]
 
 Writes three sources of Python source and documentation found on this machine to a temporary folder, trains a BPE of
-32,000 ids on them, and measures each part in a process of its own with one thread a tokenizer call. About 10 minutes.
+32,000 ids on them, and measures each part in a process of its own with one thread a tokenizer call. About 15 minutes.
 """
 
 import argparse
@@ -24,6 +24,8 @@ SOURCE_BYTES = 32 << 20  # of each source, at most
 FILE_BYTES = 1 << 20  # larger files are tables
 SHARES = (0.5, 0.3, 0.2)
 VOCABULARY, SEQ_LEN, BATCH, SHUFFLED = 32_000, 2048, 8, 1024
+MIXED = 60 << 20  # characters the tokenizer alone is given: all of the first source, of the others by their shares
+WARM = 400  # batches before the clock starts: at first, every lane tokenizes a block of each source
 PACKAGES = ("torch", "torchtitan", "datasets", "tokenizers", "transformers", "numpy")
 
 
@@ -110,25 +112,36 @@ def load_ceiling(folder: Path) -> Any:
     from flame.data.tokenize import build_tokenizer
 
     config = describe_job(folder)
-    texts = bench.draw_texts(build_sources(config.training, config.data))
+    texts = bench.draw_texts(build_sources(config.training, config.data), MIXED)
     return bench.encode_repeatedly(build_tokenizer(config.model.tokenizer_path), texts)
 
 
+def warm(side: Any) -> Any:
+    for _ in range(WARM):
+        side.step()
+    return side
+
+
 def measure_flame(folder: Path, seconds: float) -> dict[str, float]:
-    """The stream against the tokenizer alone, alternating; its state."""
+    """The stream against the tokenizer alone, alternating; its state, and how often it was made on the way."""
     from flame.data import bench
 
-    loader = load(folder)
-    pair = bench.compare(bench.iterate(loader), load_ceiling(folder), 2, max(3, int(seconds / 6)))
+    loader, made = load(folder), []
+    make = loader.state_dict
+    loader.state_dict = lambda: made.append(1) or make()
+    pair = bench.compare(warm(bench.iterate(loader)), load_ceiling(folder), 2, max(3, int(seconds / 6)))
+    while_iterating = len(made)
     size, took = bench.weigh_state(loader)
-    return {**as_numbers(pair), "state_bytes": size, "state_bytes_a_lane": size / 64, "state_ms": took * 1e3}
+    state = {"state_bytes": size, "state_bytes_a_lane": size / 64, "state_ms": took * 1e3}
+    return {**as_numbers(pair), **state, "states_while_iterating": while_iterating}
 
 
 def measure_workers(folder: Path, seconds: float) -> dict[str, float]:
     """Two workers against one, alternating, in wall time."""
     from flame.data import bench
 
-    two, one = (bench.iterate(load(folder, workers), ahead=2 * workers) for workers in (2, 1))
+    loaders = [load(folder, workers) for workers in (2, 1)]
+    two, one = (warm(bench.iterate(loader, loader.ahead)) for loader in loaders)
     return as_numbers(bench.compare(two, one, 2, max(3, int(seconds / 6))))
 
 
@@ -152,32 +165,48 @@ def measure_titan(folder: Path, seconds: float) -> dict[str, float]:
     tokenizer = HuggingFaceTokenizer(str(folder / "tokenizer"))
     dataset = text_datasets.HuggingFaceTextDataset("bench", None, tokenizer, seq_len=SEQ_LEN, infinite=True)
     loader = ParallelAwareDataloader(dataset, dp_rank=0, dp_world_size=1, batch_size=BATCH)
-    pair = bench.compare(bench.iterate(loader), load_ceiling(folder), 2, max(3, int(seconds / 6)))
+    pair = bench.compare(warm(bench.iterate(loader)), load_ceiling(folder), 2, max(3, int(seconds / 6)))
     size, took = bench.weigh_state(loader)
     return {**as_numbers(pair), "state_bytes": size, "state_ms": took * 1e3}
 
 
-def measure_memory(folder: Path, seconds: float) -> dict[str, float]:
-    """Resident memory of a process that streams for so many seconds, ten times on the way."""
-    batches, begin, seen = iter(load(folder)), time.monotonic(), []
+def measure_memory(folder: Path, seconds: float, workers: int = 0) -> dict[str, float]:
+    """Resident memory of a process that streams for so many seconds, ten times on the way; then as a trainer has it."""
+    batches, begin, seen = iter(load(folder, workers)), time.monotonic(), []
     while len(seen) < 10:
         next(batches)
         if time.monotonic() - begin > seconds * (len(seen) + 1) / 10:
             seen.append(resident())
-    return {f"{name}_{i}_of_10": value for i, at in enumerate(seen, 1) for name, value in at.items() if i in (1, 5, 10)}
+    import_trainer()
+    times = {f"{name}_{i}_of_10": value for i in (1, 5, 10) for name, value in seen[i - 1].items()}
+    return {**times, **{f"{name}_with_trainer": value for name, value in resident().items()}}
+
+
+def measure_memory_with_workers(folder: Path, seconds: float) -> dict[str, float]:
+    return measure_memory(folder, seconds, workers=2)
 
 
 def measure_ceiling(folder: Path, _seconds: float) -> dict[str, float]:
-    """Resident memory of a process that holds the text and encodes it, without torch; and with torch imported."""
+    """Resident memory of a process that holds the text and encodes all of it; with torch; and as a trainer has it.
+
+    That is, with torchtitan's trainer and transformers, which every process that trains imports anyway.
+    """
     from tokenizers import Tokenizer
 
     backend, texts = Tokenizer.from_file(str(folder / "tokenizer/tokenizer.json")), list(read_texts(folder))
-    for i in range(0, 2048, 64):
+    for i in range(0, len(texts), 64):
         backend.encode_batch_fast(texts[i : i + 64])
     alone = resident()
     import torch  # noqa: F401
 
-    return {**alone, **{f"{name}_with_torch": value for name, value in resident().items()}}
+    with_torch = {f"{name}_with_torch": value for name, value in resident().items()}
+    import_trainer()
+    return {**alone, **with_torch, **{f"{name}_with_trainer": value for name, value in resident().items()}}
+
+
+def import_trainer() -> None:
+    import torchtitan.train  # noqa: F401
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 
 
 def as_numbers(pair: Any) -> dict[str, float]:
@@ -203,6 +232,7 @@ PARTS = {
     "torchtitan against the tokenizer": measure_titan,
     "memory of the tokenizer's process": measure_ceiling,
     "memory of flame's process": measure_memory,
+    "memory of flame's process, two workers": measure_memory_with_workers,
 }
 
 
@@ -230,7 +260,7 @@ def main() -> None:
     print(describe_machine(), flush=True)
     with tempfile.TemporaryDirectory(prefix="flame-benchmark-") as made:
         write_corpus(Path(made))
-        # One thread a call. Without TOKENIZERS_PARALLELISM=false the workers would share the one thread of the pool.
+        # One thread a call on both sides; with workers, flame sets TOKENIZERS_PARALLELISM itself.
         one_thread = {"RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         env = {**os.environ, **one_thread, "HF_HOME": f"{made}/hf", "HF_HUB_OFFLINE": "1"}
         for name in PARTS:

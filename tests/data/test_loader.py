@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import threading
 import time
 from itertools import pairwise
@@ -191,6 +192,23 @@ def test_threads_end_with_the_iterator():
     del run, other
     gc.collect()
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("lanes, seq_len, batches", [(8, 24, 4), (64, 24, 16), (64, 65_535, 4)])
+def test_workers_read_their_batches_ahead_and_a_row_of_each_lane_unless_rows_are_long(lanes, seq_len, batches):
+    assert loader(one(), lanes=lanes, seq_len=seq_len, workers=2, prefetch=2).ahead == batches
+    assert loader(one(), lanes=lanes, seq_len=seq_len, workers=0).ahead == 0
+
+
+def test_workers_are_the_threads_that_tokenize_unless_the_user_wants_otherwise(monkeypatch):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    loader(one(), workers=2)
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "true"
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM")
+    loader(one(), workers=0)
+    assert "TOKENIZERS_PARALLELISM" not in os.environ
+    loader(one(), workers=2)
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
 
 
 def test_an_iterator_left_behind_says_so():

@@ -1,47 +1,94 @@
 import threading
 import time
-from itertools import count
+from itertools import count, islice
 
 import pytest
 
-from flame.data.prefetch import read_ahead
+from flame.data.prefetch import read_in_turn
+
+WORKERS = (0, 1, 2, 5)
 
 
-def test_items_come_in_order_and_are_made_no_further_ahead_than_asked():
+def letters(name, length):
+    return (f"{name}{i}" for i in range(length))
+
+
+def broken(name, length):
+    yield from letters(name, length)
+    raise KeyError("lost")
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_parts_take_turns_until_the_turn_of_one_that_has_ended(workers):
+    parts = [letters("a", 3), letters("b", 2), letters("c", 9)]
+    assert list(read_in_turn(parts, workers, 4)) == ["a0", "b0", "c0", "a1", "b1", "c1", "a2"]
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_an_error_comes_at_its_turn(workers):
+    stream = read_in_turn([letters("a", 9), broken("b", 1)], workers, 6)
+    assert list(islice(stream, 3)) == ["a0", "b0", "a1"]
+    with pytest.raises(KeyError, match="lost"):
+        next(stream)
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_no_order_in_which_threads_finish_changes_the_order_of_items(workers):
+    def slow(name, every):
+        for i in range(20):
+            time.sleep(0.004 if i % every == 0 else 0)
+            yield name, i
+
+    stream = read_in_turn([slow(name, every) for name, every in zip("abc", (1, 3, 7), strict=True)], workers, 12)
+    assert list(stream) == [(name, i) for i in range(20) for name in "abc"]
+
+
+def test_threads_are_as_far_ahead_as_asked_and_no_further():
     made = []
 
-    def items():
+    def items(part):
         for i in count():
-            made.append(i)
-            yield i
+            made.append(3 * i + part)
+            yield made[-1]
 
-    ahead = read_ahead(items(), 3)
-    assert [next(ahead) for _ in range(5)] == [0, 1, 2, 3, 4]
+    stream = read_in_turn([items(part) for part in range(3)], 2, 7)
+    assert list(islice(stream, 5)) == list(range(5))
     time.sleep(0.1)
-    assert len(made) <= 5 + 3 + 1  # taken, waiting, and one in the making
-    ahead.close()
+    assert sorted(made) == list(range(5 + 7))
+    stream.close()
 
 
-def test_an_error_comes_after_the_items_before_it():
-    def items():
-        yield 1
-        raise KeyError("lost")
+def test_a_slow_item_holds_up_its_own_part_alone():
+    go_on = threading.Event()
 
-    ahead = read_ahead(items(), 2)
-    assert next(ahead) == 1
-    with pytest.raises(KeyError, match="lost"):
-        next(ahead)
+    def waits():
+        yield "first"
+        go_on.wait(10)
+        yield "second"
+
+    made = []
+    stream = read_in_turn([waits(), (made.append(i) or i for i in count())], 2, 8)
+    assert next(stream) == "first"
+    for _ in range(100):
+        if len(made) == 4:
+            break
+        time.sleep(0.01)
+    assert made == [0, 1, 2, 3], "the other thread went on"
+    go_on.set()
+    assert list(islice(stream, 3)) == [0, "second", 1]
+    stream.close()
 
 
-def test_closing_ends_the_thread():
+def test_closing_ends_the_threads():
     before = threading.active_count()
-    ahead = read_ahead(count(), 2)
-    next(ahead)
-    ahead.close()
+    stream = read_in_turn([count(), count()], 3, 5)
+    next(stream)
+    assert threading.active_count() == before + 3
+    stream.close()
     assert threading.active_count() == before
 
 
-def test_items_that_end_end_here_too_and_the_thread_with_them():
+def test_items_that_end_end_the_threads_too():
     before = threading.active_count()
-    assert list(read_ahead(iter(range(5)), 2)) == [0, 1, 2, 3, 4]
+    assert list(read_in_turn([iter(range(5))], 2, 3)) == list(range(5))
     assert threading.active_count() == before

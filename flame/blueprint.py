@@ -1,0 +1,59 @@
+"""The tensors that a config's model has: how they are called in training, and how when transformers publishes it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from flame.checkpoint.structure import Part, Structure
+from flame.errors import UserError
+
+
+def read_structure(folder: Path) -> Structure:
+    """The tensors of the model that a folder's config.json means, as transformers builds it. Raises UserError."""
+    from flame.models.hf import check_buildable, read_config
+
+    path = folder / "config.json"
+    _, config = read_config(json.loads(path.read_text()), str(path))
+    return describe(check_buildable(config, str(path)))
+
+
+def describe(model: Any) -> Structure:
+    """The tensors of a model of transformers, which may be on the meta device."""
+    names: dict[int, str] = {}
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+    shared = []
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if names.setdefault(id(tensor), name) == name:
+            tensors[name] = (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+        else:
+            shared.append(name)
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return Structure(tensors, tuple(shared), tuple(ignored), _published_parts(model))
+
+
+def _published_parts(model: Any) -> dict[str, Part]:
+    """How transformers names and cuts the tensors of a model when it saves it; {} if it leaves them as they are.
+
+    It works on stand-ins without memory, whose views tell where in a tensor they lie.
+    """
+    import torch
+    from transformers.core_model_loading import revert_weight_conversion
+
+    class View(torch.Tensor):
+        def contiguous(self, *_: Any, **__: Any) -> "View":
+            return self  # a copy would no longer tell
+
+    whole = {name: torch.empty(t.shape, device="meta").as_subclass(View) for name, t in model.state_dict().items()}
+    owner = {view.untyped_storage()._cdata: name for name, view in whole.items()}
+    parts = {}
+    for published, view in revert_weight_conversion(model, dict(whole)).items():
+        name = owner.get(view.untyped_storage()._cdata)
+        strides = whole[name].stride()[whole[name].dim() - view.dim() :] if name else None
+        if name is None or view.stride() != strides or not view.is_contiguous():
+            raise UserError(f"{published}: transformers computes it when it saves the model; that cannot be converted")
+        start, rest = [], view.storage_offset()
+        for stride in whole[name].stride():
+            start.append(rest // stride)
+            rest %= stride
+        parts[published] = Part(name, tuple(start), tuple(view.shape))
+    return {} if all(name == part.tensor for name, part in parts.items()) else parts

@@ -1,0 +1,86 @@
+"""The elements of checkpoints: torch's names for their types, safetensors' codes, their bytes, and casts."""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from flame.errors import UserError
+
+_ELEMENTS = {  # torch's name: safetensors' code, bytes
+    "float64": ("F64", 8),
+    "float32": ("F32", 4),
+    "float16": ("F16", 2),
+    "bfloat16": ("BF16", 2),
+    "float8_e4m3fn": ("F8_E4M3", 1),
+    "float8_e5m2": ("F8_E5M2", 1),
+    "int64": ("I64", 8),
+    "int32": ("I32", 4),
+    "int16": ("I16", 2),
+    "int8": ("I8", 1),
+    "uint64": ("U64", 8),
+    "uint32": ("U32", 4),
+    "uint16": ("U16", 2),
+    "uint8": ("U8", 1),
+    "bool": ("BOOL", 1),
+}
+CODES = {name: code for name, (code, _) in _ELEMENTS.items()}
+NAMES = {code: name for name, code in CODES.items()}
+SIZES = {name: size for name, (_, size) in _ELEMENTS.items()}
+FLOATS = ("float64", "float32", "float16", "bfloat16")  # what can be cast
+Box = tuple[tuple[int, int], ...]  # (start, stop) in each dimension
+
+
+def raw(dtype: str) -> np.dtype:
+    """The unsigned integer of the same bytes, by which elements are moved without a look at their values."""
+    return np.dtype(f"u{SIZES[dtype]}")
+
+
+def as_bytes(block: np.ndarray) -> memoryview:
+    """The bytes of a contiguous array, not copied."""
+    return block.reshape(-1).view(np.uint8).data
+
+
+def boxes(whole: Box, limit: int) -> Iterator[Box]:
+    """Cut a box into boxes of at most `limit` elements that follow each other in row-major order."""
+    if math.prod(stop - start for start, stop in whole) <= limit:
+        yield whole
+        return
+    (start, stop), inner = whole[0], whole[1:]
+    row = math.prod(stop - start for start, stop in inner)
+    if row > limit:
+        for i in range(start, stop):
+            for rest in boxes(inner, limit):
+                yield ((i, i + 1), *rest)
+        return
+    for i in range(start, stop, limit // row):
+        yield ((i, min(i + limit // row, stop)), *inner)
+
+
+def cast(block: np.ndarray, source: str, target: str) -> np.ndarray:
+    """Raw elements of one floating type as raw elements of another, rounded as torch rounds them: to nearest even.
+
+    Raises UserError if either is not a float of 16 bits or more.
+    """
+    if source == target:
+        return block
+    if source not in FLOATS or target not in FLOATS:
+        raise UserError(f"--dtype {target}: {source} tensors cannot be cast; found among {', '.join(FLOATS)}")
+    values = (block.astype(np.uint32) << 16).view(np.float32) if source == "bfloat16" else block.view(source)
+    with np.errstate(over="ignore", invalid="ignore"):  # a large value becomes infinite without a word, as in torch
+        if target == "float64":
+            return values.astype(np.float64).view(np.uint64)
+        single = values.astype(np.float32, copy=False)  # torch goes from 64 to 16 bits by way of 32
+        if target == "float16":
+            return single.astype(np.float16).view(np.uint16)
+    bits = single.view(np.uint32)
+    if target == "float32":
+        return bits
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += 0x7FFF
+    rounded += bits
+    rounded >>= 16
+    if np.isnan(single.max(initial=0)):  # rounding can carry a NaN's payload into its sign
+        rounded[np.isnan(single)] = 0x7FC0
+    return rounded.astype(np.uint16)

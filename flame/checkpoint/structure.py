@@ -1,0 +1,120 @@
+"""The tensors that a model has, by its config, against the tensors that were found."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from importlib.metadata import version
+from math import prod
+from pathlib import Path
+
+from flame.checkpoint.element import FLOATS, Box
+
+Found = Mapping[str, tuple[str, tuple[int, ...]]]  # {name: (dtype, shape)}
+STRUCTURE = "structure.json"  # in a folder with a config.json: the tensors that it means
+SHOWN = 20  # complaints that are listed
+
+
+class UnfaithfulError(ValueError):
+    """A conversion whose result is not, or would not be, the model it was made from."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a published checkpoint has under one name: a tensor of the model, or a box of it, such as one expert's.
+
+    The box begins at the coordinates `start`; its leading dimensions that `shape` lacks have one element.
+    """
+
+    tensor: str
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def box(self) -> Box:
+        """(start, stop) in each dimension of the model's tensor."""
+        sizes = (1,) * (len(self.start) - len(self.shape)) + tuple(self.shape)
+        return tuple((low, low + size) for low, size in zip(self.start, sizes, strict=True))
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A model's tensors, {name: (dtype, shape)} as built in float32.
+
+    `shared` are further names of tied tensors, which may be there or not. `ignored` are patterns of names that
+    published checkpoints have and that transformers leaves aside. `parts` are what checkpoints are published as,
+    {name: Part}, where that is not the model's own tensors by their own names.
+    """
+
+    tensors: Found
+    shared: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+    parts: Mapping[str, Part] = field(default_factory=dict)
+
+    @property
+    def published(self) -> "Structure":
+        """The structure of a published checkpoint of this model."""
+        if not self.parts:
+            return self
+        kept = {name: part for name, part in self.parts.items() if part.tensor in self.tensors}
+        tensors = {name: (self.tensors[part.tensor][0], part.shape) for name, part in kept.items()}
+        return Structure(tensors, tuple(self.parts.keys() - kept.keys()), self.ignored)
+
+    def ignores(self, name: str) -> bool:
+        """Whether transformers leaves a tensor of this name aside."""
+        return name not in self.tensors and any(re.search(pattern, name) for pattern in self.ignored)
+
+
+def save_structure(structure: Structure, folder: Path) -> None:
+    """Keep the structure of a folder's config.json beside it, so that nobody need build the model to know it."""
+    fields = {"of": _identity(folder), "structure": asdict(structure)}
+    (folder / STRUCTURE).write_text(json.dumps(fields))
+
+
+def load_structure(folder: Path) -> Structure | None:
+    """What `save_structure` kept, if it still holds of the folder's config.json and the transformers installed."""
+    path = folder / STRUCTURE
+    if not path.is_file() or (known := json.loads(path.read_text()))["of"] != _identity(folder):
+        return None
+    fields = known["structure"]
+    parts = {n: Part(p["tensor"], tuple(p["start"]), tuple(p["shape"])) for n, p in fields["parts"].items()}
+    return Structure(**{**fields, "parts": parts})
+
+
+def _identity(folder: Path) -> list[str]:
+    return [sha256((folder / "config.json").read_bytes()).hexdigest(), version("transformers")]
+
+
+def main_dtype(found: Found) -> str:
+    """The type that most floating elements have."""
+    counts: Counter[str] = Counter()
+    for dtype, shape in found.values():
+        counts[dtype] += prod(shape) if dtype in FLOATS else 0
+    return max(counts, key=lambda dtype: counts[dtype])
+
+
+def check_structure(found: Found, structure: Structure) -> None:
+    """Raises UnfaithfulError, a line for each tensor missing, unexpected, of the wrong shape or of the wrong type.
+
+    Floating tensors are to be all of one type, which the model may have been cast to, or of the type the model gives
+    them.
+    """
+    main = main_dtype(found)
+    complaints = [f"missing: {name}" for name in structure.tensors if name not in found]
+    for name, (dtype, shape) in found.items():
+        if name in structure.shared:
+            continue
+        if name not in structure.tensors:
+            complaints.append(f"unexpected: {name}")
+            continue
+        wanted, wanted_shape = structure.tensors[name]
+        if tuple(shape) != tuple(wanted_shape):
+            complaints.append(f"shape: {name} has {list(shape)}, the config says {list(wanted_shape)}")
+        allowed = {wanted, main} if wanted in FLOATS else {wanted}
+        if dtype not in allowed:
+            complaints.append(f"dtype: {name} has {dtype}, must have {' or '.join(sorted(allowed))}")
+    if complaints:
+        more = [f"and {len(complaints) - SHOWN} more"] if len(complaints) > SHOWN else []
+        raise UnfaithfulError("not the tensors of the config's model\n  " + "\n  ".join(complaints[:SHOWN] + more))

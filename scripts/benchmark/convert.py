@@ -1,0 +1,149 @@
+"""DCP -> Hugging Face next to a plain copy and torch's own way: python scripts/benchmark/convert.py [--parameters 1.0]
+
+Makes a run with a Llama of so many billion parameters in float32 and its AdamW state, then lets each converter run in a
+process of its own, in turn, for --rounds rounds: wall time, and peak resident memory of it and what it started. Needs
+28 bytes of disk a parameter in --folder, and deletes what it made. torch's way needs 12 bytes of memory a parameter.
+"""
+
+import argparse
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+SCRIPTS = Path(__file__).parents[1]
+BUFFER = 64 << 20
+VOCABULARY = 32_000
+
+
+# -- what is measured, each in a process of its own --------------------------------------------------------------------
+
+
+def make(run: Path, parameters: float) -> None:
+    """A run folder as flame leaves it: checkpoint/step-1 with model and optimizer, and model/."""
+    import torch
+    import torch.distributed.checkpoint as dcp
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from flame.checkpoint.export import record_assets
+    from flame.data.tokenize import build_tokenizer
+
+    width = 2048 if parameters >= 0.5 else 1024
+    layers = round((parameters * 1e9 - 2 * VOCABULARY * width) / (4 * width**2 + 3 * width * 4 * width))
+    shape = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": max(layers, 1)}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**shape, num_attention_heads=16, vocab_size=VOCABULARY))
+    noise = torch.randn(VOCABULARY * width)  # every tensor is a view of it, so that making them takes no memory
+    state = {name: noise[: tensor.numel()].view(tensor.shape) for name, tensor in model.state_dict().items()}
+    moments = {f"state.{name}.{of}": t for name, t in state.items() for of in ("exp_avg", "exp_avg_sq")}
+    everything = {**state, "optimizer": moments, "train_state": {"step": 1}}
+    writer = dcp.FileSystemWriter(run / "checkpoint" / "step-1", sync_files=False)
+    dcp.save(everything, storage_writer=writer, no_dist=True)
+    record_assets(run / "model", model, build_tokenizer("byte").hf)
+    print(
+        f"{sum(t.numel() for t in state.values()):,} parameters, {max(layers, 1)} layers of width {width}", flush=True
+    )
+
+
+def copy(run: Path, output: Path, nbytes: int) -> None:
+    """The floor: read so many bytes of the checkpoint and write them."""
+    output.mkdir()
+    (source,) = (run / "checkpoint" / "step-1").glob("*.distcp")
+    buffer = memoryview(bytearray(BUFFER))
+    with open(source, "rb", buffering=0) as reader, open(output / "copy", "wb", buffering=0) as writer:
+        while nbytes:
+            count = reader.readinto(buffer[: min(BUFFER, nbytes)])
+            writer.write(buffer[:count])
+            nbytes -= count
+
+
+def through_torch(run: Path, output: Path) -> None:
+    """dcp_to_torch_save, load what it wrote into the model, save_pretrained."""
+    import torch
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    output.mkdir()
+    dcp_to_torch_save(run / "checkpoint" / "step-1", output / "all.pt")
+    state = torch.load(output / "all.pt", mmap=True)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(run / "model"))
+    model.load_state_dict({name: state[name] for name in model.state_dict()})
+    (output / "all.pt").unlink()
+    model.save_pretrained(output)
+
+
+# -- the measuring -----------------------------------------------------------------------------------------------------
+
+
+def measure(command: list[str]) -> tuple[float, float]:
+    """Wall seconds and peak MiB of a command and the processes it waited for."""
+    os.sync()  # or it would pay for what others wrote
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    wall = time.perf_counter() - start
+    if status:
+        raise SystemExit(f"{' '.join(command)} ended with status {status}")
+    return wall, usage.ru_maxrss / 1024
+
+
+def compare(folder: Path, parameters: float, rounds: int, without_torch: bool) -> None:
+    """Make a run in `folder`, measure all converters on it and print the table."""
+    run, output = folder / "run", folder / "output"
+    this, converter = [sys.executable, __file__], [sys.executable, str(SCRIPTS / "convert_dcp_to_hf.py")]
+    subprocess.run([*this, "make", str(run), str(parameters)], check=True)
+    flame = [*converter, f"--path={run}", f"--output={output}"]
+    measure(flame)
+    nbytes = sum(file.stat().st_size for file in output.glob("*.safetensors"))
+    shutil.rmtree(output)
+    commands = {
+        "read and write the same bytes": [*this, "copy", str(run), str(output), str(nbytes)],
+        "flame, first of a run cut short": flame,
+        "flame": flame,
+        "flame, not verified": [*flame, "--no_verify"],
+        "flame, to bfloat16": [*flame, "--dtype=bfloat16"],
+    }
+    if not without_torch:
+        commands["dcp_to_torch_save, save_pretrained"] = [*this, "through_torch", str(run), str(output)]
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
+    for _ in range(rounds):
+        for name, command in commands.items():
+            if "first" in name:
+                (run / "model" / "structure.json").unlink()  # or flame knows the model without building it
+            found[name].append(measure(command))
+            shutil.rmtree(output)
+    print(f"output {nbytes / 2**20:,.0f} MiB in float32, load {os.getloadavg()[0]:.1f}, {os.cpu_count()} cores")
+    print(f"{'':>36}  {'wall s, each round':<28}{'to copy':>8}{'peak MiB':>10}{'to output':>10}")
+    for name, pairs in found.items():
+        walls, peak = [wall for wall, _ in pairs], max(peak for _, peak in pairs)
+        ratio = median(wall / copied for wall, (copied, _) in zip(walls, next(iter(found.values())), strict=True))
+        shown = ", ".join(f"{wall:.1f}" for wall in walls)
+        print(f"{name:>36}  {shown:<28}{ratio:>8.2f}{math.ceil(peak):>10,}{peak / (nbytes / 2**20):>10.3f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parameters", type=float, default=1.0, help="in billions")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", help="where there is room; default: the temporary folder")
+    parser.add_argument("--without_torch", action="store_true", help="leave dcp_to_torch_save out")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+        compare(Path(folder), given.parameters, given.rounds, given.without_torch)
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["make", run, parameters]:
+            make(Path(run), float(parameters))
+        case ["copy", run, output, nbytes]:
+            copy(Path(run), Path(output), int(nbytes))
+        case ["through_torch", run, output]:
+            through_torch(Path(run), Path(output))
+        case _:
+            main()

@@ -1,0 +1,108 @@
+"""The dry run's estimate beside the peak of real runs on this machine's CPU: python scripts/benchmark/memory.py
+
+Each case trains a few steps and is asked for the growth of its resident memory over that behind the imports; of two
+ranks the larger counts. Mapped files do not count. Prints estimate, measured, ratio and the machine's load.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+_LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "vocab_size": 8192,
+}
+_GLA = {"model_type": "gla", "hidden_size": 512, "num_hidden_layers": 6, "num_heads": 4, "vocab_size": 8192}
+CASES = {  # name: (ranks, model, flags)
+    "llama, 1 rank": (1, _LLAMA, ["--training.local_batch_size=4"]),
+    "gla, 1 rank": (1, _GLA, ["--training.local_batch_size=1"]),
+    "llama, FSDP2 on 2 ranks, full AC": (
+        2,
+        _LLAMA | {"num_hidden_layers": 10},
+        ["--training.local_batch_size=4", "--activation_checkpoint.mode=full"],
+    ),
+}
+_COMMON = ["--training.seq_len=256", "--training.steps=3", "--training.mixed_precision_param=float32",
+           "--checkpoint.no_enable", "--metrics.log_freq=1", "--training.dataloader.num_workers=0"]  # fmt: skip
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory and belong to no file."""
+    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["RssAnon"].split()[0]) * 1024
+
+
+def run_rank(flags: list[str]) -> None:
+    """Trains; prints the rank's growth and the dry run's estimate of it, as JSON."""
+    from flame import device, log
+
+    log.configure()
+    device.choose()
+    from torchtitan.protocols.train_spec import get_train_spec
+
+    from flame.config import parse, world_size
+    from flame.memory import estimate, measure_modes
+    from flame.spec import register
+    from flame.trainer import FlameTrainer
+
+    config = parse(flags)
+    register(config)
+    args = get_train_spec(config.model.name).model_args[config.model.flavor]
+    parts = measure_modes(args, config, world_size())[config.activation_checkpoint.mode]
+    estimated = max(rank.peak for rank in estimate(parts, config, world_size()))
+    peak = before = resident()
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.002):
+            peak = max(peak, resident())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    trainer = FlameTrainer(config)
+    trainer.train()
+    done.set()
+    watcher.join()
+    trainer.close()
+    print("MEASURED", json.dumps([estimated, peak - before]))
+
+
+def compare(ranks: int, model: dict, flags: list[str]) -> tuple[int, int]:
+    """Estimated and measured bytes of a case."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder, "model.json")
+        config.write_text(json.dumps(model))
+        job = [f"--model.config={config}", f"--job.dump_folder={folder}/run", *_COMMON, *flags]
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}",
+                   "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", __file__, *job]  # fmt: skip
+        # Freed blocks go back to the system at once: what is measured is what is in use.
+        env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    found = [json.loads(line.split("MEASURED ")[1]) for line in done.stdout.splitlines() if "MEASURED " in line]
+    assert len(found) == ranks, done.stdout[-3000:] + done.stderr[-3000:]
+    return found[0][0], max(measured for _, measured in found)
+
+
+def main() -> None:
+    print(f"{'case':36} {'estimate MiB':>12} {'measured MiB':>12} {'ratio':>6} {'load':>5} {'s':>5}")
+    for name, case in CASES.items():
+        begin = time.monotonic()
+        estimated, measured = compare(*case)
+        took = time.monotonic() - begin
+        print(f"{name:36} {estimated / 2**20:12.1f} {measured / 2**20:12.1f} {estimated / measured:6.2f} "
+              f"{os.getloadavg()[0]:5.1f} {took:5.0f}", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    run_rank(sys.argv[1:]) if len(sys.argv) > 1 else main()

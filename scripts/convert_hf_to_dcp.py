@@ -1,0 +1,94 @@
+"""Hugging Face -> DCP: python scripts/convert_hf_to_dcp.py --model FOLDER --checkpoint RUN/checkpoint/step-0
+
+Writes the weights of safetensors files as a checkpoint of a model alone, piece by piece, and reads it again. A run in
+RUN starts from it; so does any other with --checkpoint.initial_load_path. Exit code 2: a mistake, said in one line; 1:
+the tensors are not those of the folder's config.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from flame.blueprint import read_structure
+from flame.checkpoint.convert import convert_hf_to_dcp
+from flame.checkpoint.report import REPORT, new_folder, sha256, write_report
+from flame.checkpoint.safetensors_file import Entry, find_files, read_header
+from flame.checkpoint.structure import Structure, UnfaithfulError, check_structure
+from flame.errors import UserError
+from flame.verify import HOLDS
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line; argparse exits with code 2 for what it does not know."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, nargs="+", required=True, help="a Hugging Face folder, or its files")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="the folder to write, which must not exist")
+    parser.add_argument("--no_verify", action="store_true", help="do not check the tensors against config.json")
+    return parser.parse_args(argv)
+
+
+def convert(given: argparse.Namespace) -> str:
+    """Convert as the command line says; returns what to tell. Raises UserError and UnfaithfulError."""
+    if given.checkpoint.exists():
+        raise UserError(f"--checkpoint {given.checkpoint}: exists already; name a folder that does not")
+    folder = given.model[0] if len(given.model) == 1 and given.model[0].is_dir() else None
+    files = find_files(folder) if folder else given.model
+    entries: dict[str, Entry] = {}
+    for file in files:
+        for name, entry in read_header(file).items():
+            if name in entries:
+                raise UserError(f"--model: {name} is in {entries[name].file} and in {file}")
+            entries[name] = entry
+    if not entries:
+        raise UserError(f"--model {given.model[0]}: holds no tensors")
+    structure = None
+    checks: dict[str, Any] = {"bytes": "every tensor reads back as it was written", "structure": "not checked"}
+    if folder and not given.no_verify:
+        structure = check(folder, entries)
+        checks["structure"] = HOLDS
+    total = sum(entry.nbytes for entry in entries.values())
+    bar = tqdm(total=total, unit="B", unit_scale=True, disable=None)
+    with bar, new_folder(given.checkpoint) as temporary:
+        convert_hf_to_dcp(entries, temporary, structure, advance=bar.update)
+        sources = {str(file.resolve()): sha256(file) for file in files}
+        write_report(temporary, {}, sources=sources, tensors=len(entries), checks=checks)
+    return f"{given.checkpoint}: {len(entries)} tensors, {total:,} bytes; checks in {REPORT}"
+
+
+def check(folder: Path, entries: dict[str, Entry]) -> Structure:
+    """The structure of the folder's config.json; takes away what transformers leaves aside of the tensors.
+
+    Raises UserError and UnfaithfulError.
+    """
+    from flame import device
+
+    device.choose()  # before the import of torchtitan, which reads the device
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"--model {folder}: found no config.json to check the tensors against; --no_verify does without"
+        )
+    structure = read_structure(folder)
+    for name in [name for name in entries if structure.published.ignores(name)]:
+        del entries[name]
+    check_structure({name: (entry.dtype, entry.shape) for name, entry in entries.items()}, structure.published)
+    return structure
+
+
+def main(argv: list[str]) -> int:
+    """Exit code: 0, 1 for tensors of another model, 2 for a mistake."""
+    try:
+        print(convert(parse(argv)))
+    except UserError as error:
+        print(f"convert_hf_to_dcp: {error}", file=sys.stderr)
+        return 2
+    except UnfaithfulError as error:
+        print(f"convert_hf_to_dcp: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

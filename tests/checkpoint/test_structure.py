@@ -1,0 +1,56 @@
+import pytest
+
+from flame.checkpoint.structure import Part, Structure, UnfaithfulError, check_structure, load_structure, save_structure
+
+STRUCTURE = Structure(
+    {"embed": ("float32", (8, 4)), "norm": ("float32", (4,)), "count": ("int64", ())},
+    shared=("head",),
+    ignored=(r"inv_freq$",),
+)
+FOUND = {"embed": ("bfloat16", (8, 4)), "norm": ("bfloat16", (4,)), "count": ("int64", ())}
+
+
+def test_a_model_in_another_float_type_is_right_and_so_are_tensors_kept_in_the_models_own():
+    check_structure(FOUND, STRUCTURE)
+    check_structure({**FOUND, "norm": ("float32", (4,)), "head": ("bfloat16", (8, 4))}, STRUCTURE)
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"norm": None}, "missing: norm"),
+        ({"norm": None, "norms": ("bfloat16", (4,))}, "missing: norm\n  unexpected: norms"),
+        ({"embed": ("bfloat16", (4, 8))}, r"shape: embed has \[4, 8\], the config says \[8, 4\]"),
+        ({"norm": ("float16", (4,))}, "dtype: norm has float16, must have bfloat16 or float32"),
+        ({"count": ("int32", ())}, "dtype: count has int32, must have int64"),
+        ({f"x{i}": ("int8", ()) for i in range(30)}, "unexpected: x19\n  and 10 more$"),
+    ],
+)
+def test_every_tensor_that_is_not_the_models_is_named(changes, said):
+    found = {name: entry for name, entry in {**FOUND, **changes}.items() if entry}
+    with pytest.raises(UnfaithfulError, match=said):
+        check_structure(found, STRUCTURE)
+
+
+def test_published_buffers_are_told_apart_from_the_models_own():
+    assert STRUCTURE.ignores("layers.0.inv_freq")
+    assert not STRUCTURE.ignores("layers.0.weight")
+    assert not Structure({"inv_freq": ("float32", ())}, ignored=(r"inv_freq$",)).ignores("inv_freq")
+
+
+def test_a_kept_structure_holds_for_its_config_alone(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    structure = Structure(STRUCTURE.tensors, ("head",), ("x$",), {"tables.1": Part("embed", (4, 0), (4, 4))})
+    assert load_structure(tmp_path) is None
+    save_structure(structure, tmp_path)
+    loaded = load_structure(tmp_path)
+    assert loaded.published.tensors == structure.published.tensors == {"tables.1": ("float32", (4, 4))}
+    assert loaded.parts["tables.1"].box == ((4, 8), (0, 4))
+    check_structure(FOUND, loaded)
+    (tmp_path / "config.json").write_text('{"hidden_size": 8}')
+    assert load_structure(tmp_path) is None
+
+
+def test_a_part_may_lack_leading_dimensions_of_its_tensor():
+    assert Part("experts", (2, 3, 0), (4, 5)).box == ((2, 3), (3, 7), (0, 5))
+    assert Part("scalar", (), ()).box == ()

@@ -1,0 +1,202 @@
+"""The dry run: its numbers are those of the run, it needs no rank and little time, and it leaves nothing."""
+
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.testing._internal.distributed.fake_pg
+from torch.distributed.tensor import DTensor
+from torchtitan.distributed import ParallelDims
+from torchtitan.protocols.train_spec import _extra_train_specs
+
+from flame.activation import measure
+from flame.config import parse
+from flame.dry_run import count_stage, describe
+from flame.memory import estimate, measure_modes, stage_modules
+from flame.models.causal_lm import CausalLM, ModelArgs
+from flame.models.hf import read_config, read_fields
+from flame.parallel.apply import parallelize
+from tests.launch import REPO, SMALL, environment
+from tests.tiny import write_config
+
+_DEGREE = "--parallelism.{}_parallel_degree={}"
+
+
+@pytest.fixture(autouse=True)
+def no_spec_is_left():
+    yield
+    _extra_train_specs.clear()
+
+
+def job(folder, model, *flags, **changes):
+    path = write_config(folder, model, **changes)
+    family, config = read_config(read_fields(str(path)), str(path))
+    return parse([f"--model.config={path}", *SMALL, *flags]), ModelArgs().bind(family, config)
+
+
+def sharded_parameters(config, args, ranks):
+    """Parameters that the first rank of `ranks` really has, after flame's own parallelisms."""
+    layout = config.parallelism
+    dist.init_process_group("fake", rank=0, world_size=ranks, store=dist.HashStore())
+    try:
+        dims = ParallelDims(
+            layout.data_parallel_replicate_degree,
+            layout.data_parallel_shard_degree,
+            layout.context_parallel_degree,
+            layout.tensor_parallel_degree,
+            *(1, 1, 1, ranks),
+        )
+        with torch.device("meta"):
+            model = parallelize(CausalLM(args), dims, config)
+        local = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+        return sum(p.numel() for p in local)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "model, ranks, degrees",
+    [
+        ("llama", 2, {}),
+        ("llama", 6, {"tensor": 2}),  # three shards, which divide no parameter evenly
+        ("llama", 8, {"tensor": 2, "context": 2}),
+        ("llama", 4, {"data_parallel_replicate": 2}),
+        ("gla", 6, {"tensor": 2}),
+        ("gpt_neox", 3, {}),
+    ],
+)
+def test_a_rank_has_as_many_parameters_as_after_really_sharding(tmp_path, model, ranks, degrees):
+    flags = [
+        f"--parallelism.{kind}_degree={d}" if kind.startswith("data") else _DEGREE.format(kind, d)
+        for kind, d in degrees.items()
+    ]
+    config, args = job(tmp_path, model, *flags)
+    (memory,) = estimate(measure(args, config, ranks, "none"), config, ranks)
+    assert memory.parameters == sharded_parameters(config, args, ranks)
+    assert memory.weights == 4 * memory.parameters and memory.optimizer == 2 * memory.weights
+
+
+@pytest.mark.parametrize("schedule, stages", [("1F1B", 2), ("Interleaved1F1B", 4), ("ZBVZeroBubble", 4)])
+def test_the_stages_have_all_parameters_and_their_ranks_all_of_these(tmp_path, schedule, stages):
+    flags = [_DEGREE.format("pipeline", 2), f"--parallelism.pipeline_parallel_schedule={schedule}"]
+    config, args = job(tmp_path, "llama", *flags, num_hidden_layers=6)
+    with torch.device("meta"):
+        model = CausalLM(args)
+    names = stage_modules(6, config.parallelism)
+    whole = sum(p.numel() for p in model.parameters())
+    assert len(names) == stages
+    assert sum(count_stage(model, each) for each in names) == whole
+    assert sum(rank.parameters for rank in estimate(measure(args, config, 2, "none"), config, 2)) == whole
+
+
+def test_full_checkpointing_keeps_a_block_input_and_every_second_block_half_of_them(tmp_path):
+    config, args = job(
+        tmp_path, "llama", "--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option=2"
+    )
+    modes = measure_modes(args, config, 1)
+    assert list(modes) == ["none", "selective", "full"]
+    none, half, full = ([block.saved for block in parts.blocks] for parts in modes.values())
+    hidden = 8 * 128 * 64 * 4  # batch, seq, hidden, float32
+    assert full[0] == pytest.approx(hidden, rel=0.1)
+    assert half == [none[0], full[1]] and none[0] > 5 * full[0]
+
+
+def test_a_pipeline_holds_activations_of_more_microbatches_on_its_first_rank(tmp_path):
+    config, args = job(tmp_path, "llama", _DEGREE.format("pipeline", 2), num_hidden_layers=6)
+    first, last = estimate(measure(args, config, 2, "none"), config, 2)
+    assert first.activations > 1.5 * last.activations > 0
+    assert (first.head, first.parameters) < (last.head, last.parameters)
+
+
+def test_tensor_parallel_ranks_share_the_activations(tmp_path):
+    saved = {}
+    for degree in (1, 2):
+        config, args = job(tmp_path, "llama", _DEGREE.format("tensor", degree))
+        saved[degree] = measure(args, config, degree, "none").blocks[0].saved
+    assert 0.45 < saved[2] / saved[1] < 0.7
+
+
+def test_the_page_has_the_numbers_of_the_job(tmp_path):
+    source = tmp_path / "notes.jsonl"
+    source.write_text("".join(json.dumps({"text": "x" * 99}) + "\n" for _ in range(100)))  # 100 ids a document
+    config = parse(
+        [
+            *(f"--model.config={write_config(tmp_path, 'llama')}", *SMALL, f"--training.dataset={source}"),
+            *("--training.steps=100", "--training.global_batch_size=64", "--lr_scheduler.warmup_steps=10"),
+            *("--lr_scheduler.decay_ratio=0.2", "--optimizer.lr=1e-3", f"--job.dump_folder={tmp_path}/run"),
+        ]
+    )
+    page = " ".join(describe(config, 4).split())
+    for found in (
+        "tokens per step 8,192",  # 64 x 128
+        "819,200 in 100 steps",
+        "notes 1.000 819,200 100 about 10,000 about 81.92",
+        "1 0.0001 first 10 0.001 end of warm-up 50 0.001 middle",
+        "AC none (this job) AC full",
+    ):
+        assert found in page
+    start, last = (re.search(rf"(\d+) ([\d.e-]+) {what}", page) for what in ("start of decay", "last"))
+    assert int(start[1]) == 82 and float(start[2]) < 1e-3 and float(last[2]) < 1e-4
+    assert not (tmp_path / "run").exists()
+
+
+def dry_run(folder, *flags, ranks=1):
+    """The process that `train.sh --dry_run` is, and the CPU seconds and bytes it took."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    env = environment(NNODE=str(ranks), NGPU="1", FLAME_PYTHON=sys.executable)
+    command = ["bash", str(REPO / "train.sh"), "--dry_run", *flags]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return done, seconds, after.ru_maxrss * 1024
+
+
+def test_llama_70b_on_1024_ranks_takes_little_time_and_memory_and_leaves_nothing(tmp_path):
+    flags = (_DEGREE.format("tensor", 8), _DEGREE.format("pipeline", 4), "--training.seq_len=4096")
+    done, seconds, memory = dry_run(tmp_path, f"--model.config={REPO / 'configs/llama2_70B.json'}", *flags, ranks=1024)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "68,976,648,192" in done.stdout and "1,024: data 32" in done.stdout
+    assert seconds < 15 and memory < 2 * 2**30
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "flag, said",
+    [
+        (_DEGREE.format("tensor", 3), "must divide the model's num_attention_heads, 4"),
+        (_DEGREE.format("pipeline", 3), "must be 1: "),
+    ],
+)
+def test_what_a_run_refuses_is_refused(tmp_path, flag, said):
+    config = parse([f"--model.config={write_config(tmp_path, 'llama')}", *SMALL, flag])
+    with pytest.raises(ValueError, match=re.escape(said)):
+        describe(config, 3)
+
+
+def test_a_refusal_is_one_line_and_exit_code_2(tmp_path):
+    model = write_config(tmp_path, "llama")
+    done, _, _ = dry_run(tmp_path, f"--model.config={model}", _DEGREE.format("tensor", 3), ranks=5)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("flame: --parallelism.tensor_parallel_degree 3 ") and done.stderr.count("\n") == 1
+    assert os.listdir(tmp_path) == ["llama.json"]
+
+
+@pytest.mark.parametrize("flag", ["--dry_run", "--job.dry_run", "--memory_estimation.enabled"])
+def test_the_flags_that_ask_for_it(flag):
+    assert parse([flag]).job.dry_run and not parse([]).job.dry_run
+
+
+@pytest.mark.slow
+def test_the_estimate_is_within_a_tenth_of_what_a_run_takes():
+    done = subprocess.run(
+        [sys.executable, str(REPO / "scripts/benchmark/memory.py")],
+        env=environment(), capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    ratios = [float(line.split()[-3]) for line in done.stdout.splitlines()[1:]]
+    assert len(ratios) == 3 and all(0.9 <= ratio <= 1.1 for ratio in ratios), done.stdout + done.stderr
