@@ -10,8 +10,7 @@ from flame.data.document import Bad, Document
 from flame.data.window import IndexedWindows, Part, StreamedWindows
 from flame.errors import UserError
 
-BLOCK = 1 << 14  # characters tokenized in one call, at least: more are no faster, and the first steps wait for a block
-#                  of each lane
+BLOCK = 1 << 16  # characters tokenized in one call, at least: enough for Rust's threads, soon enough for the first step
 GROUP = 8  # rows read in one call, however large a window is: few texts are held, and files are seldom opened
 BARREN = 100  # a source is given up when a lane met no text in this many windows a lane, one after the other
 

@@ -4,12 +4,13 @@ from flame.data.cursor import GROUP, Cursor, Place
 from flame.data.window import Deal, IndexedWindows, StreamedWindows
 from tests.data.fakes import EOS, Bytes, Tape, Texts, documents
 
+START = Place()
 ROWS = documents("a", 61, 9000)  # about two of them to a block
 for i in (0, 1, 2, 7, 8, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 59, 60):
     ROWS[i] = (None, "")[i % 2]  # a bad row alone, whole groups of them, the first and the last of a window
 
 
-def cursor(place=Place(), rows=ROWS, kind=Texts, size=32, epochs=2):
+def cursor(place=START, rows=ROWS, kind=Texts, size=32, epochs=2):
     deal = Deal("a", size, 2, 0)
     if kind is Texts:
         windows = IndexedWindows(Texts(rows), deal)
