@@ -145,3 +145,30 @@ def test_a_model_of_fla_without_a_reference_is_refused_on_a_cpu(tmp_path, capsys
 def test_a_type_whose_parts_are_elsewhere_is_refused_with_a_sentence():
     with pytest.raises(UserError, match=r"opt.* its blocks and its embedding are not children"):
         read_config({"model_type": "opt", "num_hidden_layers": 2}, "opt.json")
+
+
+def test_the_command_shrinks_a_number_for_each_block_too(capsys):
+    assert main(["audit", str(SHIPPED["rwkv7_340M"]), "--depth", "2", "--width", "64"]) == 0
+    assert "FAIL" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"model_type": ["llama"]}, "model_type is ['llama'], must be a name"),
+        ({"model_type": "gla", "num_hidden_layers": "two"}, "num_hidden_layers is 'two', must be a whole number"),
+        ({"model_type": "gla", "norm_eps": "x"}, "norm_eps is 'x', must be a number"),
+        ({"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 3}, "3 must divide"),
+        ({"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 9}, "9 is more than the 4 experts"),
+        (
+            {"model_type": "llama", "hidden_size": 65, "num_attention_heads": 4},
+            "not a multiple of the number of attention",
+        ),
+    ],
+)
+def test_a_config_that_cannot_be_is_refused_in_one_line_with_the_reason(fields, words, tmp_path, capsys):
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps(fields))
+    assert main(["audit", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1

@@ -13,7 +13,7 @@ from tests.models.kernels import compare, outputs_and_gradients
 
 reference.enable()
 from fla import models as fla_models  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
 H, K, V = 2, 5, 7
 BOUNDS = [0, 3, 40, 41, 100]
@@ -323,3 +323,21 @@ def test_generation_of_a_left_padded_batch_equals_generation_of_each_prompt(name
     together = model.generate(padded, attention_mask=mask, **options)[:, 9:]
     alone = [model.generate(p[None], **options)[0, len(p) :] for p in prompts]
     assert torch.equal(together, torch.stack(alone))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["kda", "gated_deltanet", "gated_deltaproduct"])
+def test_compiled_blocks_have_the_gradients_of_eager_ones(name):
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_heads": 4, "head_dim": 16, "vocab_size": 32}
+    config = AutoConfig.for_model(name, **sizes, expand_v=1.0, fuse_cross_entropy=False)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).train()
+    tokens = torch.randint(0, 32, (2, 70))
+    found = []
+    for compiled in (False, True):
+        if compiled:
+            model.model.layers[0] = torch.compile(model.model.layers[0], backend="aot_eager")
+        model.zero_grad()
+        model(tokens, labels=tokens, use_cache=False).loss.backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert torch.equal(*found)

@@ -50,4 +50,4 @@ def recur_in_chunks(
         writes.append(chunk_values - chunk_erased @ state)
         state = chunk_decay * state + chunk_keys.mT @ writes[-1]
     o = attend @ torch.stack(writes, 2) + queries @ torch.stack(states, 2)
-    return o.flatten(2, 3)[:, :, :length].transpose(1, 2), state
+    return o.flatten(2, 3)[:, :, :length].transpose(1, 2).contiguous(), state

@@ -80,7 +80,7 @@ def gated_delta_product(
     """
     steps = num_householder
     q = F.pad(q.unsqueeze(2), (0, 0, 0, 0, steps - 1, 0)).flatten(1, 2)
-    g = None if g is None else F.pad(g.unsqueeze(2), (0, 0, 0, steps - 1)).flatten(1, 2)
+    g = None if g is None else F.pad(_even(g).unsqueeze(2), (0, 0, 0, steps - 1)).flatten(1, 2)
     bounds = None if cu_seqlens is None else cu_seqlens * steps
     options = (scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, False, bounds)
     o, state = _mix(q, k, v, g, _strength(v, beta), *options)
@@ -107,6 +107,11 @@ def _log_decay(g: Tensor | None, A_log: Tensor | None, dt_bias: Tensor | None, l
     return -rate * F.softplus(g) if lower is None else lower * torch.sigmoid(rate * g)
 
 
+def _even(x: Tensor) -> Tensor:
+    # The same, with a contiguous gradient: compiled, the backward of softplus trusts it to be (seen with torch 2.13).
+    return x.flatten().view(x.shape)
+
+
 def _mix(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, scale: float | None, initial_state: Tensor | None,
     output_final_state: bool, unit: bool, v_first: bool, cu_seqlens: Tensor | None,
@@ -115,7 +120,7 @@ def _mix(
         q, k = (l2norm(wide(x)) if unit else wide(x) for x in (q, k))
         q = q * (q.shape[-1] ** -0.5 if scale is None else scale)
         q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], 2) for x in (q, k))
-        decay = torch.ones_like(beta) if g is None else wide(g).exp()
+        decay = torch.ones_like(beta) if g is None else wide(_even(g)).exp()
         decay = decay.unsqueeze(-1) if decay.ndim == 3 else decay
         state = None if initial_state is None else wide(initial_state.mT if v_first else initial_state)
         if cu_seqlens is not None and (initial_state is not None or output_final_state):
