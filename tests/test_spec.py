@@ -1,9 +1,13 @@
 """What is refused when the model is registered, before a process group or a folder exists."""
 
+import importlib.util
+
 import pytest
+import torch
 
 from flame.config import parse
 from flame.errors import UserError
+from flame.models.hf import choose_attention, load_hf_config
 from flame.spec import register
 
 
@@ -14,3 +18,14 @@ def test_a_compile_backend_that_torch_does_not_have_is_refused():
 
 def test_a_backend_that_nothing_uses_is_no_mistake():
     register(parse(["--model.config=configs/gla_debug.json", "--compile.backend=nonsense"]))
+
+
+@pytest.mark.parametrize(("dtype", "chosen"), [("bfloat16", "flash_attention_2"), ("float32", None)])
+def test_flash_attn_is_chosen_where_it_is_installed_for_the_types_that_it_has(dtype, chosen, monkeypatch):
+    family, config = load_hf_config("configs/llama2_7B.json")
+    choose_attention(config, family, dtype)
+    assert config._attn_implementation in (None, "sdpa")  # no GPU, or no flash-attn
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    choose_attention(config, family, dtype)
+    assert config._attn_implementation == chosen

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 NOTED = 5  # bad rows a source and rank are named in the log
 SAMPLE = 16  # documents of a source whose lengths set the phases of the lanes
-AHEAD = 1 << 18  # tokens in rows read ahead, up to a row a lane: a document of a megabyte does not hold up the others
+AHEAD = 1 << 19  # tokens in rows read ahead, up to 4 rows a lane: a document of a megabyte holds up no other thread
 
 
 class Row(NamedTuple):
@@ -86,7 +86,7 @@ class Loader(BaseDataLoader):
         self._deals = [Deal(name, window, lanes, seed) for name in self._names]
         self._order = Order(lanes, window, seed, step or batch * world, skip)
         self._workers = min(workers, lanes // world)
-        self._ahead = max(self._workers * prefetch * batch, min(lanes // world, AHEAD // (seq_len + 1)))  # rows
+        self._ahead = max(self._workers * prefetch * batch, min(4 * lanes // world, AHEAD // (seq_len + 1)))  # rows
         if workers:  # each of them is a thread of its own; Rust's pool of threads would have them wait for each other
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         lengths = [_typical_length(source, encoder) for source in sources]

@@ -50,29 +50,31 @@ class _Work:
         self._made: dict[int, Any] = {}  # turn: its item, END or _Error
         self._taken = 0
         self._stopped = False
-        self._changed = threading.Condition()
+        lock = threading.Lock()
+        # Each wakes whom it concerns: a thread that wakes for nothing costs as much as a short row.
+        self._ready, self._room = threading.Condition(lock), threading.Condition(lock)
 
     def take(self) -> Any:
         """The item of the next turn, waited for; END behind the last."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._taken in self._made)
+        with self._ready:
+            self._ready.wait_for(lambda: self._taken in self._made)
             item = self._made.pop(self._taken)
             self._taken += 1
-            self._changed.notify_all()
+            self._room.notify()
         if isinstance(item, _Error):
             raise item.error
         return item
 
     def stop(self) -> None:
-        with self._changed:
+        with self._room:
             self._stopped = True
-            self._changed.notify_all()
+            self._room.notify_all()
 
     def run(self) -> None:
         """Make items until stopped; what a thread does."""
         while True:
-            with self._changed:
-                self._changed.wait_for(self._may_go_on)
+            with self._room:
+                self._room.wait_for(self._may_go_on)
                 if self._stopped:
                     return
                 turn = heappop(self._due)
@@ -81,11 +83,13 @@ class _Work:
                 item = next(self._parts[turn % len(self._parts)], END)
             except BaseException as error:  # whatever it is, it is the reader's to raise
                 item = _Error(error)
-            with self._changed:
+            with self._ready:
                 self._made[turn] = item
                 if item is not END and not isinstance(item, _Error):
                     heappush(self._due, turn + len(self._parts))
-                self._changed.notify_all()
+                    self._room.notify()
+                if turn == self._taken:
+                    self._ready.notify()
 
     def _may_go_on(self) -> bool:
         return self._stopped or bool(self._due and self._due[0] < self._taken + self._ahead)

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torchtitan.protocols import BaseModelArgs, ModelProtocol
 from transformers import PreTrainedConfig
 
+from flame.checkpoint.export import record_assets
 from flame.models.family import Family
 from flame.models.flops import flops_per_token, weights_met
 from flame.models.hf import build_hf
@@ -76,8 +78,9 @@ class CausalLM(ModelProtocol):
         hf = build_hf(args.hf_config)
         # Not a child: its children are registered below, under their names. It keeps `_init_weights` and its forward.
         self.__dict__["hf"] = hf
-        self.prefix = hf.base_model_prefix
         linear = hf.get_output_embeddings()
+        # LightNet's class does not say what it calls its backbone.
+        self.prefix = hf.base_model_prefix or next(name for name, child in hf.named_children() if child is not linear)
         self.head_name = next(name for name, child in hf.named_children() if child is linear)
         self.tied = bool(getattr(args.hf_config, "tie_word_embeddings", False))
         if self.tied:
@@ -205,6 +208,10 @@ class CausalLM(ModelProtocol):
         constants = {f"{self.prefix}.{name}": value for name, value in self.family.constants.items()}
         init_weights(self, units, self.hf._init_weights, self.model_args.seed, constants)
         setattr(self.hf, self.head_name, head)
+
+    def record(self, folder: Path, tokenizer: Any) -> None:
+        """Write what the run trains: transformers' config.json, and the tokenizer."""
+        record_assets(folder, self.hf, tokenizer)
 
     def _build_head(self) -> nn.Module:
         fresh = self.build[self.head_name]()

@@ -87,6 +87,12 @@ def _hgrn2(config: Any) -> float:
     return state_flops(heads, ratio, config.hidden_size / heads)
 
 
+def _lightnet(config: Any) -> float:
+    heads = config.num_heads or config.hidden_size // config.expand_ratio
+    ratio = config.expand_ratio or config.hidden_size // heads
+    return state_flops(heads, ratio, config.hidden_size / heads)
+
+
 def _rwkv7(config: Any) -> float:  # reads the state with a, writes that along b, writes k v^T, reads
     d_v = sum(config.value_dim) / len(config.value_dim) / config.num_heads
     return state_flops(config.num_heads, config.head_dim, d_v, passes=4)
@@ -124,6 +130,7 @@ HGRN = fla_family(  # https://arxiv.org/abs/2311.04823
 HGRN2 = fla_family(  # https://arxiv.org/abs/2404.07904
     "hgrn2", flops=hybrid(_hgrn2), constants={"lower_bounds": 0.0}, cut=_SPANS, stages=_BOUNDS
 )
+LIGHTNET = fla_family("lightnet", flops=hybrid(_lightnet), cut=_SPANS)  # https://arxiv.org/abs/2405.21022
 RWKV6 = fla_family(
     "rwkv6", flops=hybrid(_linear), cut="its token shift is not divided"
 )  # https://arxiv.org/abs/2404.05892
@@ -152,4 +159,4 @@ MAMBA2 = fla_family("mamba2", flops=_mamba2, norm="norm_f", packed=False, cut=_S
 # https://arxiv.org/abs/2406.07522
 SAMBA = fla_family("samba", flops=hybrid(_samba), norm="norm_f", packed=False, cut=_SCAN)
 
-ROWS = (FLA_TRANSFORMER, MLA, LINEAR, RETNET, GLA, GSA, HGRN, HGRN2, RWKV6, RWKV7, MAMBA, MAMBA2, SAMBA)
+ROWS = (FLA_TRANSFORMER, MLA, LINEAR, RETNET, GLA, GSA, HGRN, HGRN2, LIGHTNET, RWKV6, RWKV7, MAMBA, MAMBA2, SAMBA)

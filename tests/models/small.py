@@ -14,6 +14,7 @@ _LATENT = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_ro
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "output_router_logits": True}
 OTHERS: dict[str, dict[str, Any]] = {
     "hgrn": {"model_type": "hgrn", **_BASE},
+    "lightnet": {"model_type": "lightnet", "num_heads": 4, "expand_ratio": 16, **_BASE},
     "linear_attn": {"model_type": "linear_attn", "num_heads": 4, **_BASE},
     "mla": {"model_type": "mla", "num_heads": 4, "v_head_dim": 16, **_LATENT, **_BASE},
     "olmo2": {"model_type": "olmo2", **_ATTENTION},

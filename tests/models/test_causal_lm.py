@@ -9,6 +9,7 @@ from flame.errors import UserError
 from flame.models.causal_lm import CausalLM, ModelArgs, _same_document
 from flame.models.hf import load_hf_config
 from flame.models.init import Unit, init_weights
+from flame.models.loss import linear_cross_entropy
 from tests.models.small import fields_of
 from tests.tiny import CONFIGS, write_config
 
@@ -18,6 +19,7 @@ FAMILIES = sorted(CONFIGS)
 class FakeTokenizer:
     bos_id = None
     eos_id = 256
+    added = 0
 
     def __init__(self, vocab_size):
         self.vocab_size = vocab_size
@@ -185,11 +187,23 @@ def test_activation_checkpointing_leaves_the_routers_gradients_as_they_are(name,
     assert all(torch.equal(a, b) for a, b in zip(before[1], after[1], strict=True))
 
 
-def test_l2warp_changes_the_gradient_and_not_the_loss(tmp_path):
-    loss, plain = gradients(build(write_config(tmp_path, "gla")), *(batch := torch.randint(0, 320, (2, 2, 64))))
+def test_l2warp_adds_the_gradient_of_the_largest_logits_and_not_to_the_loss(tmp_path):
+    batch = torch.randint(0, 320, (2, 2, 64))
+    loss, plain = gradients(build(write_config(tmp_path, "gla")), *batch)
     same, pulled = gradients(build(write_config(tmp_path, "gla", use_l2warp=True)), *batch)
     assert same == loss
     assert max((a - b).abs().max() for a, b in zip(plain, pulled, strict=True)) > 1e-4
+
+    hidden, weight = 30 * torch.randn(1, 8, 16), torch.randn(32, 16)
+    labels = torch.randint(0, 32, (1, 8))
+    found = []
+    for warp in (False, True):
+        x = hidden.clone().requires_grad_()
+        linear_cross_entropy(x, weight, labels, l2warp=warp).backward()
+        found.append(x.grad)
+    logits = hidden @ weight.T
+    largest = logits.max(-1)
+    torch.testing.assert_close(found[1] - found[0], 1e-4 * largest.values[..., None] * weight[largest.indices])
 
 
 def test_weights_are_float32_whatever_the_config_says(tmp_path):

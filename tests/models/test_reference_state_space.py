@@ -269,6 +269,7 @@ def layer_outputs(call, layer, x, **options):
     # One group: with more, fla's fallback lays the groups over the heads in another order than its own decoding does.
     (Mamba2(hidden_size=16, head_dim=8, state_size=4, chunk_size=16), Mamba2.torch_forward),
     (Mamba2(hidden_size=16, head_dim=8, state_size=4, D_has_hdim=True, rmsnorm=False), Mamba2.torch_forward),
+    (Mamba2(hidden_size=16, head_dim=8, state_size=4, dt_limit=(0.01, 0.02)), Mamba2.torch_forward),
 ])  # fmt: skip
 def test_a_layer_and_its_gradients_equal_the_fallback_of_fla(layer, fallback, masked):
     # The kernels of mamba_ssm cannot run here: fla's fallback stands for the layer, the recurrence for the kernels.
