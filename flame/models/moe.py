@@ -2,11 +2,12 @@
 (https://arxiv.org/abs/2401.04088). The routers' balance is trained where the config says `output_router_logits`.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from flame.models.family import Family
+from flame.models.family import Cut, Family
 from flame.models.llama import rotary_attention_flops
 
 
@@ -21,7 +22,7 @@ def _router_loss(config: Any, logits: Any) -> Tensor:
 
 
 MOE = Family(
-    model_types=("mixtral", "olmoe", "qwen2_moe", "qwen3_moe"),
+    model_types=("mixtral", "qwen2_moe", "qwen3_moe"),
     blocks="layers",
     embedding="embed_tokens",
     norm="norm",
@@ -29,5 +30,12 @@ MOE = Family(
     packing="positions",
     router_loss=_router_loss,
     fullgraph=False,  # which experts are hit is only known in the step
-    cut="its experts are not divided in this version",
+    cut=Cut(  # every rank has all experts, and sends its part of the sequence through them
+        mixers=("self_attn",),
+        split={**{f"self_attn.{name}_proj.*": 0 for name in "qkv"}, "self_attn.o_proj.weight": 1},
+        divides=("num_attention_heads", "num_key_value_heads"),
+        needs={"output_router_logits": False},  # a balance is that of all tokens of a batch
+    ),
 )
+
+OLMOE = replace(MOE, model_types=("olmoe",), cut="its norms of queries and keys span all heads")
