@@ -9,6 +9,7 @@ from torchtitan.protocols.state_dict_adapter import StateDictAdapter
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 from torchtitan.tools.utils import device_type
 
+from flame import quantize
 from flame.checkpoint.manager import complete_steps
 from flame.data.loader import build_dataloader
 from flame.data.source import build_sources
@@ -57,6 +58,7 @@ def register(job_config: Any) -> None:
     model = job_config.model
     for flag in (flag for flag, asked in _NEEDS_GPU.items() if asked(job_config) and device_type == "cpu"):
         raise UserError(f"--{flag}: needs a GPU, and none is visible")
+    quantize.check(job_config)
     if job_config.compile.enable:
         _check_backend(job_config.compile.backend)
     if job_config.experimental.custom_import:
@@ -76,6 +78,7 @@ def register(job_config: Any) -> None:
     choose_attention(hf_config, family, job_config.training.mixed_precision_param)
     hf_model = check_buildable(hf_config, model.config, model.trust_remote_code)
     layout.check(family, hf_config, hf_model, job_config)
+    quantize.adapt(job_config, family, hf_model)
     _check_same_model(hf_config, job_config)
     build_sources(job_config.training, job_config.data)
     if job_config.validation.enable:

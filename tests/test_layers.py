@@ -21,7 +21,7 @@ ROWS = (
     "models.reference.gsa models.reference.lightnet models.reference.delta_rule models.reference.mamba "
     "models.reference.rwkv checkpoint.dcp_writer parallel.region",
     "config data.lane models.llama models.fla models.init models.reference "
-    "parallel.tensor parallel.context parallel.pipeline parallel.layout checkpoint.manager checkpoint.convert",
+    "parallel.tensor parallel.context parallel.pipeline parallel.layout quantize checkpoint.manager checkpoint.convert",
     "input run data.loader checkpoint.export parallel.apply "
     "models.neox models.falcon models.moe models.delta models.generic models.shrink",
     "plan metrics models.table data.inspect data.corpus data.bench",
