@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Trains: every argument goes to flame.train untouched (`bash train.sh -h` lists them); none trains the debug job.
-# The exit code is torchrun's, or 2 when a check before the launch refused the job.
+# The exit code is 0; 2 when the job was refused; 75 when it was stopped and goes on when started again (docs/stopping.md);
+# else torchrun's.
 #
 #   NNODE        nodes (1, or Slurm's)             NGPU         processes on each node (its visible GPUs, else 1)
 #   LOG_RANK     local ranks shown, a list (0)     MASTER_ADDR  first node (localhost, or Slurm's first)

@@ -1,6 +1,5 @@
 """The tensors that a config's model has: how they are called in training, and how when transformers publishes it."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,10 @@ from flame.errors import UserError
 
 def read_structure(folder: Path) -> Structure:
     """The tensors of the model that a folder's config.json means, as transformers builds it. Raises UserError."""
-    from flame.models.hf import check_buildable, read_config
+    from flame.models.hf import check_buildable, read_config, read_fields
 
     path = folder / "config.json"
-    _, config = read_config(json.loads(path.read_text()), str(path))
+    _, config = read_config(read_fields(str(path)), str(path))
     return describe(check_buildable(config, str(path)))
 
 
@@ -27,8 +26,13 @@ def describe(model: Any) -> Structure:
             tensors[name] = (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
         else:
             shared.append(name)
-    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    return Structure(tensors, tuple(shared), tuple(ignored), _published_parts(model))
+    ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+    if any(name.endswith("rotary_emb.inv_freq") for name, _ in model.named_buffers()):
+        ignored.add(r"rotary_emb\.inv_freq")  # once in every block of what was published; transformers drops it too
+    tables = [module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None]
+    rows = [names[id(p)] for table in tables for p in table.parameters(recurse=False)]
+    parts = _published_parts(model)
+    return Structure(tensors, tuple(shared), tuple(sorted(ignored)), parts, tuple(dict.fromkeys(rows)))
 
 
 def _published_parts(model: Any) -> dict[str, Part]:

@@ -219,6 +219,7 @@ def recorded(config: JobConfig) -> JobConfig:
 
     config = copy.deepcopy(config)
     config.checkpoint.load_step, config.checkpoint.create_seed_checkpoint = -1, False
+    config.checkpoint.start = "auto"
     for path in _PATHS:
         if value := attrgetter(path)(config):
             _assign(config, path, absolute(value))

@@ -15,6 +15,8 @@ from flame.section import JobConfig
 
 _LOCAL_ENDINGS = (".json", ".jsonl", ".parquet", ".txt", ".arrow", ".gz", ".zst", ".toml", ".bin", ".idx")
 _BUILDERS = ("json", "parquet", "text", "csv", "arrow")  # of load_dataset: the data is in data_files
+# torchtitan's models that train here; of the others flux makes images, llama3_ft needs torchft, gpt_oss always a GPU.
+TITAN = ("deepseek_v3", "llama3", "llama4", "qwen3")
 _LISTS = ("dataset_name", "dataset_split", "data_dir", "data_files", "data_probs")
 
 
@@ -39,15 +41,29 @@ def _require(flag: str, name: str) -> None:
 def check_model(config: JobConfig) -> None:
     """Refuse a model or tokenizer that is missing or broken, and a tokenizer larger than the model."""
     model = config.model
-    if model.name != "auto":
-        raise UserError(f"--model.name: found {model.name!r}, must be auto (the model_type of --model.config decides)")
-    if not model.config:
+    if model.name not in ("auto", *TITAN):
+        raise UserError(
+            f"--model.name: found {model.name!r}, must be auto (the model_type of --model.config decides) or one of "
+            f"torchtitan's {', '.join(TITAN)}"
+        )
+    if model.name != "auto" and model.config:
+        raise UserError(
+            f"--model.config: found {model.config}, must be none with --model.name {model.name}, whose sizes are its "
+            "--model.flavor's"
+        )
+    if model.name == "auto" and not model.config:
         raise UserError("--model.config: not set, must be a model JSON (configs/), a Hugging Face folder or a hub id")
     if not model.tokenizer_path:
         raise UserError("--model.tokenizer_path: not set, must be byte, a folder, a tokenizer.json or a hub id")
-    _require("model.config", model.config)
+    if twice := [token for i, token in enumerate(model.add_tokens) if token in model.add_tokens[:i]]:
+        raise UserError(f"--model.add_tokens: found {twice[0]} twice")
+    if not all(model.add_tokens):
+        raise UserError("--model.add_tokens: found an empty item, every item must be a token")
     if model.tokenizer_path != "byte":
         _require("model.tokenizer_path", model.tokenizer_path)
+    if not model.config:
+        return
+    _require("model.config", model.config)
     path = Path(model.config).expanduser()
     path = path / "config.json" if os.path.isdir(path) else path
     if not is_local(str(path)):

@@ -1,24 +1,29 @@
 """One job from its start to its export: what happens around the training loop, and when something goes wrong in it."""
 
 import shlex
+import signal
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
 from torchtitan.tools.logging import logger
 
-from flame.checkpoint.manager import complete_steps
+from flame import stop
+from flame.checkpoint.commit import complete_steps
 from flame.trainer import FlameTrainer
 from flame.verify import export_proven
 
 
-def run_job(trainer_class: type[FlameTrainer], job_config: Any) -> int:
+def run_job(trainer_class: type[FlameTrainer], job_config: Any, signals: stop.Signals) -> int:
     """Train `job_config` from start or checkpoint to the end, close everything in order, and export the result.
 
-    Returns the exit code: 0, or data.exhausted_exit_code if the data ended before the last step.
+    Returns the exit code: 0, data.exhausted_exit_code if the data ended before the last step, or stop.PREEMPTED.
     """
     trainer = None
+    signals.first = stop.note  # from here on other ranks may be waiting for this one: all end together or none
     try:
-        trainer = trainer_class(job_config)
+        trainer = trainer_class(job_config, signals)
+        signals.again = partial(_abandon, trainer)
         _say_ignored(job_config)
         if job_config.checkpoint.create_seed_checkpoint:
             trainer.start()
@@ -33,10 +38,43 @@ def run_job(trainer_class: type[FlameTrainer], job_config: Any) -> int:
             trainer.close()
         raise
     trainer.close()
+    if trainer.stopped:
+        stop.ignore()  # torchrun sends SIGTERM to the ranks that end a moment after the first
     dist.barrier()  # gloo aborts now and then when a rank destroys the group while another still uses it
     dist.destroy_process_group()
-    _finish(trainer)
+    if not trainer.stopped and trainer.run.writes:
+        try:
+            signals.first = stop.interrupt
+            if signals.asked:
+                stop.interrupt(signals.asked)
+            _finish(trainer)
+        except stop.Stopped as stopped:
+            trainer.stopped = str(stopped)
+            trainer.run.set_status("preempted", reason=f"{stopped}, before the export was done")
+    if trainer.stopped:
+        _say_stopped(trainer)
+        return stop.PREEMPTED
     return job_config.data.exhausted_exit_code if trainer.exhausted else 0
+
+
+def _abandon(trainer: FlameTrainer, number: int) -> None:
+    if trainer.started:
+        trainer.run.set_status("failed", reason=f"a second signal, {signal.Signals(number).name}: stopped at once")
+    stop.end_at_once(number)
+
+
+def _say_stopped(trainer: FlameTrainer) -> None:
+    run, step, config = trainer.run, trainer.step, trainer.job_config.checkpoint
+    if not run.writes:
+        return
+    if not trainer.started:
+        logger.info(f"stopped by {trainer.stopped} before training began; the same command starts it again")
+        return
+    saved = [s for s in complete_steps(run.folder / config.folder) if s <= step] if config.enable else []
+    last = f"the last checkpoint is {run.folder / config.folder}/step-{saved[-1]}" if saved else "nothing is saved"
+    recorded = shlex.quote(str(run.folder / "config.toml"))
+    reason = run.read_status()["reason"]
+    logger.info(f"preempted at step {step} ({reason}), {last}; go on: bash train.sh --job.config_file {recorded}")
 
 
 def _say_ignored(job_config: Any) -> None:
@@ -46,13 +84,11 @@ def _say_ignored(job_config: Any) -> None:
 
 
 def _finish(trainer: FlameTrainer) -> None:
-    """Export the last step's checkpoint and say where everything is, on the rank that writes.
+    """Export the last step's checkpoint and say where everything is; the rank that writes calls it.
 
     There is no process group any more: no rank waits at a collective and no timeout runs, however long it takes.
     """
     run, config, step = trainer.run, trainer.job_config.checkpoint, trainer.step
-    if not run.writes:
-        return
     steps = complete_steps(run.folder / config.folder) if config.enable else []
     lines = [f"metrics      {run.folder / 'metrics.jsonl'}"]
     if step in steps:

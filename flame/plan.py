@@ -3,10 +3,12 @@
 import importlib.util
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from operator import attrgetter
 from pathlib import Path
 
+from flame import stop
+from flame.checkpoint.start import choose
 from flame.config import JobConfig
 from flame.data.skip import parse_skip
 from flame.errors import UserError
@@ -19,9 +21,9 @@ _FROM_1 = (
     *("lr_scheduler.total_steps", "profiling.profile_freq", "comm.init_timeout_seconds", "comm.train_timeout_seconds"),
 )
 _FROM_0 = (
-    *("data.epochs", "data.max_bad_rows"),
+    *("data.epochs", "data.max_bad_rows", "training.max_skipped_steps"),
     *("training.dataloader.num_workers", "lr_scheduler.warmup_steps", "checkpoint.keep_latest_k"),
-    *("comm.trace_buf_size", "optimizer.weight_decay", "debug.seed"),
+    *("comm.trace_buf_size", "optimizer.weight_decay", "debug.seed", "checkpoint.keep_every"),
 )
 _INNER = ("tensor", "pipeline", "context")  # what divides a model, and not the batch
 _BELOW_1 = ("optimizer.beta1", "optimizer.beta2")
@@ -60,6 +62,7 @@ def _check_ranges(config: JobConfig) -> None:
             if value is not None and not holds(value):
                 raise UserError(f"--{path}: found {value}, must be {allowed}")
     parse_skip(config.data.skip)
+    _check_wall_time(config.training.max_wall_time)
     training, profiling = config.training, config.profiling
     if config.lr_scheduler.total_steps is not None and config.lr_scheduler.total_steps < training.steps:
         raise UserError(
@@ -82,12 +85,24 @@ def _check_ranges(config: JobConfig) -> None:
         )
 
 
+def _check_wall_time(duration: str | None) -> None:
+    try:
+        if duration is not None:
+            stop.seconds(duration)
+    except UserError as error:
+        raise UserError(f"--training.max_wall_time: {error}") from None
+
+
 def _check_choices(config: JobConfig) -> None:
     """Refuse what torchtitan would trip over later, or what would silently do nothing of what it says."""
+    if config.job.dry_run and config.model.name != "auto":
+        raise UserError(f"--dry_run: --model.name is {config.model.name}, and torchtitan's models have none as yet")
     if config.comm.mode != "default":
         raise UserError(f"--comm.mode: found {config.comm.mode}, must be default; the others train nothing real")
     if unknown := set(config.model.converters) - _CONVERTERS:
         raise UserError(f"--model.converters: found {min(unknown)}, must be among {', '.join(sorted(_CONVERTERS))}")
+    if config.training.skip_nan_inf and config.optimizer.early_step_in_backward:
+        raise UserError("--training.skip_nan_inf: --optimizer.early_step_in_backward updates before it can be known")
     ac = config.activation_checkpoint
     if ac.mode == "memory_budget" and not config.compile.enable:
         raise UserError("--activation_checkpoint.mode: memory_budget needs --compile.enable")
@@ -99,15 +114,16 @@ def _check_choices(config: JobConfig) -> None:
     if config.checkpoint.last_save_in_hf:
         raise UserError("--checkpoint.last_save_in_hf: the export (--checkpoint.export) does that, in hf/step-N")
     if config.checkpoint.initial_load_in_hf and not config.checkpoint.initial_load_path:
-        raise UserError("--checkpoint.initial_load_in_hf: --checkpoint.initial_load_path must name the folder")
+        raise UserError("--checkpoint.initial_load_in_hf: --checkpoint.initial_load_path must name a folder or hub id")
+    if config.checkpoint.initial_load_in_hf and not config.checkpoint.initial_load_model_only:
+        raise UserError("--checkpoint.initial_load_model_only: found false, must be true for Hugging Face weights")
+    if config.checkpoint.initial_load_in_hf_quantized:
+        raise UserError("--checkpoint.initial_load_in_hf_quantized: found true, must be false in this version")
 
 
 def _check_parallelism(config: JobConfig, world_size: int) -> int:
     """The data-parallel degree; UserError for a layout this version does not have or these ranks do not make."""
     p = config.parallelism
-    for kind in ("expert", "expert_tensor"):
-        if (degree := getattr(p, f"{kind}_parallel_degree")) != 1:
-            raise UserError(f"--parallelism.{kind}_parallel_degree: found {degree}, must be 1 in this version")
     degrees = {f"{kind}_parallel_degree": getattr(p, f"{kind}_parallel_degree") for kind in _INNER}
     degrees |= {"data_parallel_replicate_degree": p.data_parallel_replicate_degree}
     shard = p.data_parallel_shard_degree
@@ -136,7 +152,32 @@ def _check_parallelism(config: JobConfig, world_size: int) -> int:
         )
     if p.pipeline_parallel_degree > 1:
         _check_microbatches(config)
+    _check_experts(config, data_parallel // replicas)
     return data_parallel
+
+
+def _check_experts(config: JobConfig, shard: int) -> None:
+    """Refuse an expert parallelism that `shard` FSDP2 ranks do not make."""
+    p = config.parallelism
+    expert, together = p.expert_parallel_degree, p.expert_tensor_parallel_degree
+    if (expert, together) == (1, 1):
+        return
+    if config.model.name == "auto":
+        raise UserError(
+            f"--parallelism.expert_parallel_degree: found {expert} (and expert_tensor_parallel_degree {together}), must "
+            "be 1 for a model of transformers or fla, whose experts are whole; torchtitan's can be divided (--model.name)"
+        )
+    # With the other choice that torchtitan 0.2.2 has, 1, tensor ranks share tokens, and their gradient is not added up.
+    if together != (needed := p.tensor_parallel_degree if expert > 1 else 1):
+        raise UserError(
+            f"--parallelism.expert_tensor_parallel_degree: found {together}, must be {needed}: tensor_parallel_degree "
+            "where expert_parallel_degree is above 1, and else 1"
+        )
+    if expert < 1 or shard < 2 or shard % expert:
+        raise UserError(
+            f"--parallelism.expert_parallel_degree: found {expert}, must divide the ranks that FSDP2 shards over, 2 or "
+            f"more, found {shard}"
+        )
 
 
 def _check_microbatches(config: JobConfig) -> None:
@@ -202,28 +243,14 @@ def _check_folders(config: JobConfig) -> None:
         raise UserError("--checkpoint.create_seed_checkpoint: checkpoint.enable is false, must be true")
     if os.path.normpath(checkpoint.folder).startswith(("..", "/")) or os.path.normpath(checkpoint.folder) == ".":
         raise UserError(f"--checkpoint.folder: found {checkpoint.folder!r}, must be a folder inside job.dump_folder")
-    initial = checkpoint.initial_load_path
-    if initial and "://" not in initial and not os.path.exists(initial):
-        raise UserError(f"--checkpoint.initial_load_path: there is no {initial}")
-    steps = dump / checkpoint.folder
-    there = sorted(_steps(steps))
-    if checkpoint.enable and checkpoint.load_step > 0 and checkpoint.load_step not in there:
-        found = f"steps there: {', '.join(map(str, there))}" if there else "there is none at all"
-        raise UserError(f"--checkpoint.load_step: no whole step-{checkpoint.load_step} in {steps}, {found}")
-    broken = sorted(set(_numbers(steps.glob("step-*"))) - set(there))
-    first_save = checkpoint.interval if checkpoint.interval_type == "steps" else math.inf
-    if checkpoint.enable and broken and not there and not initial and (len(broken) > 1 or broken[0] > first_save):
-        # One alone is the first save, cut short; more were whole once, and starting anew would not be what is wanted.
-        raise UserError(f"--checkpoint.folder: no complete checkpoint in {steps}; move it away to start anew")
+    for flag, path in (("job.dump_folder", config.job.dump_folder), ("checkpoint.folder", checkpoint.folder)):
+        if "://" in path:
+            raise UserError(f"--{flag}: found {path}, must be a folder of this machine's file system")
+    start = choose(checkpoint, dump / checkpoint.folder)
+    if start.mode == "init" and checkpoint.initial_load_in_hf:
+        from flame.checkpoint.weights import check_source  # here: it imports numpy
 
-
-def _steps(folder: Path) -> Iterator[int]:
-    """Steps with a whole checkpoint: the metadata is written last."""
-    return _numbers(metadata.parent for metadata in folder.glob("step-*/.metadata"))
-
-
-def _numbers(folders: Iterable[Path]) -> Iterator[int]:
-    """N of each folder that is called step-N."""
-    for folder in folders:
-        if (step := folder.name.removeprefix("step-")).isdecimal():
-            yield int(step)
+        assert checkpoint.initial_load_path
+        check_source(checkpoint.initial_load_path, may_download=config.model.name == "auto")
+    if checkpoint.create_seed_checkpoint and start.mode == "resume":
+        raise UserError(f"--checkpoint.create_seed_checkpoint: {dump / checkpoint.folder} holds checkpoints already")

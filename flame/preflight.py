@@ -8,6 +8,7 @@ import contextlib
 import importlib.util
 import logging
 import os
+import signal
 import sys
 import types
 from collections.abc import Iterator
@@ -64,4 +65,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it, and train.sh with it, without a traceback
     sys.exit(main(sys.argv[1:]))

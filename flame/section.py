@@ -21,7 +21,10 @@ class Job(titan.Job):
 @dataclass
 class Model(titan.Model):
     name: str = "auto"
-    """Which model to train. "auto" reads the family off the model_type of model.config."""
+    """
+    Which model to train. "auto" reads the family off the model_type of model.config; deepseek_v3, llama3, llama4 and
+    qwen3 are torchtitan's own models, of the size that model.flavor names.
+    """
 
     config: str | None = None
     """Model to build: path of a Hugging Face config JSON, a local Hugging Face folder, or a hub id."""
@@ -34,6 +37,12 @@ class Model(titan.Model):
 
     grow_vocab: bool = False
     """Enlarge the vocabulary of the model to that of the tokenizer instead of refusing a tokenizer that is larger."""
+
+    add_tokens: list[str] = field(default_factory=list)
+    """
+    Special tokens that the tokenizer is given, in this order and for the life of a run. The vocabulary of the model
+    grows where they need it; ids that the weights it starts from do not have begin as the mean of those they have.
+    """
 
     trust_remote_code: bool = False
     """Run Python code that a hub model, tokenizer or dataset brings along."""
@@ -82,6 +91,15 @@ class Training(titan.Training):
 
     skip_nan_inf: bool = False
     """Leave the weights as they are in a step whose gradients hold NaN or Inf, and count it, instead of stopping."""
+
+    max_skipped_steps: int = 10
+    """Steps in a row that training.skip_nan_inf may skip; the run stops at the next."""
+
+    max_wall_time: str | None = None
+    """
+    Time from the launch on after which the run stops as at a signal: the last whole step is saved, exit code 75. Such
+    as 3h30m, 90m, 2d, or a number of seconds; below the limit of the queue by what a step and a save take.
+    """
 
     gradient_accumulation_steps: int | None = None
     """
@@ -197,8 +215,39 @@ class Checkpoint(titan.Checkpoint):
     interval_type: Literal["steps", "seconds"] = "steps"
     """Unit of checkpoint.interval."""
 
+    initial_load_path: str | None = None
+    """
+    What a run without checkpoints of its own starts from: a DCP checkpoint (RUN/checkpoint/step-N), or with
+    checkpoint.initial_load_in_hf Hugging Face weights. It must hold the tensors of the model, no more and no less.
+    """
+
+    initial_load_in_hf: bool = False
+    """
+    checkpoint.initial_load_path is a folder with safetensors, or a hub id whose safetensors are downloaded; each rank
+    reads the part of them that it holds.
+    """
+
+    initial_load_in_hf_quantized: bool = False
+    """Not used: quantized weights are refused."""
+
     export: bool = True
     """Write the final weights as a Hugging Face folder too, hf/step-N in the run folder."""
+
+    start: Literal["auto", "resume", "init", "scratch"] = "auto"
+    """
+    How the run must start: "resume" from its own newest whole checkpoint, "init" from checkpoint.initial_load_path,
+    "scratch" from random weights; refused if that cannot be, or if checkpoints would be left out. "auto": resume if
+    there is a checkpoint, else init if there is a path, else scratch.
+    """
+
+    keep_every: int = 0
+    """Checkpoints of steps that this divides stay for good, beyond checkpoint.keep_latest_k; 0: none do."""
+
+    on_save_failure: Literal["stop", "continue"] = "stop"
+    """
+    What to do when a checkpoint cannot be written (disk full, quota, read-only): stop with exit code 1, or go on and try
+    again when the next is due. The last save of a run is never gone without.
+    """
 
 
 @dataclass

@@ -5,18 +5,21 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan.components.optimizer import build_optimizers
-from torchtitan.protocols.state_dict_adapter import StateDictAdapter
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
+from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_type
 
 from flame import quantize
-from flame.checkpoint.manager import complete_steps
+from flame.blueprint import describe
+from flame.checkpoint.commit import complete_steps
+from flame.checkpoint.initial import build_adapter
 from flame.data.loader import build_dataloader
 from flame.data.source import build_sources
 from flame.data.tokenize import build_tokenizer
 from flame.errors import UserError
 from flame.input import validation_as_training
 from flame.metrics import build_metrics
+from flame.models import titan
 from flame.models.causal_lm import CausalLM, ModelArgs
 from flame.models.hf import check_buildable, choose_attention, import_models, load_hf_config
 from flame.models.loss import build_loss
@@ -33,20 +36,11 @@ _NEEDS_GPU = {
         config.checkpoint.enable and config.checkpoint.async_mode == "async_with_pinned_mem"
     ),
 }
-_SHAPES = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "tie_word_embeddings")
-
-
-class IdentityAdapter(StateDictAdapter):
-    """flame keeps Hugging Face's parameter names, so conversion changes nothing."""
-
-    def __init__(self, model_args: Any, hf_assets_path: str | None) -> None:
-        self.hf_assets_path, self.fqn_to_index_mapping = hf_assets_path, None
-
-    def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        return state_dict
-
-    def from_hf(self, hf_state_dict: dict[str, Any]) -> dict[str, Any]:
-        return hf_state_dict
+_SHAPES = (
+    *("model_type", "flavor", "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "head_dim"),
+    *("num_attention_heads", "num_key_value_heads", "num_heads", "tie_word_embeddings", "dim", "n_layers"),
+)
+_NOT_SAID = ("architectures", "transformers_version", "dtype")  # not what a run computes
 
 
 def register(job_config: Any) -> None:
@@ -63,7 +57,37 @@ def register(job_config: Any) -> None:
         _check_backend(job_config.compile.backend)
     if job_config.experimental.custom_import:
         import_models(job_config.experimental.custom_import)
-    tokenizer = build_tokenizer(model.tokenizer_path, trust_remote_code=model.trust_remote_code)
+    tokenizer = build_tokenizer(model.tokenizer_path, model.trust_remote_code, model.add_tokens)
+    _check_same_tokens(tokenizer, job_config)
+    of_model = (_load_hf if model.name == "auto" else _load_titan)(job_config, tokenizer)
+    build_sources(job_config.training, job_config.data)
+    if job_config.validation.enable:
+        with validation_as_training(job_config) as held_out:
+            build_sources(held_out.training, held_out.data)
+    spec = TrainSpec(
+        **of_model,
+        build_lr_schedulers_fn=build_schedule,
+        build_dataloader_fn=build_dataloader,
+        build_tokenizer_fn=lambda _job_config: tokenizer,
+        build_loss_fn=build_loss,
+        build_metrics_processor_fn=build_metrics,
+        build_validator_fn=build_validator,
+    )
+    register_train_spec(model.name, spec)
+
+
+def _load_titan(job_config: Any, tokenizer: Any) -> dict[str, Any]:
+    checkpoint = job_config.checkpoint
+    fields = titan.load(job_config, tokenizer)
+    if checkpoint.enable and checkpoint.export:
+        logger.info("--checkpoint.export: off, as torchtitan's models keep torchtitan's names and config")
+        checkpoint.export = False
+    _check_same_model("model.flavor", fields["model_cls"].description, job_config)
+    return fields
+
+
+def _load_hf(job_config: Any, tokenizer: Any) -> dict[str, Any]:
+    model = job_config.model
     family, hf_config = load_hf_config(
         model.config,
         tokenizer=tokenizer,
@@ -79,26 +103,15 @@ def register(job_config: Any) -> None:
     hf_model = check_buildable(hf_config, model.config, model.trust_remote_code)
     layout.check(family, hf_config, hf_model, job_config)
     quantize.adapt(job_config, family, hf_model)
-    _check_same_model(hf_config, job_config)
-    build_sources(job_config.training, job_config.data)
-    if job_config.validation.enable:
-        with validation_as_training(job_config) as held_out:
-            build_sources(held_out.training, held_out.data)
-    spec = TrainSpec(
-        model_cls=CausalLM,
-        model_args={model.flavor: ModelArgs().bind(family, hf_config)},
-        parallelize_fn=parallelize,
-        pipelining_fn=pipeline,
-        build_optimizers_fn=build_optimizers,
-        build_lr_schedulers_fn=build_schedule,
-        build_dataloader_fn=build_dataloader,
-        build_tokenizer_fn=lambda _job_config: tokenizer,
-        build_loss_fn=build_loss,
-        build_metrics_processor_fn=build_metrics,
-        build_validator_fn=build_validator,
-        state_dict_adapter=IdentityAdapter,
-    )
-    register_train_spec(model.name, spec)
+    _check_same_model("model.config", json.loads(hf_config.to_json_string(use_diff=False)), job_config)
+    return {
+        "model_cls": CausalLM,
+        "model_args": {model.flavor: ModelArgs().bind(family, hf_config)},
+        "parallelize_fn": parallelize,
+        "pipelining_fn": pipeline,
+        "build_optimizers_fn": build_optimizers,
+        "state_dict_adapter": build_adapter(job_config, describe(hf_model)),
+    }
 
 
 def _check_backend(name: str) -> None:
@@ -109,16 +122,39 @@ def _check_backend(name: str) -> None:
         raise UserError(f"--compile.backend: found {name!r}, must be one of {usual}")
 
 
-def _check_same_model(hf_config: Any, job_config: Any) -> None:
+def _check_same_model(flag: str, today: dict[str, Any], job_config: Any) -> None:
     """Refuse a model other than the one the run folder's checkpoints hold. Raises UserError."""
     folder = Path(job_config.job.dump_folder)
     recorded = folder / "model" / "config.json"
     if not recorded.exists() or not complete_steps(folder / job_config.checkpoint.folder):
         return
-    known, today = json.loads(recorded.read_text()), json.loads(hf_config.to_json_string(use_diff=False))
-    changed = [f"{key} {today.get(key)} (was {known[key]})" for key in _SHAPES if today.get(key) != known.get(key)]
+    known = json.loads(recorded.read_text())
+    changed = [f"{key} {today.get(key)} (was {known.get(key)})" for key in _SHAPES if today.get(key) != known.get(key)]
     if changed:
         raise UserError(
-            f"--model.config: {job_config.job.dump_folder} holds checkpoints of another model: {', '.join(changed)}; "
+            f"--{flag}: {job_config.job.dump_folder} holds checkpoints of another model: {', '.join(changed)}; "
             "give it its own --job.dump_folder"
+        )
+    for key in sorted(known.keys() - set(_NOT_SAID)):
+        if today.get(key) != known[key]:
+            logger.info(f"changed since the last start: {flag} {key} {known[key]} -> {today.get(key)}, applied")
+
+
+def _check_same_tokens(tokenizer: Any, job_config: Any) -> None:
+    """Refuse added tokens other than those with which the run folder's checkpoints were trained. Raises UserError."""
+    folder = Path(job_config.job.dump_folder)
+    recorded = folder / "model" / "tokenizer.json"
+    if not recorded.exists() or not complete_steps(folder / job_config.checkpoint.folder):
+        return
+    known = {token["content"]: token["id"] for token in json.loads(recorded.read_text()).get("added_tokens", [])}
+    today = tokenizer.hf.get_added_vocab()
+    changed = [
+        f"{token} has id {today.get(token, 'none')} (was {known.get(token, 'none')})"
+        for token in dict.fromkeys([*known, *today])
+        if today.get(token) != known.get(token)
+    ]
+    if changed:
+        raise UserError(
+            f"--model.add_tokens: {folder} holds checkpoints of another vocabulary: {', '.join(changed[:3])}; give the "
+            "same list, or another --job.dump_folder"
         )

@@ -1,16 +1,26 @@
 """Trains one job: parse the flags, choose the device, register the model, run. Started by torchrun; see train.sh."""
 
 import sys
+from pkgutil import resolve_name
 
-from torch.distributed.elastic.multiprocessing.errors import record
-
-from flame import device, log
-from flame.errors import UserError
+from flame.errors import NonFiniteError, SaveError, UserError
+from flame.stop import Signals, end_at_once, leave
 
 
-@record  # so that torchrun shows the traceback of a rank whose output LOG_RANK hides
-def main(argv: list[str]) -> int:
-    """Run the job that `argv` describes on this rank; returns the exit code."""
+def main(argv: list[str], trainer: str = "flame.trainer:FlameTrainer") -> int:
+    """Run the job that `argv` describes on this rank, with the class that `trainer` names; returns the exit code."""
+    signals = Signals(leave, end_at_once)
+    signals.listen()  # before the seconds that imports take
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    # so that torchrun shows the traceback of a rank whose output LOG_RANK hides
+    return record(train)(argv, signals, trainer)  # type: ignore[return-value]
+
+
+def train(argv: list[str], signals: Signals, trainer: str) -> int:
+    """What `main` does, once signals are listened to."""
+    from flame import device, log
+
     log.configure()
     device.choose()  # before the imports below, which import torchtitan, which reads the device
     from flame.config import parse, world_size
@@ -18,7 +28,6 @@ def main(argv: list[str]) -> int:
     from flame.job import run_job
     from flame.plan import check
     from flame.spec import register
-    from flame.trainer import FlameTrainer, NonFiniteError
 
     try:
         config = parse(argv)
@@ -27,13 +36,13 @@ def main(argv: list[str]) -> int:
             print(describe(config, world_size()))
             return 0
         register(config)
-        return run_job(FlameTrainer, config)
+        return run_job(resolve_name(trainer), config, signals)
     except UserError as error:
         print(f"flame: {error}", file=sys.stderr)
         return 2
-    except NonFiniteError as error:
+    except (NonFiniteError, SaveError) as error:
         print(f"flame: {error}", file=sys.stderr)
-        return 1
+        return 3  # flame.launch makes it 1; it shows the traceback of a rank that ends with that
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """torchtitan's Trainer with a step that is right in every layout, a provable data stream, and a run folder."""
 
 import math
+import shlex
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
@@ -13,26 +14,23 @@ from torchtitan.components.dataloader import DataloaderExhaustedError
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import logger
 
-from flame.checkpoint.export import record_assets
+from flame import finite, stop
+from flame.agreement import Agreement
 from flame.checkpoint.manager import CheckpointManager
 from flame.config import recorded, to_toml
 from flame.data.document import Bad, allow_bad
 from flame.data.ledger import digest_batch, roll
-from flame.errors import UserError
+from flame.errors import NonFiniteError, UserError
 from flame.models.loss import IGNORE_INDEX
 from flame.run import Run
 
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
 
 
-class NonFiniteError(RuntimeError):
-    """The loss or a gradient is NaN or infinite, and training was asked not to skip such steps."""
-
-
 class FlameTrainer(torchtitan.train.Trainer):
     """Differs from torchtitan's Trainer in what a step and a save do; see `train_step`."""
 
-    def __init__(self, job_config: Any) -> None:
+    def __init__(self, job_config: Any, signals: stop.Signals | None = None) -> None:
         torchtitan.train.CheckpointManager = CheckpointManager  # 0.2.2 has no hook for it
         super().__init__(job_config)
         if job_config.training.mixed_precision_param == "float32":
@@ -42,6 +40,7 @@ class FlameTrainer(torchtitan.train.Trainer):
         self.step_tokens = sequences * training.seq_len  # of the whole job
         self.tokens = 0
         self.skipped_steps = 0
+        self.skipped_in_a_row = 0
         self.data_digest = ""
         self.resumed_at: int | None = None
         self.exhausted = False
@@ -50,10 +49,20 @@ class FlameTrainer(torchtitan.train.Trainer):
         self.epochs: dict[str, int] | None = None  # whole ones of each source, as far as they were said
         self.last_save = time.monotonic()
         self.started = False
+        self.stopped = ""  # why, once it is
+        self.ranks = Agreement()
+        self.signals = signals or stop.Signals(stop.note, stop.end_at_once)
+        limit = training.max_wall_time
+        self.deadline = stop.launched_at() + stop.seconds(limit) if limit else math.inf
+        self.checkpointer.before_save = self._check_state
+        if job_config.validation.enable:
+            self.validator.stop_if_asked = self._stop_if_asked
         self.run = Run(job_config.job.dump_folder, writes=dist.get_rank() == 0)
         self.metrics_processor.run = self.run
         if job_config.optimizer.early_step_in_backward:
-            logger.warning("--optimizer.early_step_in_backward: gradients are neither clipped nor checked for NaN")
+            logger.warning(
+                "--optimizer.early_step_in_backward: gradients are not clipped nor checked; weights are, when saved"
+            )
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
@@ -61,7 +70,8 @@ class FlameTrainer(torchtitan.train.Trainer):
         """One optimizer step over the step's global batch.
 
         Replaces torchtitan's whole method, because what flame adds lies between its lines: the ranks agree on the
-        batch (tokens, digest, end of data) before the first forward, and on finite gradients before the update.
+        batch (tokens, digest, end of data) before the first forward, on going on before each, and on finite losses and
+        gradients before the update. A step that is not finished leaves no trace.
         """
         self.optimizers.zero_grad()
         if self.epochs is None:
@@ -70,36 +80,44 @@ class FlameTrainer(torchtitan.train.Trainer):
         self._seed_step()
         position = self.dataloader.position()
         microbatches, exhausted = self._collect(data_iterator)
+        losses: list[torch.Tensor] = []
+        early = self.job_config.optimizer.early_step_in_backward  # each microbatch is an update then, which stays
         try:
             local_tokens, global_tokens, digest = self._agree(microbatches, exhausted)
-        except DataloaderExhaustedError:
+            for input_dict, labels in microbatches:
+                if not (losses and early):
+                    self._stop_if_asked()
+                inputs = {name: tensor.to(self.device) for name, tensor in input_dict.items()}
+                loss = self.forward_backward_step(
+                    input_dict=inputs, labels=labels.to(self.device), global_valid_tokens=global_tokens
+                )
+                losses.append(loss.detach())
+        except (DataloaderExhaustedError, stop.Stopped):
             self.step -= 1  # the step was not done
             self.dataloader.rewind(position)  # what this rank did get of it is to come again, should the data go on
             raise
 
-        losses = []
-        for input_dict, labels in microbatches:
-            inputs = {name: tensor.to(self.device) for name, tensor in input_dict.items()}
-            loss = self.forward_backward_step(
-                input_dict=inputs, labels=labels.to(self.device), global_valid_tokens=global_tokens
-            )
-            losses.append(loss.detach())
-
-        grad_norm = dist_utils.clip_grad_norm_(
-            [p for part in self.model_parts for p in part.parameters()],
-            self.job_config.training.max_norm,
-            foreach=True,
-            pp_mesh=self.parallel_dims.get_optional_mesh("pp"),
-            ep_enabled=self.parallel_dims.ep_enabled,
-        ).item()
-        self.checkpointer.maybe_wait_for_staging()
-        self._update(grad_norm)
-
+        loss = torch.stack(losses).sum()
         self.tokens += self.step_tokens
         self.data_digest = roll(self.data_digest, digest)
         self.metrics_processor.steps_since_last_log += 1
+        bad = finite.find_bad_step(loss, self.model_parts, self.ranks)
+        grad_norm = math.nan if bad else self._clip()
+        if not bad and not math.isfinite(grad_norm):
+            bad = "the norm of finite gradients"
+        self.checkpointer.maybe_wait_for_staging()
+        if bad:
+            try:
+                self._skip(bad)
+            except NonFiniteError:
+                self._log(loss, local_tokens, global_tokens, grad_norm, lr)  # its data can then be shown and compared
+                raise
+        else:
+            self.skipped_in_a_row = 0
+            self.optimizers.step()
+        self.lr_schedulers.step()
         if self.metrics_processor.should_log(self.step):
-            self._log(torch.stack(losses).sum(), local_tokens, global_tokens, grad_norm, lr)
+            self._log(loss, local_tokens, global_tokens, grad_norm, lr)
 
     def forward_backward_step(
         self, *, input_dict: dict[str, torch.Tensor], labels: torch.Tensor, global_valid_tokens: torch.Tensor
@@ -194,18 +212,50 @@ class FlameTrainer(torchtitan.train.Trainer):
                     f"must be at most {allow_bad(limit, read):g} (set to {limit:g})"
                 )
 
-    def _update(self, grad_norm: float) -> None:
-        if math.isfinite(grad_norm):
-            self.optimizers.step()
-        elif self.job_config.training.skip_nan_inf:
-            self.skipped_steps += 1
-            logger.warning(f"step {self.step}: gradient norm {grad_norm}, update skipped ({self.skipped_steps} so far)")
-        else:
-            raise NonFiniteError(
-                f"step {self.step}: gradient norm is {grad_norm}; stopped before the update and before any save "
-                "(--training.skip_nan_inf skips such steps)"
+    # -- NaN and infinity ---------------------------------------------------------------------------------------------
+
+    def _clip(self) -> float:
+        """Clip the gradients; returns the norm that they had."""
+        return dist_utils.clip_grad_norm_(
+            [p for part in self.model_parts for p in part.parameters()],
+            self.job_config.training.max_norm,
+            foreach=True,
+            pp_mesh=self.parallel_dims.get_optional_mesh("pp"),
+            ep_enabled=self.parallel_dims.ep_enabled,
+        ).item()
+
+    def _skip(self, bad: str) -> None:
+        """Count a step whose update is skipped, all ranks alike. Raises NonFiniteError if it may not be."""
+        training, when = self.job_config.training, "before the update"
+        self.skipped_in_a_row += 1
+        if self.job_config.optimizer.early_step_in_backward:
+            when, policy = "after the update", "--optimizer.early_step_in_backward updates before it can be known"
+        elif not training.skip_nan_inf:
+            policy = "--training.skip_nan_inf skips such steps"
+        elif self.skipped_in_a_row > training.max_skipped_steps:
+            policy = (
+                f"as were the {training.max_skipped_steps} steps before, all that --training.max_skipped_steps allows"
             )
-        self.lr_schedulers.step()
+        else:
+            self.skipped_steps += 1
+            logger.warning(f"step {self.step}: not finite: {bad}; the update is skipped ({self.skipped_steps} so far)")
+            return
+        raise NonFiniteError(
+            f"step {self.step}: not finite: {bad}; stopped {when}, and nothing was saved ({policy}); "
+            f"{self._show_data()}"
+        )
+
+    def _check_state(self) -> None:
+        """Refuse, all ranks alike, to save weights or an optimizer that are not finite. Raises NonFiniteError."""
+        if bad := finite.find_bad_state(self.model_parts, self.optimizers, self.ranks):
+            raise NonFiniteError(
+                f"step {self.step}: not finite after it: {bad}; it is not saved, what was saved before is kept; "
+                f"{self._show_data()}"
+            )
+
+    def _show_data(self) -> str:
+        folder = shlex.quote(str(self.run.folder))
+        return f"its data, of digest {self.data_digest}: python -m flame.data show {folder} --step {self.step}"
 
     def _log(
         self, loss: torch.Tensor, local_tokens: torch.Tensor, global_tokens: torch.Tensor, grad_norm: float, lr: float
@@ -266,18 +316,35 @@ class FlameTrainer(torchtitan.train.Trainer):
             self.lr_schedulers.apply()
         self.run.rewind(self.step)
         self.run.start(to_toml(recorded(self.job_config)), self._device())
+        self.run.set_status("running", start=self.checkpointer.origin)
         if self.run.writes:
-            record_assets(self.run.folder / "model", self.model_parts[0].hf, self.tokenizer.hf)
+            self.model_parts[0].record(self.run.folder / "model", self.tokenizer.hf)
 
     def batch_generator(self, data_iterable: Iterable[Batch]) -> Iterator[Batch]:
         """torchtitan's generator, which it asks for as soon as a checkpoint is loaded."""
         self.start()
         return super().batch_generator(data_iterable)
 
+    def _stop_if_asked(self) -> None:
+        """Raise Stopped, on all ranks alike, if one of them was sent a signal or the first one's time is over."""
+        late = dist.get_rank() == 0 and time.monotonic() >= self.deadline
+        (asked,) = self.ranks.highest(stop.OUT_OF_TIME if late else self.signals.asked)
+        if asked:
+            raise stop.Stopped(asked)
+
     def train(self) -> None:
-        """Train to the last step or the end of data, whichever all ranks reach first, and leave a status behind."""
+        """Train to the last step, the end of data or a stop, all ranks alike, and leave a status behind."""
         steps = self.job_config.training.steps
-        super().train()
+        try:
+            self._stop_if_asked()
+            super().train()
+        except stop.Stopped as stopped:
+            self.stopped = str(stopped)
+            if self.started:
+                self.optimizers.zero_grad()  # what a step that was cut short has left takes memory
+                self.checkpointer.save_full(self.step)
+                self.run.set_status("preempted", step=self.step, tokens=self.tokens, reason=self.stopped)
+            return
         if self.step < steps:
             if self.step == 0:
                 raise UserError(

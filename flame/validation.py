@@ -73,6 +73,7 @@ class Validator(BaseValidator):
         self._loader, self._start, self._rank, self._ranks = loader, loader.position(), rank, ranks
         self._dims, self._pipeline, self._metrics = dims, pipeline, metrics
         self._context, self._amp = context, amp
+        self.stop_if_asked: Callable[[], None] = lambda: None  # the trainer's
         with closing(self._rows()) as rows:
             if next(rows, None) is None:
                 validation = job_config.validation
@@ -90,6 +91,7 @@ class Validator(BaseValidator):
         total = torch.zeros(2, dtype=torch.float64, device=utils.device_type)  # losses, tokens
         with closing(self._batches()) as batches:
             for inputs, labels in batches:
+                self.stop_if_asked()
                 moved = {name: tensor.to(utils.device_type) for name, tensor in inputs.items()}
                 tokens, targets = moved.pop("input"), labels.to(utils.device_type)
                 with self._context(), self._amp:

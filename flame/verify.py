@@ -16,7 +16,7 @@ from typing import Any
 
 from flame.blueprint import read_structure
 from flame.checkpoint.export import export_checkpoint, record_assets
-from flame.checkpoint.safetensors_file import find_files, read_header
+from flame.checkpoint.safetensors_file import find_files, read_headers
 from flame.checkpoint.structure import Found, UnfaithfulError, check_structure, save_structure
 from flame.errors import UserError
 
@@ -75,10 +75,9 @@ def compare_logits(checkpoint: Path, dtype: str | None, folder: Path) -> dict[st
 
     from flame.models import reference
     from flame.models.causal_lm import CausalLM, ModelArgs
-    from flame.models.hf import read_config
+    from flame.models.hf import read_config, read_fields
 
-    fields = json.loads((folder / "config.json").read_text())
-    family, config = read_config(fields, str(folder))
+    family, config = read_config(read_fields(str(folder / "config.json")), str(folder))
     if family.from_fla:
         reference.check(config.model_type)
     length = min(LENGTH, getattr(config, "max_position_embeddings", None) or LENGTH)
@@ -114,8 +113,7 @@ def compare_logits(checkpoint: Path, dtype: str | None, folder: Path) -> dict[st
 
 
 def _found(folder: Path) -> Found:
-    entries = {name: entry for file in find_files(folder) for name, entry in read_header(file).items()}
-    return {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
+    return {name: (entry.dtype, entry.shape) for name, entry in read_headers(find_files(folder)).items()}
 
 
 def _write_assets(config: str, tokenizer: str, folder: Path) -> None:

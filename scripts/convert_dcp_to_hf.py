@@ -21,7 +21,8 @@ import tomli
 from tqdm import tqdm
 
 from flame.checkpoint.chunk import DamagedError
-from flame.checkpoint.dcp_file import complete_steps, read_tensors
+from flame.checkpoint.commit import complete_steps
+from flame.checkpoint.dcp_file import read_tensors
 from flame.checkpoint.element import FLOATS, SIZES
 from flame.checkpoint.export import export_checkpoint
 from flame.checkpoint.report import REPORT

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from flame.blueprint import read_structure
 from flame.checkpoint.convert import convert_hf_to_dcp
 from flame.checkpoint.report import REPORT, new_folder, sha256, write_report
-from flame.checkpoint.safetensors_file import Entry, find_files, read_header
+from flame.checkpoint.safetensors_file import Entry, find_files, read_headers
 from flame.checkpoint.structure import Structure, UnfaithfulError, check_structure
 from flame.errors import UserError
 from flame.verify import HOLDS
@@ -36,12 +36,7 @@ def convert(given: argparse.Namespace) -> str:
         raise UserError(f"--checkpoint {given.checkpoint}: exists already; name a folder that does not")
     folder = given.model[0] if len(given.model) == 1 and given.model[0].is_dir() else None
     files = find_files(folder) if folder else given.model
-    entries: dict[str, Entry] = {}
-    for file in files:
-        for name, entry in read_header(file).items():
-            if name in entries:
-                raise UserError(f"--model: {name} is in {entries[name].file} and in {file}")
-            entries[name] = entry
+    entries = read_headers(files)
     if not entries:
         raise UserError(f"--model {given.model[0]}: holds no tensors")
     structure = None

@@ -1,12 +1,17 @@
 """Writes the table of what each family allows into docs/parallelism.md: python scripts/parallelism_page.py"""
 
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
+from flame.input import TITAN
 from flame.models.family import Family, layouts
 from flame.models.table import BY_MODEL_TYPE
+from flame.parallel.titan import has_experts, has_right_masks
 
 PAGE = Path(__file__).parents[1] / "docs" / "parallelism.md"
 MARKS = ("<!-- families -->\n", "<!-- /families -->\n")  # the table lies between them
+TITAN_MARKS = ("<!-- torchtitan -->\n", "<!-- /torchtitan -->\n")
 COLUMNS = ("FSDP2", "HSDP", "DDP", "TP", "CP", "PP")
 
 
@@ -27,11 +32,35 @@ def table() -> str:
     return "\n".join([*lines, *(row(*item) for item in sorted(BY_MODEL_TYPE.items()))]) + "\n"
 
 
+def titan_row(name: str, spec: Any) -> str:
+    """A line of torchtitan's table, of one of its TrainSpecs."""
+    flavors = spec.model_args
+    divided = [flavor for flavor, args in flavors.items() if has_experts(args)]
+    masked = [flavor for flavor, args in flavors.items() if has_right_masks(args)]
+    cells = ["yes", "yes", "yes", "yes", "no", "yes" if spec.pipelining_fn else "no"]
+    cells += ["no" if not divided else "yes" if len(divided) == len(flavors) else _list(divided), _list(masked) or "no"]
+    return f"| `{name}` | {' | '.join(cells)} |"
+
+
+def titan_table() -> str:
+    """The table of torchtitan's own models."""
+    header = ("--model.name", *COLUMNS, "EP", "varlen")
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    rows = (titan_row(name, import_module(f"torchtitan.models.{name}").get_train_spec()) for name in TITAN)
+    return "\n".join([*lines, *rows]) + "\n"
+
+
+def _list(flavors: list[str]) -> str:
+    return " ".join(f"`{flavor}`" for flavor in flavors)
+
+
 def page(text: str) -> str:
-    """The page with the table of today in it."""
-    before, rest = text.split(MARKS[0])
-    _, after = rest.split(MARKS[1])
-    return f"{before}{MARKS[0]}\n{table()}\n{MARKS[1]}{after}"
+    """The page with the tables of today in it."""
+    for (begin, end), made in ((MARKS, table()), (TITAN_MARKS, titan_table())):
+        before, rest = text.split(begin)
+        _, after = rest.split(end)
+        text = f"{before}{begin}\n{made}\n{end}{after}"
+    return text
 
 
 if __name__ == "__main__":

@@ -1,27 +1,62 @@
 """Trainers whose data or gradients are made odd on purpose."""
 
+import math
+import signal
 import time
 
 import torch
 import torch.distributed as dist
 
+from flame.errors import NonFiniteError
+from flame.finite import name_state
 from flame.trainer import FlameTrainer
 
 
-class PoisonedGradient(FlameTrainer):
-    """One rank's gradient turns NaN in step 3; checks that the update of that step, and no other, changed nothing."""
+class Poisoned(FlameTrainer):
+    """The last rank has NaN in what job.description names, "gradient|loss|weight|moment FIRST-LAST", in these steps.
+
+    Checks that steps of such a gradient or loss, and no others, leave the weights and the optimizer as they were. What
+    stops the run becomes its status.
+    """
+
+    def __init__(self, job_config, signals=None):
+        self.what, _, steps = job_config.job.description.partition(" ")
+        first, _, last = steps.partition("-")
+        self.bad_steps = range(int(first), int(last or first) + 1)
+        super().__init__(job_config, signals)
+
+    def _poison(self, what):
+        return what == self.what and self.step in self.bad_steps and dist.get_rank() == dist.get_world_size() - 1
 
     def forward_backward_step(self, **arguments):
         loss = super().forward_backward_step(**arguments)
-        if self.step == 3 and dist.get_rank() == 0:
-            next(self.model_parts[0].parameters()).grad.fill_(float("nan"))
-        return loss
+        if self._poison("gradient"):
+            list(self.model_parts[-1].parameters())[2].grad.fill_(math.nan)
+        return loss * math.nan if self._poison("loss") else loss
+
+    def _state(self):
+        state = name_state(self.model_parts, self.optimizers)
+        return {name: tensor.clone() for name, tensor in state}
 
     def train_step(self, data_iterator):
-        before = [p.detach().clone() for p in self.model_parts[0].parameters()]
-        super().train_step(data_iterator)
-        pairs = zip(before, self.model_parts[0].parameters(), strict=True)
-        assert any(not torch.equal(a, b) for a, b in pairs) == (self.step != 3)
+        before, kept = self._state(), self.what in ("gradient", "loss") and self.step in self.bad_steps
+        try:
+            super().train_step(data_iterator)
+        finally:
+            after = self._state()
+            same = before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+            assert same == kept, f"step {self.step}"
+        if self._poison("weight"):
+            list(self.model_parts[-1].parameters())[2].data.fill_(math.inf)
+        if self._poison("moment"):
+            optimizer = self.optimizers.optimizers[-1]
+            optimizer.state[optimizer.param_groups[0]["params"][2]]["exp_avg"].fill_(math.nan)
+
+    def train(self):
+        try:
+            super().train()
+        except NonFiniteError as error:
+            self.run.set_status("failed", reason=str(error))
 
 
 class MaskedLabels(FlameTrainer):
@@ -52,3 +87,24 @@ class SlowData(FlameTrainer):
                 yield batch
 
         return super().batch_generator(slow())
+
+
+class Asked(FlameTrainer):
+    """The last rank is asked to stop, or the first one's time ends, where job.description says: "STEP:CALL reason".
+
+    CALL counts the questions whether to go on in a step: before each microbatch, then before each batch of validation.
+    """
+
+    def __init__(self, job_config, signals=None):
+        place, _, self.reason = job_config.job.description.partition(" ")
+        self.place, self.calls = tuple(map(int, place.split(":"))) if ":" in place else None, {}
+        super().__init__(job_config, signals)
+
+    def _stop_if_asked(self):
+        self.calls[self.step] = self.calls.get(self.step, 0) + 1
+        if (self.step, self.calls[self.step]) == self.place:
+            if self.reason == "max_wall_time":
+                self.deadline = 0 if dist.get_rank() == 0 else math.inf
+            elif dist.get_rank() == dist.get_world_size() - 1:
+                self.signals.asked = signal.Signals[self.reason]
+        super()._stop_if_asked()

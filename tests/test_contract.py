@@ -28,7 +28,10 @@ METHODS = {
         "__init__": ["checkpoint_config"],
         "load": ["step"],
         "save": ["curr_step", "last_step"],
-        "dcp_save": ["state_dict", "checkpoint_id", "async_mode"],
+        "dcp_save": ["state_dict", "checkpoint_id", "async_mode", "enable_garbage_collection", "to_hf"],
+        "dcp_load": ["state_dict", "checkpoint_id", "from_hf", "from_quantized"],
+        "_states_to_load": ["model_only"],
+        "_flattened_model_states_sd": [],
         "close": [],
         "maybe_wait_for_staging": [],
         "_should_save": ["curr_step", "last_step"],
@@ -44,7 +47,11 @@ METHODS = {
     },
     "torchtitan.components.lr_scheduler.LRSchedulersContainer": {"state_dict": [], "load_state_dict": ["state_dict"]},
     "torchtitan.components.dataloader.BaseDataLoader": {"__iter__": [], "state_dict": [], "load_state_dict": []},
-    "torchtitan.protocols.state_dict_adapter.StateDictAdapter": {"to_hf": ["state_dict"], "from_hf": ["hf_state_dict"]},
+    "torchtitan.protocols.state_dict_adapter.StateDictAdapter": {
+        "to_hf": ["state_dict"],
+        "from_hf": ["hf_state_dict"],
+        "get_hf_storage_reader": ["path", "from_quantized"],
+    },
     "torchtitan.config.manager.ConfigManager": {"_merge_configs": ["base", "custom"]},
 }
 

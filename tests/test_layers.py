@@ -11,26 +11,30 @@ ROOT = Path(__file__).parents[1]
 ROWS = (
     "errors data.document data.packed data.retry",
     "data.window data.jsonl data.megatron data.textfile checkpoint.element checkpoint.record checkpoint.report",
-    "legacy setting section log device schedule storage checkpoint.chunk checkpoint.structure data.prefetch data.table "
+    "legacy setting section log device schedule storage stop agreement checkpoint.chunk checkpoint.structure "
+    "checkpoint.commit data.prefetch data.table "
     "models.family models.reference.precision models.reference.packing models.reference.delta_chunk",
     "data.source data.skip data.cursor data.order data.mixture data.tokenize data.pack data.ledger "
-    "models.loss models.flops "
-    "checkpoint.dcp_file checkpoint.safetensors_file "
+    "models.loss models.flops finite "
+    "checkpoint.dcp_file checkpoint.safetensors_file checkpoint.start checkpoint.proof checkpoint.writer "
     "models.reference.attention models.reference.convolution models.reference.linear_attention models.reference.norm "
     "models.reference.gate models.reference.hgrn models.reference.simple_gla models.reference.token_shift",
     "models.reference.gsa models.reference.lightnet models.reference.delta_rule models.reference.mamba "
-    "models.reference.rwkv checkpoint.dcp_writer parallel.region",
+    "models.reference.rwkv checkpoint.dcp_writer checkpoint.weights parallel.region",
     "config data.lane models.llama models.fla models.init models.reference "
-    "parallel.tensor parallel.context parallel.pipeline parallel.layout quantize checkpoint.manager checkpoint.convert",
-    "input run data.loader checkpoint.export parallel.apply "
+    "parallel.tensor parallel.context parallel.pipeline parallel.layout quantize checkpoint.convert "
+    "checkpoint.dcp_reader",
+    "input run data.loader checkpoint.export checkpoint.manager checkpoint.initial parallel.apply "
     "models.neox models.falcon models.moe models.delta models.generic models.shrink",
-    "plan metrics models.table data.inspect data.corpus data.bench",
+    "plan metrics parallel.titan models.table data.inspect data.corpus data.bench",
     "preflight validation models.hf data.__main__",
-    "models.causal_lm",
-    "spec blueprint models.audit models.listing activation",
+    "models.causal_lm models.titan blueprint",
+    "spec models.audit models.listing activation",
     "trainer verify models.__main__ memory",
     "job dry_run",
-    "launch train",
+    "launch train drills.job",
+    "drills.drill drills.fault drills.rank",
+    "drills.__main__",
 )
 STRANGERS = {"data": {"models"}, "models": {"data"}, "checkpoint": {"data", "models"}}  # whatever their rows
 

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from flame.checkpoint.commit import write_marker
 from flame.config import parse
 from flame.errors import UserError
 from flame.input import is_local, vocab_of_tokenizer
@@ -52,7 +53,6 @@ def refusal(flags, ranks=1, model=MODEL):
         ("--data.lanes 6", 3),
         ("--checkpoint.create_seed_checkpoint", 1),
         ("--training.context_len 64 --training.seq_len 64", 1),
-        ("--checkpoint.load_step 0", 1),
         ("--job.dump_folder not/there/yet", 1),
     ],
 )
@@ -105,6 +105,10 @@ def test_a_job_that_can_train_passes(flags, ranks):
         ("--checkpoint.folder /elsewhere", ["--checkpoint.folder", "inside job.dump_folder"]),
         ("--checkpoint.initial_load_path gone", ["--checkpoint.initial_load_path", "gone"]),
         ("--checkpoint.create_seed_checkpoint --checkpoint.no_enable", ["create_seed_checkpoint", "enable"]),
+        ("--job.dump_folder s3://bucket/run", ["--job.dump_folder", "s3://bucket/run", "file system"]),
+        ("--checkpoint.folder gs://bucket", ["--checkpoint.folder", "gs://bucket", "file system"]),
+        ("--checkpoint.initial_load_path s3://bucket/step-5", ["--checkpoint.initial_load_path", "s3://bucket"]),
+        ("--checkpoint.keep_every -1", ["--checkpoint.keep_every", "0 or more"]),
     ],
 )
 def test_what_could_not_train_is_refused_in_one_line(flags, words):
@@ -217,11 +221,12 @@ def test_a_step_to_resume_from_must_be_there_whole():
     for step, whole in ((10, True), (20, True), (30, False)):
         Path(f"run/checkpoint/step-{step}").mkdir(parents=True)
         if whole:
-            Path(f"run/checkpoint/step-{step}/.metadata").touch()
+            write_marker(Path(f"run/checkpoint/step-{step}"), [], {"resumable": True})
     check(parse([*MODEL, "--job.dump_folder", "run", "--checkpoint.load_step", "20"]), 1)
     message = refusal("--job.dump_folder run --checkpoint.load_step 30")
     assert "step-30" in message and "10, 20" in message
-    assert "none at all" in refusal("--job.dump_folder other --checkpoint.load_step 30")
+    for step in (0, 30):
+        assert "none at all" in refusal(f"--job.dump_folder other --checkpoint.load_step {step}")
 
 
 @pytest.mark.parametrize(

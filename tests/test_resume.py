@@ -1,6 +1,8 @@
 """A run that is killed and resumed is the run that was never killed, to the last digit."""
 
+import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -8,6 +10,7 @@ import time
 
 import pytest
 
+from flame.checkpoint.commit import complete_steps
 from tests.launch import SMALL, environment, metrics, torchrun, train, train_each, trajectory
 from tests.tiny import write_config
 
@@ -104,3 +107,50 @@ def test_a_finished_job_says_so_and_trains_nothing(root, job, undisturbed):
     assert done.returncode == 0
     assert f"This job is complete: step {STEPS} of {STEPS}" in done.stdout
     assert trajectory(folder) == before
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_layout_to_layout_as_if_it_had_stayed_in_one(root, job):
+    flags = [
+        f"--model.config={write_config(root, 'llama')}",
+        "--lr_scheduler.total_steps=20",
+        "--optimizer.eps=1e-6",  # Adam divides by the root of what is next to nothing in some elements: 1e-8 would make
+        # a rounding error of a gradient, which depends on the layout, one of the update
+    ]
+    stages = [  # ranks, sequences a rank, layout; 4 steps each
+        (1, 8, []),
+        (4, 2, []),
+        (4, 4, ["--parallelism.tensor_parallel_degree=2"]),
+        (2, 8, ["--parallelism.pipeline_parallel_degree=2"]),
+        (1, 8, []),
+    ]
+    train_each([job(root / "stayed", 3, *flags)])
+    for number, (ranks, batch, layout) in enumerate(stages, 1):
+        steps = [f"--training.steps={4 * number}", "--checkpoint.interval=4", f"--training.local_batch_size={batch}"]
+        train_each([job(root / "moved", 3, *flags, *steps, *layout)], ranks=ranks)
+    expected = trajectory(root / "stayed")
+    assert len(expected) == STEPS
+    for (step, loss, norm, *data), (_, was_loss, was_norm, *was_data) in zip(
+        trajectory(root / "moved"), expected, strict=True
+    ):
+        assert data == was_data, step  # lr, tokens and data digest
+        assert loss == pytest.approx(was_loss, abs=1e-5), step  # float32 sums in another order
+        assert norm == pytest.approx(was_norm, rel=1e-4), step
+
+
+@pytest.mark.slow
+def test_a_run_whose_disk_is_full_stops_with_one_line_and_goes_on_when_there_is_room(root, job):
+    folder = root / "full"
+    flags = [*job(folder, 1), "--checkpoint.interval=2", "--lr_scheduler.total_steps=6"]
+    assert train(*flags, "--training.steps=2", ranks=2).returncode == 0
+    command = torchrun("-m", "flame.train", *flags, "--training.steps=6", ranks=2)
+    command[command.index("torch.distributed.run")] = "flame.launch"
+    limited = ["bash", "-c", f"ulimit -f 100 && exec {shlex.join(command)}"]  # KiB a file
+    done = subprocess.run(limited, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stderr
+    assert "flame: " in done.stderr and "step-4 could not be saved: [Errno 27] File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    status = json.loads((folder / "status.json").read_text())
+    assert (status["status"], complete_steps(folder / "checkpoint")) == ("failed", [2])
+    assert train(*flags, "--training.steps=6", ranks=2).returncode == 0
+    assert complete_steps(folder / "checkpoint") == [2, 4, 6]

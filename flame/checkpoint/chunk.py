@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from flame.checkpoint.element import SIZES, Box, as_bytes, raw
+from flame.checkpoint.element import SIZES, Box, as_bytes, is_adjacent, raw, read_box
 from flame.checkpoint.record import read_pickle
 
 
@@ -63,20 +63,13 @@ class ChunkReader:
     def read(self, box: Box) -> np.ndarray:
         """The raw elements of a box of the tensor that lies in this chunk; boxes come in row-major order."""
         local = [(start - low, stop - low) for (start, stop), low in zip(box, self.chunk.offsets, strict=True)]
-        if not (self.row_major and _is_adjacent(local, self.chunk.sizes)):
+        if not (self.row_major and is_adjacent(local, self.chunk.sizes)):
             return np.ascontiguousarray(self._map()[tuple(slice(*each) for each in local)])
-        before = 0  # elements of the chunk before the box
-        for (start, _), size in zip(local, self.chunk.sizes, strict=True):
-            before = before * size + start
-        block = np.empty([stop - start for start, stop in local], raw(self.dtype))
-        view, done = as_bytes(block), 0
-        with open(self.chunk.file, "rb", buffering=0) as file:
-            file.seek(self.start + before * block.itemsize)
-            while done < len(view):
-                if not (count := file.readinto(view[done:])):
-                    raise self._damaged("the end of the file")
-                done += count
-        self.crc, self.count = zlib.crc32(view, self.crc), self.count + block.size
+        try:
+            block = read_box(self.chunk.file, self.start, self.dtype, self.chunk.sizes, local)
+        except EOFError:
+            raise self._damaged("the end of the file") from None
+        self.crc, self.count = zlib.crc32(as_bytes(block), self.crc), self.count + block.size
         return block
 
     def check(self) -> None:
@@ -102,13 +95,6 @@ def _is_row_major(sizes: tuple[int, ...], strides: tuple[int, ...]) -> bool:
             return False
         step *= size
     return True
-
-
-def _is_adjacent(box: list[tuple[int, int]], sizes: tuple[int, ...]) -> bool:
-    """Whether the elements of a box follow each other in memory: below its first true range all is taken."""
-    extents = [stop - start for start, stop in box]
-    first = next((i for i, extent in enumerate(extents) if extent > 1), len(extents))
-    return all(extent == size for extent, size in zip(extents[first + 1 :], sizes[first + 1 :], strict=True))
 
 
 class _Range(io.RawIOBase):

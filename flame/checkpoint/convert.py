@@ -12,7 +12,7 @@ import numpy as np
 from flame.checkpoint.dcp_file import StoredTensor, read_blocks, read_tensors
 from flame.checkpoint.element import FLOATS, SIZES, as_bytes, cast
 from flame.checkpoint.safetensors_file import Entry, check_file, lay_out, read_bytes, write_file
-from flame.checkpoint.structure import Found, Part, Structure, UnfaithfulError
+from flame.checkpoint.structure import Found, Part, Structure, UnfaithfulError, whole
 
 SHARD_BYTES = 2 << 30
 INDEX = "model.safetensors.index.json"
@@ -93,11 +93,6 @@ def convert_hf_to_dcp(
             found = crc32(as_bytes(block), found)
         if (tensors[part.tensor].dtype, found) != (entries[name].dtype, expected):
             raise UnfaithfulError(f"{folder}: {part.tensor} reads back as other bytes than {entries[name].file} holds")
-
-
-def whole(name: str, shape: tuple[int, ...]) -> Part:
-    """All of a tensor under its own name."""
-    return Part(name, (0,) * len(shape), shape)
 
 
 def _split(wanted: Found, shard_bytes: int) -> Iterator[list[str]]:

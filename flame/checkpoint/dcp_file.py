@@ -1,6 +1,5 @@
 """Reads the model in a DCP checkpoint without torch, a few MiB at a time, from any number of ranks in any layout."""
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +23,6 @@ class StoredTensor:
     dtype: str
     shape: tuple[int, ...]
     chunks: tuple[Chunk, ...]
-
-
-def complete_steps(folder: str | Path) -> list[int]:
-    """Steps of the complete checkpoints under `folder`, ascending; DCP writes `.metadata` last."""
-    found = (re.fullmatch(r"step-(\d+)", path.parent.name) for path in Path(folder).glob("step-*/.metadata"))
-    return sorted(int(match[1]) for match in found if match)
 
 
 def read_tensors(checkpoint: Path) -> dict[str, StoredTensor]:

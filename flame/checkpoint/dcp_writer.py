@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -20,6 +19,7 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from flame.checkpoint.element import SIZES, boxes
 from flame.checkpoint.safetensors_file import Entry
 from flame.checkpoint.structure import Part
+from flame.checkpoint.writer import Writer
 
 PIECE_BYTES = 64 << 20  # of a chunk and of a file: the writer holds on to all tensors of the file it writes
 
@@ -49,7 +49,7 @@ def write_checkpoint(
     A part is a chunk of its tensor, a large one several. To the writer every file is that of one rank.
     """
     pieces = [piece for name, part in parts.items() for piece in _cut(entries[name], part, shapes, piece_bytes)]
-    writer = FileSystemWriter(folder, overwrite=False)
+    writer = Writer(folder, {"step": 0, "tokens": 0, "resumable": False, "ranks": 1}, overwrite=False)
     writer.set_up_storage_writer(True)
     plans = [SavePlan([piece.item for piece in file]) for file in _group(pieces, piece_bytes)]
     plans = [writer.prepare_local_plan(plan) for plan in writer.prepare_global_plan(plans)]

@@ -1,7 +1,8 @@
 """The elements of checkpoints: torch's names for their types, safetensors' codes, their bytes, and casts."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -55,6 +56,31 @@ def boxes(whole: Box, limit: int) -> Iterator[Box]:
         return
     for i in range(start, stop, limit // row):
         yield ((i, min(i + limit // row, stop)), *inner)
+
+
+def is_adjacent(box: Sequence[tuple[int, int]], sizes: tuple[int, ...]) -> bool:
+    """Whether the elements of a box follow each other in memory: below its first true range all is taken."""
+    extents = [stop - start for start, stop in box]
+    first = next((i for i, extent in enumerate(extents) if extent > 1), len(extents))
+    return all(extent == size for extent, size in zip(extents[first + 1 :], sizes[first + 1 :], strict=True))
+
+
+def read_box(file: Path, start: int, dtype: str, sizes: tuple[int, ...], box: Sequence[tuple[int, int]]) -> np.ndarray:
+    """The raw elements of a box of a row-major tensor whose bytes begin at `start` of a file. Raises EOFError."""
+    if not is_adjacent(box, sizes):  # such as columns: the pages they lie in, for as long as it takes
+        return np.array(np.memmap(file, raw(dtype), "r", start, sizes)[tuple(slice(*each) for each in box)])
+    first = 0  # element of the tensor
+    for (low, _), size in zip(box, sizes, strict=True):
+        first = first * size + low
+    block = np.empty([stop - low for low, stop in box], raw(dtype))
+    view, done = as_bytes(block), 0
+    with open(file, "rb", buffering=0) as stream:
+        stream.seek(start + first * block.itemsize)
+        while done < len(view):
+            if not (count := stream.readinto(view[done:])):
+                raise EOFError
+            done += count
+    return block
 
 
 def cast(block: np.ndarray, source: str, target: str) -> np.ndarray:

@@ -1,111 +1,271 @@
-"""torchtitan's CheckpointManager, with rotation that cannot delete the last good checkpoint."""
+"""torchtitan's CheckpointManager, which saves whole checkpoints or none, and starts from one that is proven or none."""
 
-import os
-import re
-from collections.abc import Iterator
-from itertools import count
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import tomli
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+from torchtitan.components.checkpoint import MODEL, OPTIMIZER, TRAIN_STATE, AsyncMode
 from torchtitan.components.checkpoint import CheckpointManager as TitanCheckpointManager
 from torchtitan.tools.logging import logger
+from torchtitan.tools.utils import GarbageCollection
 
-from flame.checkpoint.dcp_file import complete_steps
-from flame.errors import UserError
+from flame.checkpoint.commit import (
+    MARKER,
+    complete_steps,
+    discard,
+    incomplete,
+    is_resumable,
+    is_unfinished,
+    read_marker,
+    set_aside,
+    withdraw,
+)
+from flame.checkpoint.proof import agree, find_whole, prove
+from flame.checkpoint.start import check_resumable, choose, compare
+from flame.checkpoint.writer import Writer
+from flame.config import recorded, to_toml
+from flame.errors import SaveError, UserError
 
-
-def incomplete(folder: Path) -> list[Path]:
-    """Checkpoints under `folder` that were never finished, or lost their metadata."""
-    steps = {f"step-{step}" for step in complete_steps(folder)}
-    return sorted(p for p in folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name) and p.name not in steps)
-
-
-def _numbered(name: str) -> Iterator[str]:
-    yield name
-    yield from (f"{name}.{n}" for n in count(2))
-
-
-def _holds_training(checkpoint: Path) -> bool:
-    """Whether a checkpoint holds more than the model: torchtitan's last_save_model_only leaves the rest out."""
-    return "train_state.step" in dcp.FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata
+_OF_CHECKPOINT = ("params", "lr", "initial_lr")  # of an optimizer's groups; flame.schedule writes today's rates
+_ANOTHER_MODEL = ("Size mismatch", "Missing key")  # how DCP says that tensors are not those of the model
 
 
 class CheckpointManager(TitanCheckpointManager):
-    """Saves when told that a save is due, resumes from complete checkpoints only, keeps the newest k of those.
+    """Saves when told that a save is due, starts as --checkpoint.start says, and keeps the newest k checkpoints.
 
     Mends of torchtitan 0.2.2: rotation counts half-written folders and export folders; an existing but empty folder
-    hides `initial_load_path` and trains from random weights; overwriting a complete checkpoint leaves its metadata
-    in place while its data change; the last save is not rotated, and `close` does not wait for an async save.
+    hides `initial_load_path` and trains from random weights; a checkpoint that is damaged is loaded all the same; a
+    resume takes betas, eps and weight decay from the checkpoint, whatever the settings are; the last save is not
+    rotated, and `close` does not wait for an async save.
     """
 
     folder: str
 
     def __init__(self, *args: Any, checkpoint_config: Any, **kwargs: Any) -> None:
         super().__init__(*args, checkpoint_config=checkpoint_config, **kwargs)
+        self.config = checkpoint_config
         self.every_seconds = checkpoint_config.interval_type == "seconds"
         self.due = False  # set by the trainer, agreed by all ranks, when saves are counted in seconds
+        self.saving = ""  # the checkpoint that was begun last
+        self.before_save: Callable[[], None] = lambda: None  # set by the trainer; raises if the state is not fit for it
+        self.origin: dict[str, Any] = {"mode": "scratch"}  # what `load` did
+
+    # -- saving -------------------------------------------------------------------------------------------------------
+
+    def save(self, curr_step: int, last_step: bool = False) -> None:
+        """Save if a save is due. Raises SaveError, on all ranks, as --checkpoint.on_save_failure says."""
+        try:
+            super().save(curr_step, last_step)
+        except CheckpointException as error:
+            self._settle(error, final=last_step)
+
+    def save_full(self, step: int) -> None:
+        """Save all that a resume needs before returning, whatever last_save_model_only says; nothing if it is there.
+
+        Raises SaveError.
+        """
+        if not self.enable or self.load_only or step == 0:  # a run at step 0 starts again as it did
+            return
+        self._async_wait()
+        if self._is_saved(step):
+            return
+        logger.info(f"Saving a full checkpoint at step {step}.")
+        try:
+            states = self._flattened_model_states_sd()
+            self.dcp_save(states, self._create_checkpoint_id(step), AsyncMode.DISABLED, enable_garbage_collection=True)
+        except CheckpointException as error:
+            self._settle(error, final=True)
+        self._purge_stale_checkpoints()
+
+    @torch.no_grad()
+    def dcp_save(
+        self,
+        state_dict: dict[str, Any],
+        checkpoint_id: str,
+        async_mode: AsyncMode,
+        enable_garbage_collection: bool = False,
+        to_hf: bool = False,
+    ) -> Any:
+        """torchtitan's, with a writer of our own; it has no hook for one."""
+        assert not to_hf, "flame.plan refuses last_save_in_hf"
+        self.before_save()
+        self.saving = checkpoint_id
+        writer = Writer(checkpoint_id, self._facts(state_dict) if dist.get_rank() == 0 else {})
+        if async_mode != AsyncMode.DISABLED:
+            process = async_mode == AsyncMode.ASYNC_WITH_PINNED_MEM
+            return dcp.async_save(
+                state_dict,
+                storage_writer=writer,
+                process_group=self.pg,
+                async_checkpointer_type=AsyncCheckpointerType.PROCESS if process else AsyncCheckpointerType.THREAD,
+                async_stager=self.stager,
+            )
+        dcp.save(state_dict, storage_writer=writer)
+        if enable_garbage_collection:
+            GarbageCollection.collect("GC collection invoked by checkpointer.")
+        return None
+
+    def close(self) -> None:
+        if getattr(self, "save_future", None) is not None:
+            try:
+                self._async_wait()
+            except SaveError as error:  # what closes now has ended already, well or not
+                logger.error(str(error))
+        super().close()
+
+    def _facts(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """What the marker of a checkpoint says of it, besides its files."""
+        trainer = self.states[TRAIN_STATE]
+        return {
+            **{name: getattr(trainer, name) for name in ("step", "tokens", "data_digest")},
+            "resumable": TRAIN_STATE in state_dict,
+            "ranks": dist.get_world_size(),
+            "config": self._settings(),
+        }
+
+    def _settings(self) -> dict[str, Any]:
+        return tomli.loads(to_toml(recorded(self.states[TRAIN_STATE].job_config)))
 
     def _should_save(self, curr_step: int, last_step: bool = False) -> bool:
         if self.every_seconds and self.enable and not self.load_only and not last_step:
             return self.due
         return super()._should_save(curr_step, last_step)
 
-    def load(self, step: int = -1) -> bool:
-        """Resume from step N, or from the newest complete checkpoint (-1). Returns whether anything was loaded."""
-        if not self.enable:
-            return False
-        folder, steps = Path(self.folder), complete_steps(self.folder)
-        for path in incomplete(folder):
-            logger.warning(f"{path} is not complete and is not used")
-        chosen = (steps[-1] if steps else None) if step == -1 else step
-        if chosen and not _holds_training(folder / f"step-{chosen}"):
-            raise UserError(
-                f"--checkpoint.last_save_model_only: step-{chosen} in {folder} holds the model alone and cannot be "
-                "resumed; start another run from it with --checkpoint.initial_load_path"
-            )
-        if not steps:  # at most the first save, cut short: flame.plan refuses more
-            self._set_aside(incomplete(folder))
-        if steps or (not self.initial_load_path and not self.initial_load_in_hf):
-            loaded = super().load(steps[-1] if step == -1 and steps else step)
-        else:  # torchtitan asks whether the folder exists; what counts is whether it holds a checkpoint
-            self.folder = os.path.join(self.folder, "none")
-            try:
-                loaded = super().load(step)
-            finally:
-                self.folder = str(folder)
-        if step > 0:  # the steps after it will be done again
-            self._set_aside([folder / f"step-{later}" for later in steps if later > step])
-        return loaded
-
-    def _set_aside(self, checkpoints: list[Path]) -> None:
-        """Move checkpoints of a course that is left to replaced/, where rotation and resume do not look."""
-        if dist.get_rank() == 0:
-            for path in checkpoints:
-                aside = (path.parent / "replaced" / name for name in _numbered(path.name))
-                target = next(candidate for candidate in aside if not candidate.exists())
-                target.parent.mkdir(exist_ok=True)
-                logger.warning(f"{path} is moved to {target}")
-                os.replace(path, target)
-        dist.barrier()
-
-    def dcp_save(self, state_dict: dict[str, Any], checkpoint_id: str, *args: Any, **kwargs: Any) -> Any:
-        if dist.get_rank() == 0:
-            Path(checkpoint_id, ".metadata").unlink(missing_ok=True)  # a checkpoint that is overwritten is not complete
-        dist.barrier()
-        return super().dcp_save(state_dict, checkpoint_id, *args, **kwargs)
-
     def _save_last_step(self, curr_step: int) -> None:
-        super()._save_last_step(curr_step)
+        if self.last_save_model_only or not self._is_saved(curr_step):
+            super()._save_last_step(curr_step)
         self._purge_stale_checkpoints()
 
-    def _purge_stale_checkpoints(self) -> None:
-        if self.keep_latest_k > 0 and dist.get_rank() == 0:
-            for step in complete_steps(self.folder)[: -self.keep_latest_k]:
-                self.purge_queue.put(self._create_checkpoint_id(step))
+    def _is_saved(self, step: int) -> bool:
+        """Whether a checkpoint that can be resumed is there; all ranks get the answer of the first."""
+        path = Path(self._create_checkpoint_id(step))
+        return agree(lambda: step in complete_steps(self.folder) and is_resumable(path))
 
-    def close(self) -> None:
-        if getattr(self, "save_future", None) is not None:
-            self._async_wait()
-        super().close()
+    def _async_wait(self) -> None:
+        try:
+            super()._async_wait()
+        except CheckpointException as error:
+            self.save_future = None
+            self._settle(error)
+
+    def _settle(self, error: CheckpointException, final: bool = False) -> None:
+        """Clear up after a save that failed on all ranks, and go on if that was asked for and another save follows."""
+        found = [failure for failure, _ in error.failures.values()]
+        if not all(isinstance(failure, OSError) for failure in found):
+            raise error
+        if dist.get_rank() == 0:
+            discard(Path(self.saving))
+        message = f"{self.saving} could not be saved: {found[0]}"
+        if final or self.config.on_save_failure == "stop":
+            raise SaveError(f"{message}; what was saved before is as it was")
+        logger.warning(f"{message}; training goes on (--checkpoint.on_save_failure continue)")
+
+    def _purge_stale_checkpoints(self) -> None:
+        if self.keep_latest_k == 0 or dist.get_rank() != 0:
+            return
+        every = self.config.keep_every
+        for step in complete_steps(self.folder)[: -self.keep_latest_k]:
+            path = self._create_checkpoint_id(step)
+            if every and step % every == 0:
+                continue
+            try:
+                withdraw(Path(path))  # one whose deletion is cut short is then not taken for a damaged one
+            except OSError as error:
+                logger.warning(f"{path} could not be deleted: {error}")
+                continue
+            self.purge_queue.put(path)
+
+    # -- starting -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def load(self, step: int = -1) -> bool:
+        """Start as the settings say; `step` is their load_step. Returns whether anything was loaded. Raises UserError.
+
+        A checkpoint is proven before any of it is loaded; one that is damaged is named, and the newest before it that
+        is not is taken, unless a step was asked for.
+        """
+        folder = Path(self.folder) if self.enable else Path()
+        start = agree(lambda: choose(self.config, folder))
+        source, restored = "", []
+        if start.mode == "resume":
+            self._name_broken(folder)
+            path = find_whole([folder / f"step-{step}" for step in start.steps])
+            number = int(path.name.removeprefix("step-"))
+            if number > 0:
+                agree(lambda: check_resumable(path))
+            source, restored = str(path), self._load(path, model_only=number == 0)
+            if not self.load_only:
+                agree(lambda: self._set_aside(folder, number))
+        elif self.enable:
+            agree(lambda: self._set_aside(folder))
+            if start.mode == "init":
+                source, restored = self.initial_load_path, self._load_initial()
+        self._say(start.mode, source, restored)
+        return bool(source)
+
+    def _name_broken(self, folder: Path) -> None:
+        if dist.get_rank() == 0:
+            for step, reason in incomplete(folder).items():
+                logger.warning(f"{folder / f'step-{step}'} is not complete and is not used: {reason}")
+
+    def _set_aside(self, folder: Path, after: int | None = None) -> None:
+        """Move away the checkpoints after the step that is resumed; at a new start, the first save, cut short."""
+        for step in sorted([*complete_steps(folder), *incomplete(folder)]):
+            path = folder / f"step-{step}"
+            if after is None or (step > after and not is_unfinished(path)):  # that one will be overwritten
+                logger.warning(f"{path} is moved to {set_aside(path)}")
+
+    def _load(self, checkpoint: Path, model_only: bool) -> list[str]:
+        """Load a checkpoint of ours; returns the names of what was."""
+        kept = [dict(group) for group in self._groups()]
+        self.dcp_load(self._states_to_load(model_only), str(checkpoint), from_hf=False, from_quantized=False)
+        for group, asked in zip(self._groups(), kept, strict=True):  # a checkpoint brings its own betas and the like
+            group.update({name: value for name, value in asked.items() if name not in _OF_CHECKPOINT})
+        GarbageCollection.collect("GC collection for checkpoint loading.")
+        return [MODEL] if model_only else [name for name in self.states if name not in self.exclude_from_loading]
+
+    def _load_initial(self) -> list[str]:
+        """Load what --checkpoint.initial_load_path names; returns the names of what was. Raises UserError."""
+        if self.initial_load_in_hf:
+            self.dcp_load(self._states_to_load(True), self.initial_load_path, from_hf=True, from_quantized=False)
+            return [MODEL]
+        checkpoint = Path(self.initial_load_path)
+        if damage := prove(checkpoint):
+            raise UserError(f"--checkpoint.initial_load_path: {checkpoint} is damaged: {damage[0]}")
+        return self._load(checkpoint, self.initial_load_model_only)
+
+    def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, *args: Any, **kwargs: Any) -> None:
+        """torchtitan's; a checkpoint of another model is refused in one line."""
+        try:
+            super().dcp_load(state_dict, checkpoint_id, *args, **kwargs)
+        except CheckpointException as error:
+            failure, _ = next(iter(error.failures.values()))
+            if not str(failure).startswith(_ANOTHER_MODEL):
+                raise
+            raise UserError(f"{checkpoint_id} does not fit this job: {str(failure).splitlines()[0]}") from None
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self.states[OPTIMIZER] for group in optimizer.param_groups]
+
+    def _say(self, mode: str, source: str, restored: list[str]) -> None:
+        """Say, and keep for status.json, how the job starts; and what changed since the checkpoint it resumes."""
+        trainer = self.states[TRAIN_STATE]
+        self.origin = {"mode": mode, "source": source or None, "step": trainer.step, "tokens": trainer.tokens}
+        self.origin["restored"] = restored
+        if dist.get_rank() != 0:
+            return
+        origin = f" from {source}" if source else ""
+        what = ", ".join(restored) or "nothing, the weights are random"
+        logger.info(f"start: {mode}{origin}, step {trainer.step}, {trainer.tokens:,} tokens; restored: {what}")
+        if mode == "resume":
+            marker = read_marker(Path(source))
+            if not marker:
+                logger.warning(f"{source} has no {MARKER}: no more than its names and sizes could be checked")
+            for change in compare(marker["config"], self._settings()) if "config" in marker else ():
+                logger.info(f"changed since {Path(source).name}: {change}")

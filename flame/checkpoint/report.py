@@ -36,11 +36,16 @@ def write_report(folder: Path, digests: dict[str, str], **fields: Any) -> None:
     digests: {file: sha256} of the files that were hashed already.
     """
     digests = {path.name: digests.get(path.name) or sha256(path) for path in sorted(folder.iterdir())}
-    versions = {"flame": __version__}
+    (folder / REPORT).write_text(json.dumps({**fields, "files": digests, "versions": versions()}, indent=2) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """{package: version} of flame and of what checkpoints depend on."""
+    found = {"flame": __version__}
     for package in _PACKAGES:
         with suppress(PackageNotFoundError):
-            versions[package] = version(package)
-    (folder / REPORT).write_text(json.dumps({**fields, "files": digests, "versions": versions}, indent=2) + "\n")
+            found[package] = version(package)
+    return found
 
 
 def read_report(folder: Path) -> dict[str, Any]:

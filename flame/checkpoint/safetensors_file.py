@@ -77,8 +77,19 @@ def read_header(file: Path) -> dict[str, Entry]:
         raise UserError(f"{file}: not a whole safetensors file ({type(error).__name__}: {error})") from None
 
 
-def find_files(folder: Path) -> list[Path]:
-    """The safetensors files of a Hugging Face folder, by its index if it has one. Raises UserError."""
+def read_headers(files: Iterable[Path], flag: str = "--model") -> dict[str, Entry]:
+    """The tensors of several files, which the flag named. Raises UserError."""
+    entries: dict[str, Entry] = {}
+    for file in files:
+        for name, entry in read_header(file).items():
+            if name in entries:
+                raise UserError(f"{flag}: {name} is in {entries[name].file} and in {file}")
+            entries[name] = entry
+    return entries
+
+
+def find_files(folder: Path, flag: str = "--model") -> list[Path]:
+    """The safetensors files of a Hugging Face folder, by its index if it has one. Raises UserError, of a flag."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
@@ -89,7 +100,7 @@ def find_files(folder: Path) -> list[Path]:
         return [folder / "model.safetensors"]
     found = sorted(path.name for path in folder.glob("*") if path.suffix in (".safetensors", ".bin", ".pt", ".pth"))
     raise UserError(
-        f"--model {folder}: found {', '.join(found[:5]) or 'no weights'}, must hold model.safetensors or its index "
+        f"{flag} {folder}: found {', '.join(found[:5]) or 'no weights'}, must hold model.safetensors or its index "
         "(save_pretrained of transformers writes them)"
     )
 

@@ -4,7 +4,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from importlib.metadata import version
 from math import prod
@@ -39,19 +39,26 @@ class Part:
         return tuple((low, low + size) for low, size in zip(self.start, sizes, strict=True))
 
 
+def whole(name: str, shape: tuple[int, ...]) -> Part:
+    """All of a tensor under its own name."""
+    return Part(name, (0,) * len(shape), shape)
+
+
 @dataclass(frozen=True)
 class Structure:
     """A model's tensors, {name: (dtype, shape)} as built in float32.
 
     `shared` are further names of tied tensors, which may be there or not. `ignored` are patterns of names that
     published checkpoints have and that transformers leaves aside. `parts` are what checkpoints are published as,
-    {name: Part}, where that is not the model's own tensors by their own names.
+    {name: Part}, where that is not the model's own tensors by their own names. `vocabulary` are the tensors that have a
+    row for each id.
     """
 
     tensors: Found
     shared: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
     parts: Mapping[str, Part] = field(default_factory=dict)
+    vocabulary: tuple[str, ...] = ()
 
     @property
     def published(self) -> "Structure":
@@ -60,7 +67,22 @@ class Structure:
             return self
         kept = {name: part for name, part in self.parts.items() if part.tensor in self.tensors}
         tensors = {name: (self.tensors[part.tensor][0], part.shape) for name, part in kept.items()}
-        return Structure(tensors, tuple(self.parts.keys() - kept.keys()), self.ignored)
+        rows = tuple(name for name, part in kept.items() if part.tensor in self.vocabulary)
+        return Structure(tensors, tuple(self.parts.keys() - kept.keys()), self.ignored, vocabulary=rows)
+
+    def part(self, name: str) -> Part:
+        """What a published checkpoint has under a name that is not one of `shared`."""
+        return self.parts[name] if self.parts else whole(name, self.tensors[name][1])
+
+    def before_growth(self, found: Found) -> "Structure":
+        """The structure with no more ids than the tensors found have rows."""
+        tensors = dict(self.tensors)
+        for name in self.vocabulary:
+            dtype, shape = tensors[name]
+            _, rows = found.get(name, (dtype, shape))
+            if len(rows) == len(shape) and rows[0] < shape[0]:
+                tensors[name] = (dtype, (rows[0], *shape[1:]))
+        return replace(self, tensors=tensors)
 
     def ignores(self, name: str) -> bool:
         """Whether transformers leaves a tensor of this name aside."""
@@ -88,15 +110,22 @@ def _identity(folder: Path) -> list[str]:
 
 
 def main_dtype(found: Found) -> str:
-    """The type that most floating elements have."""
+    """The type that most floating elements have, float32 if there are no tensors."""
     counts: Counter[str] = Counter()
     for dtype, shape in found.values():
         counts[dtype] += prod(shape) if dtype in FLOATS else 0
-    return max(counts, key=lambda dtype: counts[dtype])
+    return max(counts, key=lambda dtype: counts[dtype], default="float32")
 
 
 def check_structure(found: Found, structure: Structure) -> None:
-    """Raises UnfaithfulError, a line for each tensor missing, unexpected, of the wrong shape or of the wrong type.
+    """Raises UnfaithfulError, a line for each complaint of `compare`."""
+    if complaints := compare(found, structure):
+        more = [f"and {len(complaints) - SHOWN} more"] if len(complaints) > SHOWN else []
+        raise UnfaithfulError("not the tensors of the config's model\n  " + "\n  ".join(complaints[:SHOWN] + more))
+
+
+def compare(found: Found, structure: Structure) -> list[str]:
+    """A complaint for each tensor that is missing, unexpected, of the wrong shape or of the wrong type.
 
     Floating tensors are to be all of one type, which the model may have been cast to, or of the type the model gives
     them.
@@ -115,6 +144,4 @@ def check_structure(found: Found, structure: Structure) -> None:
         allowed = {wanted, main} if wanted in FLOATS else {wanted}
         if dtype not in allowed:
             complaints.append(f"dtype: {name} has {dtype}, must have {' or '.join(sorted(allowed))}")
-    if complaints:
-        more = [f"and {len(complaints) - SHOWN} more"] if len(complaints) > SHOWN else []
-        raise UnfaithfulError("not the tensors of the config's model\n  " + "\n  ".join(complaints[:SHOWN] + more))
+    return complaints

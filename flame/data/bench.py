@@ -47,7 +47,7 @@ class Pair(NamedTuple):
 
 def bench(config: JobConfig, seconds: float = SECONDS) -> None:
     """Print the speed for several numbers of workers, state and memory. Raises UserError as a run of the job would."""
-    tokenizer = build_tokenizer(config.model.tokenizer_path, trust_remote_code=config.model.trust_remote_code)
+    tokenizer = build_tokenizer(config.model.tokenizer_path, config.model.trust_remote_code, config.model.add_tokens)
     config.data.epochs, config.data.skip = 0, None  # a stream that neither ends nor leaves anything out
     texts = draw_texts(build_sources(config.training, config.data))
     if not texts:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch.distributed.checkpoint as dcp
 
-from flame.checkpoint.manager import complete_steps
+from flame.checkpoint.commit import complete_steps
 from flame.config import JobConfig, parse
 from flame.data.ledger import digest_batch, roll
 from flame.data.loader import Row, build_dataloader
@@ -183,7 +183,7 @@ def _describe(row: Row, sources: Sequence[str], tokenizer: Tokenizer, full: bool
 
 
 def _tokenizer(config: JobConfig) -> Tokenizer:
-    return build_tokenizer(config.model.tokenizer_path, trust_remote_code=config.model.trust_remote_code)
+    return build_tokenizer(config.model.tokenizer_path, config.model.trust_remote_code, config.model.add_tokens)
 
 
 def _ranks(folder: Path) -> int:

@@ -23,11 +23,12 @@ KNOWN_ENDS = (END, "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "<|im_end|>")
 class Tokenizer(BaseTokenizer):
     """A Hugging Face tokenizer behind torchtitan's interface; `hf` is the tokenizer itself.
 
-    Ids are those of `hf` without special tokens; the packer adds the EOS between documents.
+    Ids are those of `hf` without special tokens; the packer adds the EOS between documents. `add_tokens` are given an
+    id each behind all others, unless they have one; `added` counts those that had none.
     Raises UserError if the tokenizer has no Rust backend or no EOS.
     """
 
-    def __init__(self, hf: "PreTrainedTokenizerFast", path: str) -> None:
+    def __init__(self, hf: "PreTrainedTokenizerFast", path: str, add_tokens: Sequence[str] = ()) -> None:
         super().__init__()
         if not getattr(hf, "is_fast", False):
             raise UserError(f"{FLAG} {path}: {type(hf).__name__} has no Rust backend; a tokenizer.json is needed")
@@ -37,6 +38,8 @@ class Tokenizer(BaseTokenizer):
                 raise UserError(f"{FLAG} {path}: no EOS token to separate documents; set one in tokenizer_config.json")
             hf.eos_token = known[0]
         self.hf = hf
+        special: dict[str, Any] = {"extra_special_tokens": list(add_tokens)}
+        self.added: int = hf.add_special_tokens(special, replace_extra_special_tokens=False)
         self.eos_id: int = hf.eos_token_id
         self.bos_id: int | None = hf.bos_token_id
         # A copy of our own: a call of `hf` with truncation or padding switches them on in its backend for good.
@@ -67,8 +70,8 @@ class Tokenizer(BaseTokenizer):
         return str(self.hf.decode(list(ids), clean_up_tokenization_spaces=False))
 
 
-def build_tokenizer(path: str | None, trust_remote_code: bool = False) -> Tokenizer:
-    """The tokenizer of a path: "byte", a folder, a tokenizer.json, or a hub id.
+def build_tokenizer(path: str | None, trust_remote_code: bool = False, add_tokens: Sequence[str] = ()) -> Tokenizer:
+    """The tokenizer of a path, "byte", a folder, a tokenizer.json or a hub id, with special tokens added.
 
     Raises UserError if it cannot be loaded, is not a fast one, or has no EOS.
     """
@@ -77,7 +80,7 @@ def build_tokenizer(path: str | None, trust_remote_code: bool = False) -> Tokeni
     if not path:
         raise UserError(f"{FLAG} is empty; {ALLOWED}")
     if path == "byte":
-        return Tokenizer(_byte_level(), path)
+        return Tokenizer(_byte_level(), path, add_tokens)
     local = Path(path).expanduser()
     if not local.exists() and (path[0] in "./~" or path.count("/") > 1 or path.endswith(".json")):
         raise UserError(f"{FLAG} {path}: no such file or folder; {ALLOWED}")
@@ -90,7 +93,7 @@ def build_tokenizer(path: str | None, trust_remote_code: bool = False) -> Tokeni
             hf = AutoTokenizer.from_pretrained(found, use_fast=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # the backend raises bare Exception for a file it cannot read
         raise UserError(f"{FLAG} {path}: not loadable as a tokenizer ({' '.join(str(error).split())[:200]})") from error
-    return Tokenizer(hf, path)
+    return Tokenizer(hf, path, add_tokens)
 
 
 def _byte_level() -> "PreTrainedTokenizerFast":

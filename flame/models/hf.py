@@ -46,7 +46,8 @@ def load_hf_config(
 ) -> tuple[Family, PreTrainedConfig]:
     """The family and Hugging Face config of a JSON file, a local HF folder or a hub id.
 
-    With a tokenizer, its special ids go into the config, and it must fit the embedding table or `grow_vocab` be set.
+    With a tokenizer, its special ids go into the config, and it must fit the embedding table or `grow_vocab` be set;
+    for tokens that were added to it the table grows in any case.
     Raises UserError.
     """
     family, config = read_config(read_fields(source), source, trust_remote_code)
@@ -61,7 +62,7 @@ def read_fields(source: str) -> dict[str, Any]:
     """What a JSON file, a local HF folder's config or a hub id's says. Raises UserError."""
     try:
         if Path(source).is_file():
-            fields = json.loads(Path(source).read_text())
+            fields = json.loads(Path(source).read_text(), object_hook=_float)
         else:
             fields, _ = PreTrainedConfig.get_config_dict(source)
     except (OSError, ValueError) as error:
@@ -69,6 +70,11 @@ def read_fields(source: str) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise UserError(f"--model.config: {source} holds a {type(fields).__name__}, must be a JSON object")
     return fields
+
+
+def _float(table: dict[str, Any]) -> Any:
+    # how transformers writes the numbers that JSON does not have: Mamba2's time_step_limit ends at infinity
+    return float(table["__float__"]) if table.keys() == {"__float__"} else table
 
 
 def read_config(
@@ -176,9 +182,9 @@ def first_line(error: Exception) -> str:
 
 def _fit_to_tokenizer(config: PreTrainedConfig, tokenizer: Any, grow_vocab: bool) -> None:
     if tokenizer.vocab_size > config.vocab_size:
-        if not grow_vocab:
+        if (own := tokenizer.vocab_size - tokenizer.added) > config.vocab_size and not grow_vocab:
             raise UserError(
-                f"--model.tokenizer_path: the tokenizer has {tokenizer.vocab_size} ids but the model's vocab_size is "
+                f"--model.tokenizer_path: the tokenizer has {own} ids but the model's vocab_size is "
                 f"{config.vocab_size}; use a smaller tokenizer, raise vocab_size, or set --model.grow_vocab"
             )
         config.vocab_size = -(-tokenizer.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE

@@ -48,8 +48,7 @@ def parallelize(model: Any, parallel_dims: ParallelDims, job_config: Any) -> nn.
             cpu_offload=job_config.training.enable_cpu_offload,
             reshard_after_forward_policy=job_config.parallelism.fsdp_reshard_after_forward,
         )
-        if device_type == "cpu":
-            _sum_without_scaling(model)
+        sum_without_scaling(model)
     elif parallel_dims.dp_replicate_enabled:
         apply_ddp(model, parallel_dims.get_mesh("dp_replicate"), enable_compile=compiled)
     return model
@@ -61,8 +60,8 @@ def _compile_with_graph_breaks(model: Any, backend: str) -> None:
         model.layers.register_module(name, torch.compile(block, backend=backend))
 
 
-def _sum_without_scaling(model: nn.Module) -> None:
-    # gloo has no PREMUL_SUM, which FSDP2 picks for torchtitan's gradient divide factor of 1.
-    for module in model.modules():
+def sum_without_scaling(model: nn.Module) -> None:
+    """Have FSDP2 add gradients on a CPU: gloo has no PREMUL_SUM, its choice for torchtitan's gradient factor of 1."""
+    for module in model.modules() if device_type == "cpu" else ():
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)

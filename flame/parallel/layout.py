@@ -9,7 +9,7 @@ from torchtitan.distributed.pipeline_parallel import generate_llm_fqn_per_model_
 from flame.errors import UserError
 from flame.models.family import Cut, Family
 
-_TENSOR, _PIPELINE, _CONTEXT = (f"--parallelism.{kind}_parallel_degree" for kind in ("tensor", "pipeline", "context"))
+TENSOR, PIPELINE, CONTEXT = (f"--parallelism.{kind}_parallel_degree" for kind in ("tensor", "pipeline", "context"))
 
 
 def check(family: Family, config: Any, model: nn.Module, job_config: Any) -> None:
@@ -17,7 +17,7 @@ def check(family: Family, config: Any, model: nn.Module, job_config: Any) -> Non
     layout = job_config.parallelism
     tensor, context = layout.tensor_parallel_degree, layout.context_parallel_degree
     if tensor * context > 1:
-        flag = _TENSOR if tensor > 1 else _CONTEXT
+        flag = TENSOR if tensor > 1 else CONTEXT
         if isinstance(family.cut, str):
             raise UserError(f"{flag}: found {tensor * context}, must be 1 for {config.model_type}: {family.cut}")
         if job_config.compile.enable and "model" in job_config.compile.components:
@@ -35,7 +35,7 @@ def check(family: Family, config: Any, model: nn.Module, job_config: Any) -> Non
         raise UserError("--parallelism.enable_async_tensor_parallel: found true, must be false in this version")
     if layout.pipeline_parallel_degree > 1:
         for reason in _stage_reasons(family, config, job_config):
-            raise UserError(f"{_PIPELINE}: found {layout.pipeline_parallel_degree}, must be 1: {reason}")
+            raise UserError(f"{PIPELINE}: found {layout.pipeline_parallel_degree}, must be 1: {reason}")
 
 
 def _check_heads(cut: Cut, config: Any, tensor: int, context: int, flag: str) -> None:
@@ -62,7 +62,7 @@ def _check_columns(family: Family, config: Any, model: Any, tensor: int) -> None
                 sizes[f"{name} (its dimension {dim})"] = parameter.shape[dim]
     for name, size in sizes.items():
         if size % tensor:
-            raise UserError(f"{_TENSOR}: found {tensor}, must divide the model's {name}, {size}")
+            raise UserError(f"{TENSOR}: found {tensor}, must divide the model's {name}, {size}")
 
 
 def _stage_reasons(family: Family, config: Any, job_config: Any) -> Iterator[str]:
@@ -78,10 +78,15 @@ def _stage_reasons(family: Family, config: Any, job_config: Any) -> Iterator[str
         yield "the routers' balance (output_router_logits) is one number over all stages"
     if len(set(getattr(config, "layer_types", None) or [None])) > 1:
         yield "blocks of several kinds (layer_types) are counted from the first of a stage"
+    yield from empty_stages(config.num_hidden_layers, layout)
+
+
+def empty_stages(blocks: int, layout: Any) -> Iterator[str]:
+    """Why so many blocks do not make the pipeline stages asked for."""
     try:
-        for number, names in enumerate(stages(config.num_hidden_layers, layout), 1):
+        for number, names in enumerate(stages(blocks, layout), 1):
             if not any(name.startswith("layers.") for name in names):
-                yield f"stage {number} would have none of the model's {config.num_hidden_layers} blocks"
+                yield f"stage {number} would have none of the model's {blocks} blocks"
     except ValueError as error:
         yield f"{error}".split(". ")[0]
 

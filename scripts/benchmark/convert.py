@@ -1,8 +1,9 @@
 """DCP -> Hugging Face next to a plain copy and torch's own way: python scripts/benchmark/convert.py [--parameters 1.0]
 
-Makes a run with a Llama of so many billion parameters in float32 and its AdamW state, then lets each converter run in a
-process of its own, in turn, for --rounds rounds: wall time, and peak resident memory of it and what it started. Needs
-28 bytes of disk a parameter in --folder, and deletes what it made. torch's way needs 12 bytes of memory a parameter.
+Makes a run with a Llama of so many billion parameters in float32 and its AdamW state, and one without that state, then
+lets each converter run in a process of its own, in turn, for --rounds rounds, every other one backwards: wall time, and
+peak resident memory of it and what it started. Needs 32 bytes of disk a parameter in --folder, and deletes what it
+made. torch's way needs 12 bytes of memory a parameter.
 """
 
 import argparse
@@ -19,13 +20,14 @@ from statistics import median
 SCRIPTS = Path(__file__).parents[1]
 BUFFER = 64 << 20
 VOCABULARY = 32_000
+BARE = ", no optimizer"  # in the checkpoint
 
 
 # -- what is measured, each in a process of its own --------------------------------------------------------------------
 
 
-def make(run: Path, parameters: float) -> None:
-    """A run folder as flame leaves it: checkpoint/step-1 with model and optimizer, and model/."""
+def make(run: Path, bare: Path, parameters: float) -> None:
+    """Run folders as flame leaves them, checkpoint/step-1 and model/; `bare` without an optimizer."""
     import torch
     import torch.distributed.checkpoint as dcp
     from transformers import AutoModelForCausalLM, LlamaConfig
@@ -42,9 +44,10 @@ def make(run: Path, parameters: float) -> None:
     state = {name: noise[: tensor.numel()].view(tensor.shape) for name, tensor in model.state_dict().items()}
     moments = {f"state.{name}.{of}": t for name, t in state.items() for of in ("exp_avg", "exp_avg_sq")}
     everything = {**state, "optimizer": moments, "train_state": {"step": 1}}
-    writer = dcp.FileSystemWriter(run / "checkpoint" / "step-1", sync_files=False)
-    dcp.save(everything, storage_writer=writer, no_dist=True)
-    record_assets(run / "model", model, build_tokenizer("byte").hf)
+    for folder, saved in ((run, everything), (bare, state)):
+        writer = dcp.FileSystemWriter(folder / "checkpoint" / "step-1", sync_files=False)
+        dcp.save(saved, storage_writer=writer, no_dist=True)
+        record_assets(folder / "model", model, build_tokenizer("byte").hf)
     print(
         f"{sum(t.numel() for t in state.values()):,} parameters, {max(layers, 1)} layers of width {width}", flush=True
     )
@@ -94,25 +97,28 @@ def measure(command: list[str]) -> tuple[float, float]:
 
 def compare(folder: Path, parameters: float, rounds: int, without_torch: bool) -> None:
     """Make a run in `folder`, measure all converters on it and print the table."""
-    run, output = folder / "run", folder / "output"
+    run, bare, output = folder / "run", folder / "bare", folder / "output"
     this, converter = [sys.executable, __file__], [sys.executable, str(SCRIPTS / "convert_dcp_to_hf.py")]
-    subprocess.run([*this, "make", str(run), str(parameters)], check=True)
-    flame = [*converter, f"--path={run}", f"--output={output}"]
-    measure(flame)
-    nbytes = sum(file.stat().st_size for file in output.glob("*.safetensors"))
-    shutil.rmtree(output)
+    subprocess.run([*this, "make", str(run), str(bare), str(parameters)], check=True)
+    flame, of_bare = ([*converter, f"--path={path}", f"--output={output}"] for path in (run, bare))
+    for command in (flame, of_bare):  # the first of a run takes longer
+        measure(command)
+        nbytes = sum(file.stat().st_size for file in output.glob("*.safetensors"))
+        shutil.rmtree(output)
     commands = {
         "read and write the same bytes": [*this, "copy", str(run), str(output), str(nbytes)],
         "flame, first of a run cut short": flame,
         "flame": flame,
+        f"flame{BARE}": of_bare,
         "flame, not verified": [*flame, "--no_verify"],
+        f"flame, not verified{BARE}": [*of_bare, "--no_verify"],
         "flame, to bfloat16": [*flame, "--dtype=bfloat16"],
     }
     if not without_torch:
         commands["dcp_to_torch_save, save_pretrained"] = [*this, "through_torch", str(run), str(output)]
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
-    for _ in range(rounds):
-        for name, command in commands.items():
+    for number in range(rounds):
+        for name, command in list(commands.items())[:: -1 if number % 2 else 1]:
             if "first" in name:
                 (run / "model" / "structure.json").unlink()  # or flame knows the model without building it
             found[name].append(measure(command))
@@ -124,6 +130,10 @@ def compare(folder: Path, parameters: float, rounds: int, without_torch: bool) -
         ratio = median(wall / copied for wall, (copied, _) in zip(walls, next(iter(found.values())), strict=True))
         shown = ", ".join(f"{wall:.1f}" for wall in walls)
         print(f"{name:>36}  {shown:<28}{ratio:>8.2f}{math.ceil(peak):>10,}{peak / (nbytes / 2**20):>10.3f}")
+    for name in ("flame", "flame, not verified"):
+        both = zip(found[name], found[name + BARE], strict=True)
+        ratios = sorted(wall / without for (wall, _), (without, _) in both)
+        print(f"{name}, with an optimizer / without: {median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})")
 
 
 def main() -> None:
@@ -139,8 +149,8 @@ def main() -> None:
 
 if __name__ == "__main__":
     match sys.argv[1:]:
-        case ["make", run, parameters]:
-            make(Path(run), float(parameters))
+        case ["make", run, bare, parameters]:
+            make(Path(run), Path(bare), float(parameters))
         case ["copy", run, output, nbytes]:
             copy(Path(run), Path(output), int(nbytes))
         case ["through_torch", run, output]:

@@ -2,13 +2,14 @@
 
 import importlib.util
 import re
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from flame.checkpoint.report import read_report
-from tests.checkpoint.models import save_run
+from tests.checkpoint.models import publish, save_run
 from tests.launch import REPO
 from tests.tiny import write_config
 
@@ -29,6 +30,14 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     save_run(folder, "gpt_neox", step=3)
     save_run(folder, "gpt_neox", step=12, initializer_range=0.3)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A folder as it is on the hub."""
+    folder = tmp_path_factory.mktemp("published") / "hf"
+    publish(folder, "gpt_neox")
     return folder
 
 
@@ -129,3 +138,21 @@ def test_another_models_tensors_are_named_and_exit_with_1(run, tmp_path, capsys)
     assert "shape: gpt_neox.layers.0.mlp.dense_4h_to_h.weight has [64, 128], the config says [64, 96]" in said
     assert not (tmp_path / "hf").exists()
     assert refused(capsys, to_hf.main, *argv, "--tokenizer=absent.json").count("--tokenizer absent.json: no such file")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("embed_out.weight", lambda _: {}, r"missing: embed_out\.weight$"),
+        ("embed_out.weight", lambda t: {"head.weight": t}, r"missing: embed_out\.weight\n  unexpected: head\.weight$"),
+        ("embed_out.weight", lambda t: {"embed_out.weight": t[:, :9]}, r"\[320, 9\], the config says \[320, 64\]$"),
+    ],
+)
+def test_published_weights_of_another_model_are_not_converted(name, change, said, published, tmp_path, capsys):
+    tensors = load_file(published / "model.safetensors")
+    tensors |= {key: tensor.contiguous() for key, tensor in change(tensors.pop(name)).items()}
+    shutil.copy(published / "config.json", tmp_path)
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert to_dcp.main([f"--model={tmp_path}", f"--checkpoint={tmp_path}/step-0"]) == 1
+    assert re.search(said, capsys.readouterr().err.strip())
+    assert not (tmp_path / "step-0").exists()

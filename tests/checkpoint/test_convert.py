@@ -9,12 +9,12 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from flame.checkpoint.convert import convert_dcp_to_hf, convert_hf_to_dcp, whole
+from flame.checkpoint.convert import convert_dcp_to_hf, convert_hf_to_dcp
 from flame.checkpoint.dcp_file import read_tensors
 from flame.checkpoint.dcp_writer import write_checkpoint
 from flame.checkpoint.report import sha256
 from flame.checkpoint.safetensors_file import check_file, find_files, lay_out, read_header, write_file
-from flame.checkpoint.structure import UnfaithfulError
+from flame.checkpoint.structure import UnfaithfulError, whole
 from flame.errors import UserError
 from tests.launch import environment
 

@@ -14,21 +14,11 @@ from flame.checkpoint.safetensors_file import find_files, read_header
 from flame.checkpoint.structure import UnfaithfulError
 from flame.models.hf import check_buildable, read_config
 from flame.verify import LOGITS_BYTES, export_proven, prove, too_large
-from tests.checkpoint.models import build, save_run
-from tests.tiny import CONFIGS
+from tests.checkpoint.models import CASES, build, publish, save_run
+from tests.layouts import MODELS
 
 
-def publish(folder, name, **changes):
-    """A model as transformers saves it, and flame's own with the same weights."""
-    model, tokenizer = build(folder.parent, name, **changes)
-    hf = AutoModelForCausalLM.from_config(model.hf.config)
-    hf.save_pretrained(folder)  # under the names of the hub, which are not always those of the modules
-    tokenizer.hf.save_pretrained(folder)
-    return hf.eval()
-
-
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("name", sorted(CONFIGS))
+@pytest.mark.parametrize(("name", "tied"), CASES)
 def test_a_published_model_comes_back_bit_for_bit_and_with_its_logits(name, tied, tmp_path):
     published = publish(tmp_path / "hf", name, tie_word_embeddings=tied)
     (file,) = find_files(tmp_path / "hf")
@@ -141,7 +131,7 @@ def test_a_model_too_large_to_run_is_said_to_be():
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("name", sorted(CONFIGS))
+@pytest.mark.parametrize("name", sorted(MODELS))
 def test_the_expected_tensors_are_those_that_training_saves(name, tied, tmp_path):
     model, _ = build(tmp_path, name, tie_word_embeddings=tied)
     _, config = read_config(model.hf.config.to_dict(), "a config")

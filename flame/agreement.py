@@ -1,0 +1,28 @@
+"""What all ranks of a run decide alike, over gloo: it waits for no GPU, and costs a round trip between the hosts."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class Agreement:
+    """One number or one finding of each rank, made known to all. Every call is made by all ranks, in the same order."""
+
+    def __init__(self) -> None:
+        self._ranks = dist.get_world_size()
+        self._group = dist.new_group(backend="gloo") if self._ranks > 1 else None
+
+    def highest(self, *values: int) -> list[int]:
+        """The highest of all ranks, of each value."""
+        found = torch.tensor(values, dtype=torch.int64)
+        if self._group is not None:
+            dist.all_reduce(found, dist.ReduceOp.MAX, group=self._group)
+        return found.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in the order of the ranks."""
+        found = [value] * self._ranks
+        if self._group is not None:
+            dist.all_gather_object(found, value, group=self._group)
+        return found

@@ -1,0 +1,47 @@
+"""The ranks' word on checkpoints: what one of them finds, all of them act on."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torchtitan.tools.logging import logger
+
+from flame.checkpoint.commit import verify
+from flame.errors import UserError
+
+Answer = TypeVar("Answer")
+
+
+def agree(ask: Callable[[], Answer]) -> Answer:
+    """The answer of the first rank, or the UserError that it met, on all ranks."""
+    answer: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            answer = [ask()]
+        except UserError as error:
+            answer = [error]
+    dist.broadcast_object_list(answer)
+    if isinstance(answer[0], UserError):
+        raise answer[0]
+    return answer[0]
+
+
+def prove(checkpoint: Path) -> list[str]:
+    """What is wrong with a checkpoint, whose files the ranks share out to hash; the same on all ranks."""
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, verify(checkpoint, dist.get_rank(), len(ranks)))
+    return [complaint for found in ranks for complaint in found]
+
+
+def find_whole(checkpoints: Sequence[Path]) -> Path:
+    """The first of these checkpoints that is whole; says what is wrong with those before it. Raises UserError."""
+    damage: list[str] = []
+    for checkpoint in checkpoints:
+        damage = prove(checkpoint)
+        if not damage:
+            return checkpoint
+        if dist.get_rank() == 0 and len(checkpoints) > 1:
+            logger.error(f"{checkpoint} is damaged and is not used: {'; '.join(damage)}")
+    flag = "load_step" if len(checkpoints) == 1 else "folder"
+    raise UserError(f"--checkpoint.{flag}: {checkpoints[-1]} is damaged, and nothing else to resume: {damage[0]}")

@@ -1,0 +1,108 @@
+"""Where a job starts: the rules that are asked before it is launched and again on its ranks. Imports no torch."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from flame.checkpoint.commit import complaint, complete_steps, incomplete, is_resumable, is_unfinished
+from flame.errors import UserError
+
+_NAMES = ("job.dump_folder", "job.config_file", "job.description", "checkpoint.folder")  # nothing of what is trained
+_ONLY_AT_FIRST = "checkpoint.initial_load_"
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a job starts; steps: the checkpoints to resume from, the first that is whole, newest first."""
+
+    mode: Literal["resume", "init", "scratch"]
+    steps: tuple[int, ...] = ()
+
+
+def choose(config: Any, folder: Path) -> Start:
+    """How a job with these settings of checkpoints ([checkpoint]) starts, whose own are in `folder`.
+
+    Raises UserError where what is asked for cannot be, or would leave out or overwrite what is there.
+    """
+    asked, path = config.start, config.initial_load_path
+    if not config.enable:
+        if asked in ("resume", "init"):
+            raise UserError(f"--checkpoint.start: found {asked}, but checkpoint.enable is false")
+        if path:
+            raise UserError(f"--checkpoint.initial_load_path: found {path}, but checkpoint.enable is false")
+        return Start("scratch")
+    steps, broken = complete_steps(folder), incomplete(folder)
+    if config.load_step >= 0:
+        return _choose_step(config, folder, steps, broken)
+    if asked == "init" and not path:
+        raise UserError("--checkpoint.start: found init, but --checkpoint.initial_load_path is not set")
+    if asked == "scratch" and path:
+        raise UserError(f"--checkpoint.start: found scratch, but --checkpoint.initial_load_path is {path}")
+    if steps and asked in ("init", "scratch"):
+        raise UserError(f"--checkpoint.start: found {asked}, but there is {folder}/step-{steps[-1]}; move it away")
+    if later := [step for step in reversed(steps) if step > 0]:
+        check_resumable(folder / f"step-{later[0]}")
+        return Start("resume", tuple(later))
+    if not _may_begin(config, folder, broken):
+        found = "; ".join(f"step-{step}: {reason}" for step, reason in broken.items())
+        raise UserError(
+            f"--checkpoint.folder: no complete checkpoint in {folder} ({found}); move it away to start anew"
+        )
+    if steps:  # a model to begin with
+        return Start("resume", (0,))
+    if asked == "resume":
+        raise UserError(f"--checkpoint.start: found resume, but there is no complete checkpoint in {folder}")
+    if path and not config.initial_load_in_hf and (reason := complaint(Path(path))):
+        raise UserError(
+            f"--checkpoint.initial_load_path: found {path}, must be a whole RUN/checkpoint/step-N: {reason}"
+        )
+    return Start("init" if path else "scratch")
+
+
+def check_resumable(checkpoint: Path) -> None:
+    """Raises UserError for a checkpoint of a model alone."""
+    if not is_resumable(checkpoint):
+        raise UserError(
+            f"--checkpoint.last_save_model_only: {checkpoint} holds the model alone and cannot be resumed; start "
+            "another run from it with --checkpoint.initial_load_path"
+        )
+
+
+def compare(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each setting of a checkpoint's config that is another today, and what becomes of it."""
+    before, after = dict(_flatten(was)), dict(_flatten(now))
+    for path in sorted(before.keys() | after.keys()):
+        if before.get(path) != after.get(path) and path not in _NAMES:
+            used = "not used by a run that resumes" if path.startswith(_ONLY_AT_FIRST) else "applied"
+            yield f"{path} {before.get(path, 'none')} -> {after.get(path, 'none')}, {used}"
+
+
+def _choose_step(config: Any, folder: Path, steps: list[int], broken: Mapping[int, str]) -> Start:
+    step, asked = config.load_step, config.start
+    if asked in ("init", "scratch"):
+        raise UserError(f"--checkpoint.load_step: found {step}, must be -1 with --checkpoint.start {asked}")
+    if step not in steps:
+        found = f"steps there: {', '.join(map(str, steps))}" if steps else "there is none at all"
+        why = f" ({broken[step]})" if step in broken else ""
+        raise UserError(f"--checkpoint.load_step: no whole step-{step} in {folder}{why}, {found}")
+    if step > 0:
+        check_resumable(folder / f"step-{step}")
+    return Start("resume", (step,))
+
+
+def _may_begin(config: Any, folder: Path, broken: Mapping[int, str]) -> bool:
+    """Whether all that is broken is the first save, cut short: more were whole once, and are not to be forgotten."""
+    first_save = config.interval if config.interval_type == "steps" else math.inf
+    return not broken or (
+        len(broken) == 1 and all(0 < step <= first_save and is_unfinished(folder / f"step-{step}") for step in broken)
+    )
+
+
+def _flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

@@ -1,0 +1,71 @@
+"""Hugging Face weights that a run starts from: where they are, and whether they are those of its model."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from flame.checkpoint.safetensors_file import Entry, find_files, read_headers
+from flame.checkpoint.structure import Found, Structure, compare
+from flame.errors import UserError
+
+FLAG = "--checkpoint.initial_load_path"
+SHOWN = 3  # complaints that fit into one line
+_FILES = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")  # no pickles, no second copies
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of safetensors files in a folder, by the names they are published under, and the model they fit."""
+
+    folder: Path
+    entries: Mapping[str, Entry]
+    structure: Structure
+
+
+def check_source(source: str, may_download: bool = True) -> None:
+    """Refuse a folder that is missing or holds no whole safetensors files; what the hub has is not asked. UserError."""
+    if os.path.isdir(source):
+        read_headers(find_files(Path(source), FLAG), FLAG)
+    elif not may_download or source.startswith(("/", ".", "~")) or source.count("/") > 1:
+        raise UserError(f"{FLAG}: there is no folder {source}")
+
+
+def find_folder(source: str) -> Path:
+    """A local folder, or where huggingface_hub keeps the safetensors of a hub id, downloaded if need be. UserError."""
+    if os.path.isdir(source):
+        return Path(source)
+    from huggingface_hub import snapshot_download  # here: what reads weights need not know the hub
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=list(_FILES)))
+    except (OSError, ValueError) as error:  # all that huggingface_hub raises is one of these
+        said = str(error).strip().splitlines() or [""]
+        raise UserError(f"{FLAG} {source}: no folder here, nor to be had from the hub ({said[0]})") from None
+
+
+def read_weights(folder: Path, structure: Structure, *, grow: bool = False) -> Weights:
+    """The weights in a folder, by the headers of its files alone.
+
+    With `grow` they may have fewer ids than the model. Raises UserError, in one line, for whatever tensor is missing,
+    unexpected, or of another shape or type than the model's.
+    """
+    published = structure.published
+    entries = read_headers(find_files(folder, FLAG), FLAG)
+    entries = {name: entry for name, entry in entries.items() if not published.ignores(name)}
+    found = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
+    check_initial(folder, found, published, grow=grow)
+    return Weights(folder, {name: e for name, e in entries.items() if name in published.tensors}, structure)
+
+
+def check_initial(folder: Path, found: Found, structure: Structure, *, grow: bool = False) -> None:
+    """Raises UserError, in one line, for tensors that are not those of the structure; see `read_weights`."""
+    smaller = structure.before_growth(found)
+    complaints = compare(found, smaller if grow else structure)
+    if not complaints:
+        return
+    more = f" and {len(complaints) - SHOWN} more" if len(complaints) > SHOWN else ""
+    hint = "" if grow or smaller == structure else "; --model.grow_vocab or --model.add_tokens starts from fewer ids"
+    raise UserError(
+        f"{FLAG} {folder}: not the tensors of --model.config's model: {'; '.join(complaints[:SHOWN])}{more}{hint}"
+    )

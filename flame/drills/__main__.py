@@ -1,0 +1,56 @@
+"""`python -m flame.drills [NAME ...] [--nproc N] [--keep FOLDER] [-- FLAGS]`: exit code 0, 1 if a claim failed, 2."""
+
+import argparse
+import functools
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from flame.drills.drill import DRILLS, kill_in_save
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line; argparse exits with code 2 for what it does not know."""
+    lines = [f"  {name:<14}{drill.__doc__}" for name, drill in DRILLS.items()]
+    parser = argparse.ArgumentParser(
+        prog="python -m flame.drills",
+        description="Make a tiny job fail on purpose, and see that nothing is lost. Drills:\n" + "\n".join(lines),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("drill", nargs="*", choices=[*DRILLS, []], help="which; default: all")  # type: ignore[list-item]
+    parser.add_argument("--nproc", type=int, default=2, choices=[1, 2, 4, 8], help="ranks, on this machine (2)")
+    parser.add_argument("--times", type=int, default=3, help="kills of kill_in_save (3)")
+    parser.add_argument("--keep", type=Path, help="folder for the runs, kept; default: a temporary one")
+    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="all that follows is added to the jobs")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    """Run the drills and print what is found."""
+    given = parse(argv)
+    root = Path(tempfile.mkdtemp(prefix="flame-drills-")) if given.keep is None else given.keep
+    failed = 0
+    for name in given.drill or DRILLS:
+        folder = root / name
+        if folder.exists():
+            print(f"flame: --keep: {folder} exists already; name a folder that holds no drills", file=sys.stderr)
+            return 2
+        drill, begin = DRILLS[name], time.monotonic()
+        print(f"{name}: {drill.__doc__}", flush=True)
+        if drill is kill_in_save:
+            drill = functools.partial(kill_in_save, times=given.times)
+        for claim, holds, found in drill(folder, given.nproc, given.flags):
+            failed += not holds
+            print(f"  {'ok    ' if holds else 'FAILED'}  {claim}" + ("" if holds else f": {found}"), flush=True)
+        print(f"  {time.monotonic() - begin:.0f} s", flush=True)
+    if failed:
+        print(f"{failed} failed; the runs are in {root}")
+    elif given.keep is None:
+        shutil.rmtree(root)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,150 @@
+"""A checkpoint is complete when its marker says so and its files are what the marker says, and not before."""
+
+import json
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from flame.checkpoint.commit import (
+    MARKER,
+    METADATA,
+    complaint,
+    complete_steps,
+    incomplete,
+    is_resumable,
+    read_marker,
+    set_aside,
+    verify,
+)
+from flame.checkpoint.writer import Writer
+
+DATA = "__0_0.distcp"
+
+
+def save(checkpoint, **facts):
+    state = {"weight": torch.arange(4096.0), "train_state": {"step": 3}}
+    dcp.save(state, storage_writer=Writer(checkpoint, {"resumable": True, **facts}), no_dist=True)
+    return checkpoint
+
+
+def save_unmarked(checkpoint):
+    dcp.save({"weight": torch.arange(4096.0), "train_state": {"step": 3}}, checkpoint_id=str(checkpoint), no_dist=True)
+    return checkpoint
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def delete(path):
+    path.unlink()
+
+
+def found(checkpoint):
+    """What is wrong, by names and sizes or else by hashes; at most one line."""
+    lines = [line for line in [complaint(checkpoint)] if line] or verify(checkpoint)
+    assert len(lines) < 2
+    return lines[0] if lines else None
+
+
+def test_the_marker_lists_every_file_and_says_what_it_was_told(tmp_path):
+    checkpoint = save(tmp_path / "step-3", step=3, tokens=12)
+    marker = read_marker(checkpoint)
+    assert {path.name for path in checkpoint.iterdir()} == {MARKER, *marker["files"]} == {MARKER, METADATA, DATA}
+    assert marker["files"][DATA]["size"] == (checkpoint / DATA).stat().st_size
+    assert (marker["step"], marker["tokens"]) == (3, 12) and "torch" in marker["versions"]
+    assert found(checkpoint) is None and complete_steps(tmp_path) == [3] and incomplete(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    "name, damage, words",
+    [
+        (DATA, truncate, "bytes, must have"),
+        (DATA, flip, "other bytes than were saved"),
+        (DATA, delete, "is missing"),
+        (METADATA, truncate, "bytes, must have"),
+        (METADATA, flip, "other bytes than were saved"),
+        (METADATA, delete, "is missing"),
+        (MARKER, truncate, "is damaged"),
+        (MARKER, flip, "is damaged"),
+        (MARKER, delete, "is missing"),
+    ],
+)
+def test_damage_is_found_and_the_file_is_named(name, damage, words, tmp_path):
+    checkpoint = save(tmp_path / "step-3")
+    damage(checkpoint / name)
+    said = found(checkpoint)
+    assert name in said and words in said
+    assert complete_steps(tmp_path) == ([3] if "other bytes" in words else [])
+
+
+def test_a_number_changed_in_the_marker_is_found(tmp_path):
+    checkpoint = save(tmp_path / "step-3", step=3)
+    text = (checkpoint / MARKER).read_text()
+    (checkpoint / MARKER).write_text(text.replace('"step": 3', '"step": 4'))
+    assert f"{MARKER} is damaged" in complaint(checkpoint)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "3", '{"xxh3_128": 1}', ""])
+def test_a_marker_that_is_none_is_damaged(content, tmp_path):
+    checkpoint = save(tmp_path / "step-3")
+    (checkpoint / MARKER).write_text(content)
+    assert f"{MARKER} is damaged" in complaint(checkpoint)
+
+
+def test_ranks_share_out_the_files_to_hash(tmp_path):
+    checkpoint = save(tmp_path / "step-3")
+    for name in (DATA, METADATA):
+        flip(checkpoint / name)
+    each = [verify(checkpoint, rank, 3) for rank in range(3)]
+    assert sorted(len(lines) for lines in each) == [0, 1, 1]
+    assert sorted(line for lines in each for line in lines) == sorted(verify(checkpoint))
+
+
+@pytest.mark.parametrize(
+    "name, damage, words",
+    [
+        (None, None, None),
+        (DATA, truncate, f"{DATA} has"),
+        (DATA, delete, f"{DATA} is missing"),
+        (METADATA, truncate, f"{METADATA} is damaged"),
+        (METADATA, delete, f"{METADATA} is missing"),
+    ],
+)
+def test_a_checkpoint_saved_without_a_marker_goes_by_its_metadata(name, damage, words, tmp_path):
+    checkpoint = save_unmarked(tmp_path / "step-3")
+    if name:
+        damage(checkpoint / name)
+        assert words in complaint(checkpoint) and complete_steps(tmp_path) == []
+    else:
+        assert complaint(checkpoint) is None and complete_steps(tmp_path) == [3] and is_resumable(checkpoint)
+
+
+def test_saving_anew_leaves_nothing_of_what_was_there(tmp_path):
+    checkpoint = save(tmp_path / "step-3", step=3)
+    (checkpoint / "__7_0.distcp").write_bytes(b"of a rank that there is no longer")
+    save(checkpoint, step=4)
+    assert {path.name for path in checkpoint.iterdir()} == {MARKER, METADATA, DATA}
+    assert read_marker(checkpoint)["step"] == 4 and found(checkpoint) is None
+
+
+def test_only_folders_of_steps_count(tmp_path):
+    for name in ("step-2", "step-10", "step-10-hf", "replaced"):
+        save(tmp_path / name)
+    (tmp_path / "step-4").write_text("a file")
+    (tmp_path / "step-6").mkdir()
+    assert complete_steps(tmp_path) == [2, 10]
+    assert list(incomplete(tmp_path)) == [6] and METADATA in incomplete(tmp_path)[6]
+
+
+def test_a_checkpoint_set_aside_overwrites_none_that_was(tmp_path):
+    names = [set_aside(save(tmp_path / "step-3", step=step)).name for step in (1, 2, 3)]
+    assert names == ["step-3", "step-3.2", "step-3.3"]
+    assert [json.loads((tmp_path / "replaced" / name / MARKER).read_text())["step"] for name in names] == [1, 2, 3]

@@ -1,0 +1,254 @@
+"""Saving and resuming, as the manager does it: rotation, failures to save, damage, what a resume restores."""
+
+import logging
+import resource
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torchtitan.components.checkpoint import AsyncMode
+
+from flame.checkpoint.commit import MARKER, METADATA, complaint, complete_steps, incomplete, read_marker, verify
+from flame.errors import SaveError, UserError
+from tests.checkpoint.managed import Job
+from tests.checkpoint.test_commit import DATA, delete, flip, truncate
+
+ASYNC = ["disabled", "async"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank(tmp_path_factory):
+    """A process group of this process."""
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path_factory.mktemp('group')}/store", rank=0, world_size=1
+    )
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def log(caplog):
+    caplog.set_level(logging.INFO)
+    return caplog
+
+
+def steps(folder):
+    return complete_steps(folder / "checkpoint")
+
+
+@pytest.mark.parametrize("mode", ASYNC)
+def test_a_resumed_job_has_all_that_was_saved_and_says_so(mode, tmp_path, log):
+    Job(tmp_path, async_mode=mode).run(4)
+    assert steps(tmp_path) == [2, 4]
+    again = Job(tmp_path, async_mode=mode)
+    assert again.manager.load(-1)
+    assert (again.trainer.step, again.trainer.tokens, again.data.count) == (4, 400, 4)
+    assert (again.model.weight == 4).all()
+    folder = tmp_path / "checkpoint" / "step-4"
+    assert again.manager.origin == {
+        **{"mode": "resume", "source": str(folder), "step": 4, "tokens": 400},
+        "restored": ["train_state", "model", "optimizer", "dataloader", "lr_scheduler"],
+    }
+    said = [line for line in log.messages if line.startswith("start: ")]
+    assert said[1] == f"start: resume from {folder}, step 4, 400 tokens; restored: " + ", ".join(
+        again.manager.origin["restored"]
+    )
+    again.manager.close()
+
+
+def test_the_marker_holds_what_a_reader_asks_for(tmp_path):
+    Job(tmp_path).run(2)
+    marker = read_marker(tmp_path / "checkpoint" / "step-2")
+    assert (marker["step"], marker["tokens"], marker["ranks"], marker["resumable"]) == (2, 200, 1, True)
+    assert marker["config"]["checkpoint"]["interval"] == 2 and "data_digest" in marker
+
+
+@pytest.mark.parametrize(
+    "settings, kept",
+    [
+        ({"keep_latest_k": 0}, [2, 4, 6, 8, 10]),
+        ({"keep_latest_k": 2}, [8, 10]),
+        ({"keep_latest_k": 2, "keep_every": 4}, [4, 8, 10]),
+        ({"keep_latest_k": 2, "last_save_model_only": True}, [8, 10]),
+    ],
+)
+def test_the_newest_stay_and_so_do_milestones(settings, kept, tmp_path):
+    Job(tmp_path, **{**settings, "last_save_model_only": False}).run(2)
+    others = [tmp_path / name for name in ("hf/step-2", "checkpoint/step-3", "checkpoint/step-2-hf")]
+    for folder in others:  # exports, and a save that was cut short: neither counted nor deleted
+        folder.mkdir(parents=True)
+    Job(tmp_path, **settings).run(10)
+    assert steps(tmp_path) == kept
+    assert all(folder.exists() for folder in others)
+
+
+def test_nothing_is_deleted_before_the_newer_one_is_complete(tmp_path, monkeypatch):
+    job = Job(tmp_path, keep_latest_k=2, async_mode="async")
+    queued, put = [], job.manager.purge_queue.put
+    monkeypatch.setattr(
+        job.manager.purge_queue, "put", lambda path: (queued.append((path, steps(tmp_path))), put(path))
+    )
+    job.run(12)
+    deleted = [(Path(path).name, there) for path, there in queued if isinstance(path, str)]
+    assert [name for name, _ in deleted] == [f"step-{n}" for n in (2, 4, 6, 8)]
+    assert all(len(there) >= 2 and int(name[5:]) < min(there) for name, there in deleted)
+
+
+@pytest.mark.parametrize("name, damage", [(n, d) for n in (DATA, METADATA, MARKER) for d in (truncate, flip, delete)])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_resumed(name, damage, tmp_path, log):
+    Job(tmp_path).run(4)
+    damage(tmp_path / "checkpoint" / "step-4" / name)
+    again = Job(tmp_path).run(4)
+    assert (again.model.weight == 4).all() and steps(tmp_path) == [2, 4]  # step 3 and 4 were done again
+    assert again.manager.origin["step"] == 2
+    said = [record.getMessage() for record in log.records if record.levelno >= logging.WARNING]
+    assert any("step-4" in line and name in line and "is not used" in line for line in said), said
+    assert (tmp_path / "checkpoint" / "replaced" / "step-4").is_dir()
+
+
+def test_a_damaged_step_that_was_asked_for_is_refused(tmp_path):
+    Job(tmp_path).run(4)
+    flip(tmp_path / "checkpoint" / "step-4" / DATA)
+    with pytest.raises(UserError, match=rf"^--checkpoint.load_step: .*step-4 is damaged.* {DATA} holds other bytes"):
+        Job(tmp_path, load_step=4).run(4)
+
+
+def test_when_nothing_is_whole_the_job_stops_and_changes_nothing(tmp_path):
+    Job(tmp_path).run(4)
+    for step in (2, 4):
+        flip(tmp_path / "checkpoint" / f"step-{step}" / DATA)
+    with pytest.raises(UserError, match=r"^--checkpoint.folder: .*step-2 is damaged"):
+        Job(tmp_path).run(6)
+    assert sorted(path.name for path in (tmp_path / "checkpoint").iterdir()) == ["step-2", "step-4"]
+
+
+def test_a_damaged_initial_checkpoint_is_refused(tmp_path):
+    Job(tmp_path / "donor").run(2)
+    path = tmp_path / "donor" / "checkpoint" / "step-2"
+    flip(path / DATA)
+    with pytest.raises(UserError, match=r"^--checkpoint.initial_load_path: .* is damaged"):
+        Job(tmp_path / "heir", initial_load_path=str(path)).run(2)
+    assert not (tmp_path / "heir").exists()
+
+
+def test_a_checkpoint_without_a_marker_is_used_and_that_is_said(tmp_path, log):
+    job = Job(tmp_path)
+    job.trainer.step = 2
+    dcp.save(job.manager._flattened_model_states_sd(), checkpoint_id=str(tmp_path / "checkpoint" / "step-2"))
+    job.manager.close()
+    assert Job(tmp_path).run(4).manager.origin["step"] == 2
+    assert any(f"step-2 has no {MARKER}" in line for line in log.messages)
+    assert steps(tmp_path) == [2, 4]
+
+
+def disk_full(limit):
+    """Let no file of this process grow beyond `limit` bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+
+@pytest.fixture
+def disk():
+    yield disk_full
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+class FullDisk(Job):
+    """The disk is full from step 3 to step 4."""
+
+    def fill(self, disk):
+        save = self.manager.save
+
+        def saving(step, last_step=False):
+            self.manager._async_wait()  # for a save that belongs to the time before
+            disk(1000 if step in (3, 4) else resource.RLIM_INFINITY)
+            save(step, last_step)
+
+        self.manager.save = saving
+        return self
+
+
+@pytest.mark.parametrize("mode", ASYNC)
+def test_a_save_that_fails_stops_the_job_and_leaves_the_last_good_one(mode, tmp_path, disk):
+    with pytest.raises(SaveError, match=r"step-4 could not be saved: .*File too large"):
+        FullDisk(tmp_path, async_mode=mode).fill(disk).run(8)
+    disk(resource.RLIM_INFINITY)
+    assert sorted(path.name for path in (tmp_path / "checkpoint").iterdir()) == ["step-2"]
+    assert steps(tmp_path) == [2]
+
+
+@pytest.mark.parametrize("mode", ASYNC)
+def test_a_save_that_fails_may_be_gone_without_until_the_next(mode, tmp_path, disk, log):
+    FullDisk(tmp_path, async_mode=mode, on_save_failure="continue").fill(disk).run(8)
+    assert steps(tmp_path) == [2, 6, 8] and not incomplete(tmp_path / "checkpoint")
+    assert sum("step-4 could not be saved" in line for line in log.messages) == 1
+
+
+def test_the_last_save_is_not_gone_without(tmp_path, disk):
+    with pytest.raises(SaveError, match="step-4"):
+        FullDisk(tmp_path, on_save_failure="continue").fill(disk).run(4)
+    assert steps(tmp_path) == [2]
+
+
+def test_a_file_of_the_users_in_the_way_is_left_alone(tmp_path):
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "step-2").write_text("mine")
+    with pytest.raises(SaveError, match="step-2 could not be saved"):
+        Job(tmp_path).run(4)
+    assert (tmp_path / "checkpoint" / "step-2").read_text() == "mine"
+
+
+@pytest.mark.parametrize("mode", ASYNC)
+def test_a_full_save_has_all_a_resume_needs_and_is_done_once(mode, tmp_path):
+    job = Job(tmp_path, async_mode=mode, last_save_model_only=True)
+    job.manager.load(-1)
+    job.manager.save_full(0)
+    job.trainer.step = 3
+    job.manager.save_full(3)
+    written = (tmp_path / "checkpoint" / "step-3" / MARKER).stat().st_mtime_ns
+    job.manager.save_full(3)
+    assert (tmp_path / "checkpoint" / "step-3" / MARKER).stat().st_mtime_ns == written
+    assert steps(tmp_path) == [3] and read_marker(tmp_path / "checkpoint" / "step-3")["resumable"]
+    job.manager.close()
+
+
+def test_the_settings_of_today_hold_for_the_optimizer_too_and_each_change_is_said(tmp_path, log):
+    Job(tmp_path).run(2)
+    again = Job(tmp_path, weight_decay=0.5)
+    again.trainer.job_config.optimizer.weight_decay = 0.5
+    again.manager.load(-1)
+    assert [group["weight_decay"] for group in again.optimizers.optimizers[0].param_groups] == [0.5]
+    assert "changed since step-2: optimizer.weight_decay 0.1 -> 0.5, applied" in log.messages
+    assert sum(line.startswith("changed since") for line in log.messages) == 1
+    again.manager.close()
+
+
+def test_a_checkpoint_of_another_model_is_refused_in_one_line(tmp_path):
+    Job(tmp_path).run(2)
+    with pytest.raises(UserError, match="step-2 does not fit this job: Size mismatch") as caught:
+        Job(tmp_path, width=16).run(4)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_alone_is_not_resumed(tmp_path):
+    Job(tmp_path, last_save_model_only=True).run(2)
+    with pytest.raises(UserError, match=r"last_save_model_only.*initial_load_path"):
+        Job(tmp_path).run(4)
+
+
+@pytest.mark.slow
+def test_the_process_that_saves_beside_the_job_makes_the_checkpoint_complete(tmp_path, monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    job = Job(tmp_path, async_mode="async")
+    path = tmp_path / "checkpoint" / "step-2"
+    for step in (1, 2):  # the second overwrites the first
+        job.trainer.step = step
+        # Pinned memory needs a GPU; one that does not copy in the background serves torch 2.11 once.
+        job.manager.stager = DefaultStager(StagingOptions(False, True, False, False))
+        response = job.manager.dcp_save(
+            job.manager._flattened_model_states_sd(), str(path), AsyncMode.ASYNC_WITH_PINNED_MEM
+        )
+        getattr(response, "upload_completion", response).result()
+        assert read_marker(path)["step"] == step and complaint(path) is None and not verify(path)
+    job.manager.close()
