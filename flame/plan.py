@@ -95,8 +95,11 @@ def _check_wall_time(duration: str | None) -> None:
 
 def _check_choices(config: JobConfig) -> None:
     """Refuse what torchtitan would trip over later, or what would silently do nothing of what it says."""
-    if config.job.dry_run and config.model.name != "auto":
-        raise UserError(f"--dry_run: --model.name is {config.model.name}, and torchtitan's models have none as yet")
+    if config.model.name != "auto":  # torchtitan's own
+        if config.job.dry_run:
+            raise UserError(f"--dry_run: --model.name is {config.model.name}, and torchtitan's models have none as yet")
+        if config.checkpoint.initial_load_in_hf:
+            raise UserError("--checkpoint.initial_load_in_hf: found true, must be false for torchtitan's models")
     if config.comm.mode != "default":
         raise UserError(f"--comm.mode: found {config.comm.mode}, must be default; the others train nothing real")
     if unknown := set(config.model.converters) - _CONVERTERS:
@@ -164,8 +167,8 @@ def _check_experts(config: JobConfig, shard: int) -> None:
         return
     if config.model.name == "auto":
         raise UserError(
-            f"--parallelism.expert_parallel_degree: found {expert} (and expert_tensor_parallel_degree {together}), must "
-            "be 1 for a model of transformers or fla, whose experts are whole; torchtitan's can be divided (--model.name)"
+            f"--parallelism.expert_parallel_degree: found {expert} (and expert_tensor_parallel_degree {together}), "
+            "must be 1 for models of transformers and fla; torchtitan's experts can be divided (--model.name)"
         )
     # With the other choice that torchtitan 0.2.2 has, 1, tensor ranks share tokens, and their gradient is not added up.
     if together != (needed := p.tensor_parallel_degree if expert > 1 else 1):

@@ -25,7 +25,9 @@ def check(job_config: Any) -> None:
         raise UserError(f"{flag}, must be all of float8 or all of mx")
     for name in converters:
         if job_config.model.name == "auto" and name.startswith("quantize.grouped_mm"):
-            raise UserError(f"{flag}, but transformers' models have no grouped experts of torchtitan's; leave {name} out")
+            raise UserError(
+                f"{flag}, but transformers' models have no grouped experts of torchtitan's; leave {name} out"
+            )
     float8 = job_config.quantize.linear.float8
     if "quantize.linear.float8" in converters:
         if float8.recipe_name and float8.enable_fsdp_float8_all_gather:

@@ -245,8 +245,8 @@ class Checkpoint(titan.Checkpoint):
 
     on_save_failure: Literal["stop", "continue"] = "stop"
     """
-    What to do when a checkpoint cannot be written (disk full, quota, read-only): stop with exit code 1, or go on and try
-    again when the next is due. The last save of a run is never gone without.
+    What to do when a checkpoint cannot be written (disk full, quota, read-only): stop with exit code 1, or go on and
+    try again when the next is due. The last save of a run is never gone without.
     """
 
 

@@ -81,7 +81,7 @@ def test_a_job_that_can_train_passes(flags, ranks):
         ("--checkpoint.load_step -2", ["--checkpoint.load_step", "found -2"]),
         ("--training.context_len 65 --training.seq_len 64", ["--training.context_len", "65", "64"]),
         ("--profiling.enable_profiling --profiling.profile_freq 2", ["--profiling.profile_freq", "4 or more"]),
-        ("--model.name llama3", ["--model.name", "'llama3'", "auto"]),
+        ("--model.name lama3", ["--model.name", "'lama3'", "auto", "llama3"]),
         ("--model.tokenizer_path none", ["--model.tokenizer_path", "not set", "byte"]),
         ("--model.tokenizer_path /" + 300 * "x", ["--model.tokenizer_path", "there is no"]),
         ("--model.tokenizer_path ./tok", ["--model.tokenizer_path", "./tok"]),

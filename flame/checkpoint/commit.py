@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,12 @@ def _find(folder: str | Path) -> dict[int, Path]:
 
 def _read_sizes(checkpoint: Path) -> dict[str, int]:
     """{file: bytes in use of it} as .metadata says. Raises ValueError if it is none, or a marker must be there."""
+    status = (checkpoint / METADATA).stat()
+    return _parse_sizes(checkpoint, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache  # a large model's takes seconds, and a start asks more than once
+def _parse_sizes(checkpoint: Path, modified: int, size: int) -> dict[str, int]:
     data = (checkpoint / METADATA).read_bytes()
     try:
         fields = read_pickle(data).state

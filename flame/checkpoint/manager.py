@@ -26,7 +26,7 @@ from flame.checkpoint.commit import (
     set_aside,
     withdraw,
 )
-from flame.checkpoint.proof import agree, find_whole, prove
+from flame.checkpoint.proof import agree, find_whole
 from flame.checkpoint.start import check_resumable, choose, compare
 from flame.checkpoint.writer import Writer
 from flame.config import recorded, to_toml
@@ -195,13 +195,13 @@ class CheckpointManager(TitanCheckpointManager):
         source, restored = "", []
         if start.mode == "resume":
             self._name_broken(folder)
-            path = find_whole([folder / f"step-{step}" for step in start.steps])
+            flag = "--checkpoint.load_step" if self.config.load_step >= 0 else "--checkpoint.folder"
+            path = find_whole([folder / f"step-{step}" for step in start.steps], flag)
             number = int(path.name.removeprefix("step-"))
             if number > 0:
                 agree(lambda: check_resumable(path))
             source, restored = str(path), self._load(path, model_only=number == 0)
-            if not self.load_only:
-                agree(lambda: self._set_aside(folder, number))
+            agree(lambda: self._set_aside(folder, number))
         elif self.enable:
             agree(lambda: self._set_aside(folder))
             if start.mode == "init":
@@ -216,7 +216,7 @@ class CheckpointManager(TitanCheckpointManager):
 
     def _set_aside(self, folder: Path, after: int | None = None) -> None:
         """Move away the checkpoints after the step that is resumed; at a new start, the first save, cut short."""
-        for step in sorted([*complete_steps(folder), *incomplete(folder)]):
+        for step in [] if self.load_only else sorted([*complete_steps(folder), *incomplete(folder)]):
             path = folder / f"step-{step}"
             if after is None or (step > after and not is_unfinished(path)):  # that one will be overwritten
                 logger.warning(f"{path} is moved to {set_aside(path)}")
@@ -236,9 +236,7 @@ class CheckpointManager(TitanCheckpointManager):
             self.dcp_load(self._states_to_load(True), self.initial_load_path, from_hf=True, from_quantized=False)
             return [MODEL]
         checkpoint = Path(self.initial_load_path)
-        if damage := prove(checkpoint):
-            raise UserError(f"--checkpoint.initial_load_path: {checkpoint} is damaged: {damage[0]}")
-        return self._load(checkpoint, self.initial_load_model_only)
+        return self._load(find_whole([checkpoint], "--checkpoint.initial_load_path"), self.initial_load_model_only)
 
     def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, *args: Any, **kwargs: Any) -> None:
         """torchtitan's; a checkpoint of another model is refused in one line."""

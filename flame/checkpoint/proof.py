@@ -27,21 +27,24 @@ def agree(ask: Callable[[], Answer]) -> Answer:
     return answer[0]
 
 
-def prove(checkpoint: Path) -> list[str]:
+def _prove(checkpoint: Path) -> list[str]:
     """What is wrong with a checkpoint, whose files the ranks share out to hash; the same on all ranks."""
     ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, verify(checkpoint, dist.get_rank(), len(ranks)))
     return [complaint for found in ranks for complaint in found]
 
 
-def find_whole(checkpoints: Sequence[Path]) -> Path:
-    """The first of these checkpoints that is whole; says what is wrong with those before it. Raises UserError."""
+def find_whole(checkpoints: Sequence[Path], flag: str) -> Path:
+    """The first of these checkpoints that is whole; says what is wrong with those before it.
+
+    Raises UserError, in which `flag` stands for the setting that named them.
+    """
     damage: list[str] = []
     for checkpoint in checkpoints:
-        damage = prove(checkpoint)
+        damage = _prove(checkpoint)
         if not damage:
             return checkpoint
         if dist.get_rank() == 0 and len(checkpoints) > 1:
             logger.error(f"{checkpoint} is damaged and is not used: {'; '.join(damage)}")
-    flag = "load_step" if len(checkpoints) == 1 else "folder"
-    raise UserError(f"--checkpoint.{flag}: {checkpoints[-1]} is damaged, and nothing else to resume: {damage[0]}")
+    more = ", and so are those after it" if len(checkpoints) > 1 else ""
+    raise UserError(f"{flag}: {checkpoints[-1]} is damaged{more}: {damage[0]}")

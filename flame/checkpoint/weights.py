@@ -54,18 +54,15 @@ def read_weights(folder: Path, structure: Structure, *, grow: bool = False) -> W
     entries = read_headers(find_files(folder, FLAG), FLAG)
     entries = {name: entry for name, entry in entries.items() if not published.ignores(name)}
     found = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
-    check_initial(folder, found, published, grow=grow)
+    smaller = published.before_growth(found)
+    hint = "" if grow or compare(found, smaller) else "; --model.grow_vocab or --model.add_tokens starts from fewer ids"
+    check_initial(folder, found, smaller if grow else published, hint)
     return Weights(folder, {name: e for name, e in entries.items() if name in published.tensors}, structure)
 
 
-def check_initial(folder: Path, found: Found, structure: Structure, *, grow: bool = False) -> None:
-    """Raises UserError, in one line, for tensors that are not those of the structure; see `read_weights`."""
-    smaller = structure.before_growth(found)
-    complaints = compare(found, smaller if grow else structure)
-    if not complaints:
-        return
-    more = f" and {len(complaints) - SHOWN} more" if len(complaints) > SHOWN else ""
-    hint = "" if grow or smaller == structure else "; --model.grow_vocab or --model.add_tokens starts from fewer ids"
-    raise UserError(
-        f"{FLAG} {folder}: not the tensors of --model.config's model: {'; '.join(complaints[:SHOWN])}{more}{hint}"
-    )
+def check_initial(folder: Path, found: Found, structure: Structure, hint: str = "") -> None:
+    """Raises UserError, in one line with a hint, for tensors that are not those of the structure."""
+    if complaints := compare(found, structure):
+        more = f" and {len(complaints) - SHOWN} more" if len(complaints) > SHOWN else ""
+        said = "; ".join(complaints[:SHOWN])
+        raise UserError(f"{FLAG} {folder}: not the tensors of --model.config's model: {said}{more}{hint}")

@@ -19,7 +19,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         description="Make a tiny job fail on purpose, and see that nothing is lost. Drills:\n" + "\n".join(lines),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("drill", nargs="*", choices=[*DRILLS, []], help="which; default: all")  # type: ignore[list-item]
+    parser.add_argument("drill", nargs="*", choices=[*DRILLS, []], help="which; default: all")
     parser.add_argument("--nproc", type=int, default=2, choices=[1, 2, 4, 8], help="ranks, on this machine (2)")
     parser.add_argument("--times", type=int, default=3, help="kills of kill_in_save (3)")
     parser.add_argument("--keep", type=Path, help="folder for the runs, kept; default: a temporary one")

@@ -46,8 +46,6 @@ def load(job_config: Any, tokenizer: Any) -> dict[str, Any]:
             )
         args.vocab_size = -(-tokenizer.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     parallel.check(spec, args, job_config)
-    if job_config.checkpoint.initial_load_in_hf:
-        raise UserError("--checkpoint.initial_load_in_hf: found true, must be false for torchtitan's models")
     description = {"model_type": f"torchtitan.{model.name}", "flavor": model.flavor, **asdict(args)}
     if experts := getattr(args, "moe_args", None):  # torch's grouped matrix product computes in bfloat16 alone
         experts.use_grouped_mm &= has_cuda_capability(9, 0) and training.mixed_precision_param == "bfloat16"

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
 
 from flame.checkpoint.commit import (
     MARKER,
@@ -17,6 +18,9 @@ from flame.checkpoint.commit import (
     set_aside,
     verify,
 )
+from flame.checkpoint.dcp_writer import write_checkpoint
+from flame.checkpoint.safetensors_file import read_header
+from flame.checkpoint.structure import whole
 from flame.checkpoint.writer import Writer
 
 DATA = "__0_0.distcp"
@@ -148,3 +152,14 @@ def test_a_checkpoint_set_aside_overwrites_none_that_was(tmp_path):
     names = [set_aside(save(tmp_path / "step-3", step=step)).name for step in (1, 2, 3)]
     assert names == ["step-3", "step-3.2", "step-3.3"]
     assert [json.loads((tmp_path / "replaced" / name / MARKER).read_text())["step"] for name in names] == [1, 2, 3]
+
+
+def test_a_checkpoint_made_of_safetensors_is_complete_and_no_run_to_resume(tmp_path):
+    save_file({"weight": torch.arange(64.0)}, tmp_path / "model.safetensors")
+    entries = read_header(tmp_path / "model.safetensors")
+    write_checkpoint(
+        entries, {"weight": whole("weight", (64,))}, {"weight": (64,)}, tmp_path / "step-0", piece_bytes=64
+    )
+    checkpoint = tmp_path / "step-0"
+    assert found(checkpoint) is None and not is_resumable(checkpoint)
+    assert len(read_marker(checkpoint)["files"]) == 5  # four pieces and .metadata

@@ -124,6 +124,21 @@ def test_when_nothing_is_whole_the_job_stops_and_changes_nothing(tmp_path):
     assert sorted(path.name for path in (tmp_path / "checkpoint").iterdir()) == ["step-2", "step-4"]
 
 
+def test_a_damaged_checkpoint_that_is_the_only_one_is_no_way_back_to_the_beginning(tmp_path):
+    Job(tmp_path).run(2)
+    flip(tmp_path / "checkpoint" / "step-2" / DATA)
+    with pytest.raises(UserError, match=r"^--checkpoint.folder: .*step-2 is damaged: "):
+        Job(tmp_path).run(4)
+
+
+def test_a_job_that_only_loads_moves_nothing(tmp_path):
+    Job(tmp_path).run(4)
+    job = Job(tmp_path, load_step=2, load_only=True)
+    assert job.manager.load(2)
+    assert steps(tmp_path) == [2, 4]
+    job.manager.close()
+
+
 def test_a_damaged_initial_checkpoint_is_refused(tmp_path):
     Job(tmp_path / "donor").run(2)
     path = tmp_path / "donor" / "checkpoint" / "step-2"
