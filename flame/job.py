@@ -44,10 +44,7 @@ def run_job(trainer_class: type[FlameTrainer], job_config: Any, signals: stop.Si
     dist.destroy_process_group()
     if not trainer.stopped and trainer.run.writes:
         try:
-            signals.first = stop.interrupt
-            if signals.asked:
-                stop.interrupt(signals.asked)
-            _finish(trainer)
+            _finish(trainer, signals)
         except stop.Stopped as stopped:
             trainer.stopped = str(stopped)
             trainer.run.set_status("preempted", reason=f"{stopped}, before the export was done")
@@ -83,10 +80,11 @@ def _say_ignored(job_config: Any) -> None:
         logger.warning("--training.context_len has no effect: it cuts documents that --training.varlen keeps apart")
 
 
-def _finish(trainer: FlameTrainer) -> None:
+def _finish(trainer: FlameTrainer, signals: stop.Signals) -> None:
     """Export the last step's checkpoint and say where everything is; the rank that writes calls it.
 
     There is no process group any more: no rank waits at a collective and no timeout runs, however long it takes.
+    Raises Stopped at a signal before the export is whole.
     """
     run, config, step = trainer.run, trainer.job_config.checkpoint, trainer.step
     steps = complete_steps(run.folder / config.folder) if config.enable else []
@@ -97,7 +95,11 @@ def _finish(trainer: FlameTrainer) -> None:
         if config.export:
             export = run.folder / "hf" / f"step-{step}"
             export.parent.mkdir(exist_ok=True)
+            signals.first = stop.interrupt
+            if signals.asked:  # since the last step began
+                stop.interrupt(signals.asked)
             export_proven(checkpoint, run.folder / "model", export, config.export_dtype)
+            signals.first = stop.note
             lines.append(f"model        {export}  (Hugging Face format)")
     if later := [other for other in steps if other > step]:
         lines.append(f"note         step {later[-1]} is there as well, and is what a resume takes")

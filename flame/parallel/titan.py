@@ -46,6 +46,8 @@ def _complaints(spec: Any, args: Any, job_config: Any) -> Iterator[str]:
     experts = args.moe_args.num_experts if has_experts(args) else 1
     if experts % (expert := layout.expert_parallel_degree):
         yield f"--parallelism.expert_parallel_degree: found {expert}, must divide the experts of {name}, {experts}"
+    if expert > 1 and job_config.optimizer.early_step_in_backward:
+        yield "--optimizer.early_step_in_backward: found true, must be false where experts are divided"
     if tensor > 1 and job_config.compile.enable and "model" in job_config.compile.components:
         yield f"{TENSOR}: found {tensor}, must be 1 with --compile.enable in this version"
     for size in ("n_heads", "n_kv_heads", "vocab_size"):
