@@ -33,4 +33,6 @@ def configure() -> None:
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     for message in _WARNINGS_NOT_SO:
         warnings.filterwarnings("ignore", message=message)
+    for name in ("torchao", "torch.utils._pytree"):  # where torchao is installed, transformers imports it
+        logging.getLogger(name).setLevel(logging.ERROR)
     os.environ["KINETO_LOG_LEVEL"] = "5"  # torch.profiler's own chatter, as torchtitan does

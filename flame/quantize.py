@@ -19,8 +19,6 @@ def check(job_config: Any) -> None:
     if not converters:
         return
     flag = f"--model.converters: found {','.join(converters)}"
-    if importlib.util.find_spec("torchao") is None:
-        raise UserError(f"{flag}, which needs the package torchao: pip install 'flame[float8]'")
     if len({name.rpartition(".")[2] for name in converters}) > 1:
         raise UserError(f"{flag}, must be all of float8 or all of mx")
     for name in converters:
@@ -43,6 +41,8 @@ def check(job_config: Any) -> None:
             )
     if "quantize.linear.mx" in converters and not (has_cuda_capability(10, 0) or has_rocm_capability(9, 5)):
         raise UserError(f"{flag}, which needs a GPU of compute capability 10.0 (B200), or gfx950, or more")
+    if importlib.util.find_spec("torchao") is None:
+        raise UserError(f"{flag}, which needs the package torchao: pip install 'flame[float8]'")
 
 
 def adapt(job_config: Any, family: Family, model: PreTrainedModel) -> None:

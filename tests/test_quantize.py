@@ -1,5 +1,7 @@
 """float8 reaches torchtitan's own converter, emulated on a CPU; what cannot be is refused."""
 
+from importlib.util import find_spec
+
 import pytest
 
 from flame.config import parse
@@ -8,6 +10,7 @@ from flame.spec import register
 from tests.launch import SMALL, metrics, train_each
 from tests.tiny import write_config
 
+needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="pip install 'flame[float8]'")
 FLOAT8 = ("--float8.enable_float8_linear", "--quantize.linear.float8.emulate")
 GATHER = "--quantize.linear.float8.enable_fsdp_float8_all_gather"
 
@@ -34,6 +37,13 @@ def test_converters_that_cannot_be_are_refused(flags, message):
         register(config)
 
 
+@pytest.mark.skipif(find_spec("torchao") is not None, reason="torchao is installed")
+def test_a_missing_torchao_is_said():
+    with pytest.raises(UserError, match=r"needs the package torchao: pip install 'flame\[float8\]'"):
+        register(parse(["--model.config=configs/gla_debug.json", *FLOAT8]))
+
+
+@needs_torchao
 def test_linear_layers_but_the_head_are_trained_in_float8_and_saved_under_their_names(tmp_path):
     jobs = {}
     for name in ("llama", "gla"):
@@ -50,6 +60,7 @@ def test_linear_layers_but_the_head_are_trained_in_float8_and_saved_under_their_
             assert b["loss"] == pytest.approx(a["loss"], rel=0.01)  # what 3 bits of mantissa leave of it
 
 
+@needs_torchao
 @pytest.mark.slow
 def test_fsdp_gathers_float8_weights(tmp_path):
     config = write_config(tmp_path, "llama")
