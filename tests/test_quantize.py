@@ -23,7 +23,9 @@ GATHER = "--quantize.linear.float8.enable_fsdp_float8_all_gather"
         (["quantize.linear.float8,quantize.linear.mx", FLOAT8[1]], r"must be all of float8 or all of mx"),
         (["quantize.linear.mx"], r"needs a GPU of compute capability 10\.0"),
         (["quantize.grouped_mm.float8"], r"no grouped experts of torchtitan's; leave quantize\.grouped_mm\.float8 out"),
-        (["quantize.linear.float8", FLOAT8[1], GATHER], r"must be false for fla's models"),
+        pytest.param(
+            ["quantize.linear.float8", FLOAT8[1], GATHER], r"must be false for fla's models", marks=needs_torchao
+        ),
         (
             ["quantize.linear.float8", FLOAT8[1], GATHER, "--quantize.linear.float8.recipe_name=rowwise"],
             r"must be false beside --quantize\.linear\.float8\.recipe_name rowwise",
