@@ -36,10 +36,12 @@ def root(tmp_path_factory):
     """Where the jobs of one launch on two ranks have left their folders."""
     root = tmp_path_factory.mktemp("finite")
     config = write_config(root, "llama")
+    (root / "text.txt").write_text("a little text for a few steps, again and again. " * 200)
 
     def flags(name, what, *more):
         return [
             *(*SMALL, f"--job.dump_folder={root}/{name}", f"--job.description={what}", f"--model.config={config}"),
+            *(f"--training.dataset={root}/text.txt", "--data.lanes=2", "--training.dataloader.num_workers=0"),
             *("--training.steps=5", "--checkpoint.interval=1", "--checkpoint.no_export", *more),
         ]
 

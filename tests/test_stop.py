@@ -100,7 +100,8 @@ ASKED = (  # where a run of 8 steps is asked to stop, one time after the other
 )
 
 
-def test_a_run_that_stops_in_accumulation_and_in_validation_goes_on_as_one_that_never_did(tmp_path):
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_run_that_stops_in_accumulation_and_in_validation_goes_on_as_one_that_never_did(ranks, tmp_path):
     (tmp_path / "held_out.txt").write_text("held out text, of which there is enough for some rows. " * 80)
 
     def flags(name, place):
@@ -111,19 +112,20 @@ def test_a_run_that_stops_in_accumulation_and_in_validation_goes_on_as_one_that_
                 "--training.steps=8",
                 "--training.local_batch_size=2",
             ),
-            *("--training.gradient_accumulation_steps=2", "--checkpoint.interval=100"),
+            *("--training.gradient_accumulation_steps=2", "--checkpoint.interval=100", "--data.lanes=2"),
+            *(f"--training.dataset={tmp_path}/held_out.txt", "--training.dataloader.num_workers=0"),
             *("--validation.enable", f"--validation.dataset={tmp_path}/held_out.txt", "--validation.freq=4"),
             *("--validation.local_batch_size=4", "--validation.seq_len=128"),
         ]
 
     jobs = [flags("whole", ""), *(flags("stopped", place) for place in ASKED)]
-    log = train_each(jobs, ranks=2, trainer="tests.faults:Asked")
+    log = train_each(jobs, ranks=ranks, trainer="tests.faults:Asked")
     whole, stopped = steps_and_validations(tmp_path / "whole"), steps_and_validations(tmp_path / "stopped")
     assert len(whole[0]) == 8
     assert stopped[0] == whole[0]
     assert (whole[1], stopped[1]) == ([1, 4, 8], [1, 8])  # the one that was cut short is not made up for
     saves = [log.count(f"Saving a full checkpoint at step {step}.") for step in (2, 4, 6)]
-    assert saves == [2, 2, 2]  # one on each rank: where nothing new was trained, nothing is saved
+    assert saves == [ranks] * 3  # one on each rank: where nothing new was trained, nothing is saved
 
 
 class Job:
