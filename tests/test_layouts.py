@@ -8,7 +8,6 @@ from tests.launch import REPO
 from tests.layouts import LAYOUTS, MODELS, STEPS, differences, refusal, refusal_of, run
 
 HEADS = {  # the models of which heads or columns, and blocks, cannot be divided, and the words that say why
-    "mixtral": "experts are not divided",
     "retnet": "by the head's number",
     "gsa": "spans all heads",
     "hgrn2": "spans all heads",
@@ -18,7 +17,7 @@ STAGES = dict.fromkeys(("tied", "falcon", "falcon_groups"), "tied") | {
     "hgrn2": "bounds of its decays",
     "rwkv7": "first block",
 }
-FOUR = {"llama": 2, "tied": 2, "mistral": 2, "qwen3": 2}  # key-value heads, too few for four ranks
+FOUR = {"llama": 2, "tied": 2, "mistral": 2, "qwen3": 2, "mixtral": 2}  # key-value heads, too few for four ranks
 
 
 def expected(name, layout):
@@ -70,6 +69,13 @@ def test_what_cannot_be_divided_is_refused_with_the_reason_and_nothing_else(name
     for layout in LAYOUTS:
         words, found = expected(name, layout), refusal(name, layout)
         assert found is None if words is None else words in (found or ""), (layout, found)
+
+
+def test_a_mixture_whose_balance_is_trained_is_not_divided(monkeypatch):
+    monkeypatch.setitem(MODELS, "balanced", {**MODELS["mixtral"], "output_router_logits": True})
+    for layout in ("tp2", "cp2", "pp2"):
+        assert "output_router_logits" in (refusal("balanced", layout) or "")
+    assert refusal("balanced", "fsdp2") is None
 
 
 @pytest.mark.parametrize("name, layout", QUICK)
