@@ -13,11 +13,14 @@ from flame.checkpoint.commit import complete_steps
 from flame.trainer import FlameTrainer
 from flame.verify import export_proven
 
+EXHAUSTED = 4  # flame.launch makes it 1; it shows the traceback of a rank that ends with that
+
 
 def run_job(trainer_class: type[FlameTrainer], job_config: Any, signals: stop.Signals) -> int:
     """Train `job_config` from start or checkpoint to the end, close everything in order, and export the result.
 
-    Returns the exit code: 0, data.exhausted_exit_code if the data ended before the last step, or stop.PREEMPTED.
+    Returns the exit code: 0, stop.PREEMPTED, or, if the data ended before the last step and data.exhausted_exit_code
+    is 1, EXHAUSTED on the rank that writes.
     """
     trainer = None
     signals.first = stop.note  # from here on other ranks may be waiting for this one: all end together or none
@@ -51,7 +54,9 @@ def run_job(trainer_class: type[FlameTrainer], job_config: Any, signals: stop.Si
     if trainer.stopped:
         _say_stopped(trainer)
         return stop.PREEMPTED
-    return job_config.data.exhausted_exit_code if trainer.exhausted else 0
+    # One rank says it: torchrun ends all others as soon as one fails, and that one may still be exporting.
+    said = trainer.exhausted and job_config.data.exhausted_exit_code and trainer.run.writes
+    return EXHAUSTED if said else 0
 
 
 def _abandon(trainer: FlameTrainer, number: int) -> None:

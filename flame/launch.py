@@ -16,7 +16,7 @@ from flame.stop import LAUNCHED, PREEMPTED, SIGNALS, Signals, leave
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 
-SAID = {2: 2, 3: 1, PREEMPTED: PREEMPTED}  # {exit code of a rank that has printed why it ends: ours}
+SAID = {2: 2, 3: 1, 4: 1, PREEMPTED: PREEMPTED}  # {exit code of a rank that has printed why it ends: ours}
 SAID |= {128 + number: 128 + number for number in SIGNALS}
 GRACE = 3.0  # seconds that the ranks have to end after a second signal
 

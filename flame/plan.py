@@ -29,6 +29,7 @@ _INNER = ("tensor", "pipeline", "context")  # what divides a model, and not the 
 _BELOW_1 = ("optimizer.beta1", "optimizer.beta2")
 _UP_TO_1 = ("lr_scheduler.decay_ratio", "lr_scheduler.min_lr_factor")
 _CONVERTERS = {f"quantize.{kind}.{name}" for kind in ("linear", "grouped_mm") for name in ("float8", "mx")}
+_MAY_BE_LEFT_OUT = ("optimizer", "lr_scheduler", "dataloader", "train_state")
 _ABOVE_0 = ("optimizer.lr", "optimizer.eps", "training.max_norm")
 
 
@@ -249,6 +250,11 @@ def _check_folders(config: JobConfig) -> None:
     for flag, path in (("job.dump_folder", config.job.dump_folder), ("checkpoint.folder", checkpoint.folder)):
         if "://" in path:
             raise UserError(f"--{flag}: found {path}, must be a folder of this machine's file system")
+    if checkpoint.create_seed_checkpoint and checkpoint.initial_load_path:
+        raise UserError("--checkpoint.create_seed_checkpoint: --checkpoint.initial_load_path must not be set beside it")
+    if unknown := set(checkpoint.exclude_from_loading) - set(_MAY_BE_LEFT_OUT):
+        allowed = ", ".join(_MAY_BE_LEFT_OUT)
+        raise UserError(f"--checkpoint.exclude_from_loading: found {min(unknown)}, must be among {allowed}")
     start = choose(checkpoint, dump / checkpoint.folder)
     if start.mode == "init" and checkpoint.initial_load_in_hf:
         from flame.checkpoint.weights import check_source  # here: it imports numpy

@@ -47,7 +47,10 @@ class Run:
     def read_status(self) -> dict[str, Any]:
         """The last status, or {} if there is none."""
         path = self.folder / "status.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        try:
+            return json.loads(path.read_text())
+        except (FileNotFoundError, ValueError):  # a power cut can leave it empty
+            return {}
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one step's metrics to metrics.jsonl."""

@@ -5,6 +5,7 @@ import shlex
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -116,6 +117,9 @@ class FlameTrainer(torchtitan.train.Trainer):
             self.skipped_in_a_row = 0
             self.optimizers.step()
         self.lr_schedulers.step()
+        if self.resumed_at and self.step == self.resumed_at + 1:  # torchtitan does it after step 1 alone
+            timeout = timedelta(seconds=self.job_config.comm.train_timeout_seconds)
+            dist_utils.set_pg_timeouts(timeout=timeout, parallel_dims=self.parallel_dims)
         if self.metrics_processor.should_log(self.step):
             self._log(loss, local_tokens, global_tokens, grad_norm, lr)
 
@@ -172,20 +176,21 @@ class FlameTrainer(torchtitan.train.Trainer):
             digest += digest_batch(input_dict["input"].numpy(), labels.numpy(), indices)
             valid += int((labels != IGNORE_INDEX).sum())
             row += len(labels)
-        due = self.checkpointer.enable and time.monotonic() - self.last_save >= self.job_config.checkpoint.interval
         rows = self.dataloader.skipped()
         counts = [count for pair in rows.values() for count in pair]
-        local = torch.tensor([valid, _wrap(digest), exhausted, due, *counts], device=self.device)
+        local = torch.tensor([valid, _wrap(digest), exhausted, *counts], device=self.device)
         agreed = local.clone()
         if self.parallel_dims.dp_enabled:
             dist.all_reduce(agreed, group=self.parallel_dims.get_mesh("batch").get_group())
-        total, digest, exhausted_ranks, due_ranks, *counts = agreed.tolist()
+        total, digest, exhausted_ranks, *counts = agreed.tolist()
         self._check_rows({name: (counts[2 * i], counts[2 * i + 1]) for i, name in enumerate(rows)})
         if exhausted_ranks:
             raise DataloaderExhaustedError
-        self.checkpointer.due = bool(due_ranks)
-        if due_ranks:
-            self.last_save = time.monotonic()
+        if self.checkpointer.enable and self.checkpointer.every_seconds:
+            due = time.monotonic() - self.last_save >= self.job_config.checkpoint.interval
+            self.checkpointer.due = bool(self.ranks.highest(due)[0])
+            if self.checkpointer.due:
+                self.last_save = time.monotonic()
         return local[0].float(), torch.tensor(float(total), device=self.device), digest
 
     def _check_rows(self, rows: dict[str, tuple[int, int]]) -> None:
@@ -238,6 +243,9 @@ class FlameTrainer(torchtitan.train.Trainer):
             )
         else:
             self.skipped_steps += 1
+            for name, buffer in (pair for part in self.model_parts for pair in part.named_buffers()):
+                if name.endswith("tokens_per_expert"):  # torchtitan's routers count, and only an update counts anew
+                    buffer.zero_()
             logger.warning(f"step {self.step}: not finite: {bad}; the update is skipped ({self.skipped_steps} so far)")
             return
         raise NonFiniteError(

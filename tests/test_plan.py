@@ -64,6 +64,8 @@ def test_a_job_that_can_train_passes(flags, ranks):
     "flags, words",
     [
         ("--training.steps 0", ["--training.steps", "found 0", "1 or more"]),
+        ("--checkpoint.exclude_from_loading foo", ["exclude_from_loading", "found foo", "optimizer, lr_scheduler"]),
+        ("--checkpoint.create_seed_checkpoint --checkpoint.initial_load_path .", ["must not be set beside it"]),
         ("--training.local_batch_size 0", ["--training.local_batch_size", "found 0"]),
         ("--training.seq_len -4", ["--training.seq_len", "found -4"]),
         ("--optimizer.lr 0", ["--optimizer.lr", "more than 0"]),

@@ -1,6 +1,6 @@
 """torchtitan's CheckpointManager, which saves whole checkpoints or none, and starts from one that is proven or none."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +172,7 @@ class CheckpointManager(TitanCheckpointManager):
         every = self.config.keep_every
         for step in complete_steps(self.folder)[: -self.keep_latest_k]:
             path = self._create_checkpoint_id(step)
-            if every and step % every == 0:
+            if step == 0 or (every and step % every == 0):  # step 0 is what the user began with
                 continue
             try:
                 withdraw(Path(path))  # one whose deletion is cut short is then not taken for a damaged one
@@ -221,22 +221,24 @@ class CheckpointManager(TitanCheckpointManager):
             if after is None or (step > after and not is_unfinished(path)):  # that one will be overwritten
                 logger.warning(f"{path} is moved to {set_aside(path)}")
 
-    def _load(self, checkpoint: Path, model_only: bool) -> list[str]:
-        """Load a checkpoint of ours; returns the names of what was."""
+    def _load(self, checkpoint: Path, model_only: bool, left_out: Sequence[str] = ()) -> list[str]:
+        """Load a checkpoint of ours but for what is left out; returns the names of what was loaded."""
+        wanted = {name: state for name, state in self.states.items() if name not in left_out}
         kept = [dict(group) for group in self._groups()]
-        self.dcp_load(self._states_to_load(model_only), str(checkpoint), from_hf=False, from_quantized=False)
+        states = self.states[MODEL].state_dict() if model_only else self._flattened_model_states_sd(wanted)
+        self.dcp_load(states, str(checkpoint), from_hf=False, from_quantized=False)
         for group, asked in zip(self._groups(), kept, strict=True):  # a checkpoint brings its own betas and the like
             group.update({name: value for name, value in asked.items() if name not in _OF_CHECKPOINT})
         GarbageCollection.collect("GC collection for checkpoint loading.")
-        return [MODEL] if model_only else [name for name in self.states if name not in self.exclude_from_loading]
+        return [MODEL] if model_only else list(wanted)
 
     def _load_initial(self) -> list[str]:
         """Load what --checkpoint.initial_load_path names; returns the names of what was. Raises UserError."""
         if self.initial_load_in_hf:
             self.dcp_load(self._states_to_load(True), self.initial_load_path, from_hf=True, from_quantized=False)
             return [MODEL]
-        checkpoint = Path(self.initial_load_path)
-        return self._load(find_whole([checkpoint], "--checkpoint.initial_load_path"), self.initial_load_model_only)
+        checkpoint = find_whole([Path(self.initial_load_path)], "--checkpoint.initial_load_path")
+        return self._load(checkpoint, self.initial_load_model_only, self.exclude_from_loading)
 
     def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, *args: Any, **kwargs: Any) -> None:
         """torchtitan's; a checkpoint of another model is refused in one line."""
@@ -265,5 +267,7 @@ class CheckpointManager(TitanCheckpointManager):
             marker = read_marker(Path(source))
             if not marker:
                 logger.warning(f"{source} has no {MARKER}: no more than its names and sizes could be checked")
+            if self.exclude_from_loading:
+                logger.info("--checkpoint.exclude_from_loading is for --checkpoint.initial_load_path: all was restored")
             for change in compare(marker["config"], self._settings()) if "config" in marker else ():
                 logger.info(f"changed since {Path(source).name}: {change}")

@@ -14,13 +14,15 @@ Answer = TypeVar("Answer")
 
 
 def agree(ask: Callable[[], Answer]) -> Answer:
-    """The answer of the first rank, or the UserError that it met, on all ranks."""
+    """The answer of the first rank, or the UserError that it met, on all ranks; an OSError becomes one."""
     answer: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
             answer = [ask()]
         except UserError as error:
             answer = [error]
+        except OSError as error:
+            answer = [UserError(f"--checkpoint.folder: {error}")]
     dist.broadcast_object_list(answer)
     if isinstance(answer[0], UserError):
         raise answer[0]

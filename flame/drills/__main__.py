@@ -1,4 +1,7 @@
-"""`python -m flame.drills [NAME ...] [--nproc N] [--keep FOLDER] [-- FLAGS]`: exit code 0, 1 if a claim failed, 2."""
+"""`python -m flame.drills [NAME ...] [--nproc N] [--keep FOLDER] [--flags FLAGS ...]`.
+
+Exit code: 0, 1 if a claim does not hold, 2 for a mistake.
+"""
 
 import argparse
 import functools
@@ -11,6 +14,12 @@ from pathlib import Path
 from flame.drills.drill import DRILLS, kill_in_save
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text}, must be 1 or more")
+    return int(text)
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line; argparse exits with code 2 for what it does not know."""
     lines = [f"  {name:<14}{drill.__doc__}" for name, drill in DRILLS.items()]
@@ -21,7 +30,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("drill", nargs="*", choices=[*DRILLS, []], help="which; default: all")
     parser.add_argument("--nproc", type=int, default=2, choices=[1, 2, 4, 8], help="ranks, on this machine (2)")
-    parser.add_argument("--times", type=int, default=3, help="kills of kill_in_save (3)")
+    parser.add_argument("--times", type=_count, default=3, help="kills of kill_in_save (3)")
     parser.add_argument("--keep", type=Path, help="folder for the runs, kept; default: a temporary one")
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="all that follows is added to the jobs")
     return parser.parse_args(argv)
@@ -41,9 +50,13 @@ def main(argv: list[str]) -> int:
         print(f"{name}: {drill.__doc__}", flush=True)
         if drill is kill_in_save:
             drill = functools.partial(kill_in_save, times=given.times)
-        for claim, holds, found in drill(folder, given.nproc, given.flags):
-            failed += not holds
-            print(f"  {'ok    ' if holds else 'FAILED'}  {claim}" + ("" if holds else f": {found}"), flush=True)
+        try:
+            for claim, holds, found in drill(folder, given.nproc, given.flags):
+                failed += not holds
+                print(f"  {'ok    ' if holds else 'FAILED'}  {claim}" + ("" if holds else f": {found}"), flush=True)
+        except RuntimeError as error:
+            print(f"flame: {name}: {error}", file=sys.stderr)
+            return 2
         print(f"  {time.monotonic() - begin:.0f} s", flush=True)
     if failed:
         print(f"{failed} failed; the runs are in {root}")

@@ -137,12 +137,17 @@ def measure_flame(folder: Path, seconds: float) -> dict[str, float]:
 
 
 def measure_workers(folder: Path, seconds: float) -> dict[str, float]:
-    """Two workers against one, alternating, in wall time."""
+    """Two workers against the stream on one thread, and against one worker beside the reader; in wall time."""
     from flame.data import bench
 
-    loaders = [load(folder, workers) for workers in (2, 1)]
-    two, one = (warm(bench.iterate(loader, loader.ahead)) for loader in loaders)
-    return as_numbers(bench.compare(two, one, 2, max(3, int(seconds / 6))))
+    loaders = [load(folder, workers) for workers in (2, 0, 1)]
+    two, none, one = (warm(bench.iterate(loader, loader.ahead)) for loader in loaders)
+    slices = max(3, int(seconds / 12))
+    against_one = as_numbers(bench.compare(two, one, 2, slices))
+    return {
+        **as_numbers(bench.compare(two, none, 2, slices)),
+        **{f"{name}_one_worker": value for name, value in against_one.items()},
+    }
 
 
 def measure_titan(folder: Path, seconds: float) -> dict[str, float]:
@@ -228,7 +233,7 @@ def resident() -> dict[str, float]:
 
 PARTS = {
     "flame against the tokenizer": measure_flame,
-    "flame, two workers against one": measure_workers,
+    "flame, two workers against one thread": measure_workers,
     "torchtitan against the tokenizer": measure_titan,
     "memory of the tokenizer's process": measure_ceiling,
     "memory of flame's process": measure_memory,

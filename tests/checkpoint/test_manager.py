@@ -2,6 +2,7 @@
 
 import logging
 import resource
+import shutil
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,25 @@ def test_the_newest_stay_and_so_do_milestones(settings, kept, tmp_path):
     Job(tmp_path, **settings).run(10)
     assert steps(tmp_path) == kept
     assert all(folder.exists() for folder in others)
+
+
+def test_a_step_0_that_a_user_began_with_is_neither_counted_nor_deleted(tmp_path):
+    Job(tmp_path).run(2)
+    shutil.copytree(tmp_path / "checkpoint" / "step-2", tmp_path / "checkpoint" / "step-0")
+    Job(tmp_path, keep_latest_k=2).run(10)
+    assert steps(tmp_path) == [0, 8, 10]
+
+
+def test_what_is_left_out_of_an_initial_checkpoint_is_not_left_out_of_a_resume(tmp_path):
+    Job(tmp_path / "donor").run(2)
+    options = {"exclude_from_loading": ["dataloader", "train_state"], "initial_load_model_only": False}
+    path = str(tmp_path / "donor" / "checkpoint" / "step-2")
+    job = Job(tmp_path / "run", initial_load_path=path, **options)
+    job.run(4)
+    assert {"dataloader", "train_state"}.isdisjoint(job.manager.origin["restored"])
+    again = Job(tmp_path / "run", initial_load_path=path, **options)
+    again.manager.load()
+    assert {"dataloader", "train_state", "optimizer"} <= set(again.manager.origin["restored"])
 
 
 def test_nothing_is_deleted_before_the_newer_one_is_complete(tmp_path, monkeypatch):

@@ -1,13 +1,15 @@
 """The end of the data: after --data.epochs readings, at the same step on any number of ranks and workers."""
 
 import json
+import subprocess
+import sys
 import threading
 
 import pytest
 
 from flame.data.source import Source
 from tests.data.fakes import EOS, Tape, Texts, documents, loader, one, three
-from tests.launch import SMALL, metrics, train, trajectory
+from tests.launch import SMALL, environment, metrics, train, trajectory
 from tests.tiny import write_config
 
 
@@ -143,6 +145,24 @@ def test_a_run_ends_with_its_data_on_two_ranks_and_goes_on_on_one_with_more_epoc
     assert more.returncode == 0, more.stderr[-2000:]
     steps_of_both = {len(trajectory(tmp_path / name)) for name in ("whole", "parts")}
     assert min(steps_of_both) > 1.5 * last["step"] and len(trajectory(tmp_path / "parts")) > last["step"]
+
+
+@pytest.mark.slow
+def test_the_exit_code_of_ended_data_waits_for_the_export(tmp_path):
+    lines = [json.dumps({"text": text}) + "\n" for text in documents("a", 60, 300)]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    flags = [
+        *(*SMALL, f"--job.dump_folder={tmp_path / 'run'}", f"--model.config={write_config(tmp_path, 'llama')}"),
+        *(f"--training.dataset={tmp_path / 'a.jsonl'}", "--training.local_batch_size=4", "--training.steps=100"),
+        *("--data.lanes=8", "--data.epochs=1", "--data.exhausted_exit_code=1", "--lr_scheduler.decay_ratio=0"),
+    ]
+    command = [sys.executable, "-m", "flame.launch", "--nproc_per_node=2", "--rdzv_backend=c10d"]
+    command += ["--rdzv_endpoint=localhost:0", "-m", "flame.train", *flags]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (done.returncode, status["status"]) == (1, "data_exhausted"), done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "run" / "hf" / f"step-{status['step']}" / "conversion_report.json").exists()
 
 
 @pytest.mark.slow
