@@ -40,12 +40,12 @@ def main(argv: list[str]) -> int:
     """Run the drills and print what is found."""
     given = parse(argv)
     root = Path(tempfile.mkdtemp(prefix="flame-drills-")) if given.keep is None else given.keep
+    if there := next(root.glob("*"), None):  # a run that drills compare with may be another job's
+        print(f"flame: --keep: {there} exists already; name a folder that is empty or not there", file=sys.stderr)
+        return 2
     failed = 0
     for name in given.drill or DRILLS:
         folder = root / name
-        if folder.exists():
-            print(f"flame: --keep: {folder} exists already; name a folder that holds no drills", file=sys.stderr)
-            return 2
         drill, begin = DRILLS[name], time.monotonic()
         print(f"{name}: {drill.__doc__}", flush=True)
         if drill is kill_in_save:

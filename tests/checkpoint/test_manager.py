@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torchtitan.components.checkpoint import AsyncMode
@@ -19,14 +18,7 @@ from tests.checkpoint.test_commit import DATA, delete, flip, truncate
 ASYNC = ["disabled", "async"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_rank(tmp_path_factory):
-    """A process group of this process."""
-    dist.init_process_group(
-        "gloo", init_method=f"file://{tmp_path_factory.mktemp('group')}/store", rank=0, world_size=1
-    )
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 @pytest.fixture(autouse=True)
