@@ -9,9 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROWS = (
-    "errors data.document data.packed data.retry",
+    "errors data.fast data.document data.packed data.retry",
     "data.window data.jsonl data.megatron data.textfile checkpoint.element checkpoint.record checkpoint.report",
-    "legacy setting section log device schedule storage stop agreement checkpoint.chunk checkpoint.structure "
+    "legacy setting section log device schedule storage stop lock agreement checkpoint.chunk checkpoint.structure "
     "checkpoint.commit data.prefetch data.table "
     "models.family models.reference.precision models.reference.packing models.reference.delta_chunk",
     "data.source data.skip data.cursor data.order data.mixture data.tokenize data.pack data.ledger "

@@ -1,5 +1,6 @@
 """Items of several iterators in turn, made ahead by threads."""
 
+import atexit
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from heapq import heappop, heappush
@@ -30,15 +31,21 @@ def read_in_turn(parts: Sequence[Iterator[Item]], workers: int = 0, ahead: int =
 def _read_ahead(parts: Sequence[Iterator[Item]], workers: int, ahead: int) -> Generator[Item, None, None]:
     work = _Work(parts, ahead)
     threads = [threading.Thread(target=work.run, name="flame-data", daemon=True) for _ in range(workers)]
+
+    def end() -> None:
+        work.stop()
+        for thread in threads:
+            thread.join(timeout=10)  # it may be waiting for the network; a daemon does not keep the process
+
+    atexit.register(end)  # a thread that is in Rust while the interpreter goes away would abort the process
     for thread in threads:
         thread.start()
     try:
         while (item := work.take()) is not END:
             yield item
     finally:
-        work.stop()
-        for thread in threads:
-            thread.join(timeout=10)  # it may be waiting for the network; a daemon does not keep the process
+        atexit.unregister(end)
+        end()
 
 
 class _Work:

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import sysconfig
@@ -26,7 +27,7 @@ SHARES = (0.5, 0.3, 0.2)
 VOCABULARY, SEQ_LEN, BATCH, SHUFFLED = 32_000, 2048, 8, 1024
 MIXED = 60 << 20  # characters the tokenizer alone is given: all of the first source, of the others by their shares
 WARM = 400  # batches before the clock starts: at first, every lane tokenizes a block of each source
-PACKAGES = ("torch", "torchtitan", "datasets", "tokenizers", "transformers", "numpy")
+PACKAGES = ("torch", "torchtitan", "datasets", "tokenizers", "fastokens", "transformers", "numpy")
 
 
 # -- what is measured on -----------------------------------------------------------------------------------------------
@@ -136,8 +137,22 @@ def measure_flame(folder: Path, seconds: float) -> dict[str, float]:
     return {**as_numbers(pair), **state, "states_while_iterating": while_iterating}
 
 
+def measure_flame_with_tokenizers(folder: Path, seconds: float) -> dict[str, float]:
+    """The same for a tokenizer that fastokens does not read: `tokenizers` makes the ids on both sides."""
+    hide_fastokens()
+    return measure_flame(folder, seconds)
+
+
+def hide_fastokens() -> None:
+    sys.modules["fastokens"] = None  # type: ignore[assignment]  # as if it were not installed
+
+
 def measure_workers(folder: Path, seconds: float) -> dict[str, float]:
-    """Two workers against the stream on one thread, and against one worker beside the reader; in wall time."""
+    """Two workers against the stream on one thread, and against one worker beside the reader; in wall time.
+
+    Without fastokens: with it, one thread is so fast that a second has nothing to add.
+    """
+    hide_fastokens()
     from flame.data import bench
 
     loaders = [load(folder, workers) for workers in (2, 0, 1)]
@@ -176,15 +191,22 @@ def measure_titan(folder: Path, seconds: float) -> dict[str, float]:
 
 
 def measure_memory(folder: Path, seconds: float, workers: int = 0) -> dict[str, float]:
-    """Resident memory of a process that streams for so many seconds, ten times on the way; then as a trainer has it."""
+    """Resident memory of a process that streams for so many seconds, then as a trainer has it.
+
+    Of forty readings on the way, the median of each quarter: with threads, single ones differ by 50 MiB up and down.
+    """
     batches, begin, seen = iter(load(folder, workers)), time.monotonic(), []
-    while len(seen) < 10:
+    while len(seen) < 40:
         next(batches)
-        if time.monotonic() - begin > seconds * (len(seen) + 1) / 10:
+        if time.monotonic() - begin > seconds * (len(seen) + 1) / 40:
             seen.append(resident())
     import_trainer()
-    times = {f"{name}_{i}_of_10": value for i in (1, 5, 10) for name, value in seen[i - 1].items()}
-    return {**times, **{f"{name}_with_trainer": value for name, value in resident().items()}}
+    quarters = {
+        f"{name}_quarter_{i + 1}": statistics.median(reading[name] for reading in seen[10 * i : 10 * i + 10])
+        for i in range(4)
+        for name in seen[0]
+    }
+    return {**quarters, **{f"{name}_with_trainer": value for name, value in resident().items()}}
 
 
 def measure_memory_with_workers(folder: Path, seconds: float) -> dict[str, float]:
@@ -233,7 +255,8 @@ def resident() -> dict[str, float]:
 
 PARTS = {
     "flame against the tokenizer": measure_flame,
-    "flame, two workers against one thread": measure_workers,
+    "flame without fastokens against the tokenizer": measure_flame_with_tokenizers,
+    "flame without fastokens, two workers against one thread": measure_workers,
     "torchtitan against the tokenizer": measure_titan,
     "memory of the tokenizer's process": measure_ceiling,
     "memory of flame's process": measure_memory,

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import threading
 import time
 from itertools import count, islice
@@ -92,3 +94,24 @@ def test_items_that_end_end_the_threads_too():
     before = threading.active_count()
     assert list(read_in_turn([iter(range(5))], 2, 3)) == list(range(5))
     assert threading.active_count() == before
+
+
+UNCLOSED = """
+import itertools
+from tokenizers import Tokenizer, models
+from flame.data.fast import open_fast
+from flame.data.prefetch import read_in_turn
+
+def items():
+    while True:
+        yield encode(["abba"] * 99)
+
+encode = open_fast(Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[])))
+stream = read_in_turn([items(), items()], 2, 1 << 20)
+list(itertools.islice(stream, 9))
+"""
+
+
+def test_a_process_that_ends_with_a_stream_unclosed_ends_in_peace():
+    done = subprocess.run([sys.executable, "-c", UNCLOSED], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -2,10 +2,11 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from flame.data.fast import open_fast
 from flame.data.tokenize import build_tokenizer
 from flame.errors import UserError
 
@@ -108,3 +109,82 @@ def test_a_broken_tokenizer_file_is_one_line(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="not loadable"):
         build_tokenizer(str(tmp_path / "tokenizer.json"))
+
+
+CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+PLAIN = pre_tokenizers.ByteLevel(add_prefix_space=False)
+SPLIT = pre_tokenizers.Sequence(
+    [
+        pre_tokenizers.Split(Regex(CONTRACTIONS + SPACES), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+)
+SENTENCE_PIECE = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+KINDS = {  # as GPT-2, GPT-NeoX, Llama 3, Qwen and Llama 2 have it: normalizer, pre-tokenizer, its alphabet is bytes
+    "gpt2": (None, PLAIN),
+    "gpt_neox": (normalizers.NFC(), PLAIN),
+    "llama3": (None, SPLIT),
+    "qwen": (normalizers.NFC(), SPLIT),
+    "llama2": (SENTENCE_PIECE, None),
+}
+
+
+def learn(kind, texts):
+    """A small BPE of a kind, with a special token and a run of spaces among the added ones."""
+    normalizer, pre_tokenizer = KINDS[kind]
+    bytewise = pre_tokenizer is not None
+    special = [] if bytewise else ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    backend = Backend(models.BPE() if bytewise else models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    if normalizer:
+        backend.normalizer = normalizer
+    if pre_tokenizer:
+        backend.pre_tokenizer = pre_tokenizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet() if bytewise else [],
+        max_token_length=12,
+        show_progress=False,
+    )
+    backend.train_from_iterator([line for text in texts[:4] for line in text.splitlines()], trainer)
+    backend.add_special_tokens([AddedToken("<|endoftext|>", normalized=False)])
+    backend.add_tokens([AddedToken("    ", normalized=bytewise)])
+    return backend
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_fast_ids_are_those_of_the_tokenizer_itself(kind, library):
+    backend = learn(kind, library)
+    encode = open_fast(backend)
+    assert encode is not None
+    texts = [*HARD, *library[:20], "a" * 100_000, " " * 100_000, " \n" * 50_000, "'ll I'VE 1234567 \u0301\u0301e\u0301"]
+    right = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    assert [ids.tolist() for ids in encode(texts)] == right
+    assert len({ids.dtype.name for ids in encode(texts)} | {"int32"}) == 1
+
+
+def test_a_tokenizer_that_the_fast_one_cannot_read_is_used_itself(library, tmp_path):
+    backend = Backend(models.Unigram([("<unk>", 0.0), ("\u2581a", -1.0), ("b", -2.0)], unk_id=0))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    assert open_fast(backend) is None
+    backend.add_special_tokens([AddedToken("</s>")])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = build_tokenizer(str(tmp_path / "tokenizer.json"))
+    assert tokenizer.encode("ab a") == backend.encode("ab a").ids == [1, 2, 1]
+
+
+def test_a_fast_tokenizer_that_gives_other_ids_is_not_used(library, caplog):
+    class Misread:
+        """What is read of it splits digits otherwise than it does itself."""
+
+        def __init__(self, itself, read):
+            self.to_str = read.to_str
+            self.encode_batch_fast, self.decode = itself.encode_batch_fast, itself.decode
+            self.get_vocab_size = itself.get_vocab_size
+
+    itself, read = learn("llama3", library), learn("llama3", library)
+    read.pre_tokenizer = PLAIN
+    assert open_fast(Misread(itself, itself)) is not None
+    assert open_fast(Misread(itself, read)) is None
+    assert "gives others" in caplog.text
