@@ -1,5 +1,6 @@
 """What all ranks of a run decide alike, over gloo: it waits for no GPU, and costs a round trip between the hosts."""
 
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -7,11 +8,14 @@ import torch.distributed as dist
 
 
 class Agreement:
-    """One number or one finding of each rank, made known to all. Every call is made by all ranks, in the same order."""
+    """One number or one finding of each rank, made known to all. Every call is made by all ranks, in the same order.
 
-    def __init__(self) -> None:
+    timeout: how long a rank waits for the others before it fails; None: as long as gloo does, half an hour.
+    """
+
+    def __init__(self, timeout: timedelta | None = None) -> None:
         self._ranks = dist.get_world_size()
-        self._group = dist.new_group(backend="gloo") if self._ranks > 1 else None
+        self._group = dist.new_group(backend="gloo", timeout=timeout) if self._ranks > 1 else None
 
     def highest(self, *values: int) -> list[int]:
         """The highest of all ranks, of each value."""

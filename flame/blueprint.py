@@ -16,6 +16,18 @@ def read_structure(folder: Path) -> Structure:
     return describe(check_buildable(config, str(path)))
 
 
+def read_trained(folder: Path) -> Structure:
+    """The tensors that a run trains which recorded its model in a folder: torchtitan's, if it is one of torchtitan's.
+
+    Raises UserError.
+    """
+    from flame.models import counterpart
+
+    titan = counterpart.read(folder)
+    structure = read_structure(folder)
+    return counterpart.rename(structure.published, *titan) if titan else structure
+
+
 def describe(model: Any) -> Structure:
     """The tensors of a model of transformers, which may be on the meta device."""
     names: dict[int, str] = {}

@@ -10,16 +10,15 @@ from torchtitan.tools.logging import logger
 
 from flame import stop
 from flame.checkpoint.commit import complete_steps
+from flame.errors import EXHAUSTED, PREEMPTED
 from flame.trainer import FlameTrainer
 from flame.verify import export_proven
-
-EXHAUSTED = 4  # flame.launch makes it 1; it shows the traceback of a rank that ends with that
 
 
 def run_job(trainer_class: type[FlameTrainer], job_config: Any, signals: stop.Signals) -> int:
     """Train `job_config` from start or checkpoint to the end, close everything in order, and export the result.
 
-    Returns the exit code: 0, stop.PREEMPTED, or, if the data ended before the last step and data.exhausted_exit_code
+    Returns the exit code: 0, PREEMPTED, or, if the data ended before the last step and data.exhausted_exit_code
     is 1, EXHAUSTED on the rank that writes.
     """
     trainer = None
@@ -53,7 +52,7 @@ def run_job(trainer_class: type[FlameTrainer], job_config: Any, signals: stop.Si
             trainer.run.set_status("preempted", reason=f"{stopped}, before the export was done")
     if trainer.stopped:
         _say_stopped(trainer)
-        return stop.PREEMPTED
+        return PREEMPTED
     # One rank says it: torchrun ends all others as soon as one fails, and that one may still be exporting.
     said = trainer.exhausted and job_config.data.exhausted_exit_code and trainer.run.writes
     return EXHAUSTED if said else 0

@@ -11,12 +11,14 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from flame.stop import LAUNCHED, PREEMPTED, SIGNALS, Signals, leave
+from flame.errors import EXHAUSTED, FAILED, PREEMPTED, REFUSED
+from flame.stop import LAUNCHED, SIGNALS, Signals, leave
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 
-SAID = {2: 2, 3: 1, 4: 1, PREEMPTED: PREEMPTED}  # {exit code of a rank that has printed why it ends: ours}
+# {exit code of a rank that has printed why it ends: ours}
+SAID = {REFUSED: REFUSED, FAILED: 1, EXHAUSTED: 1, PREEMPTED: PREEMPTED}
 SAID |= {128 + number: 128 + number for number in SIGNALS}
 GRACE = 3.0  # seconds that the ranks have to end after a second signal
 

@@ -4,6 +4,8 @@ import math
 import os
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ class Metrics(MetricsProcessor):
     def __init__(self, job_config: Any, parallel_dims: Any, tag: str | None = None) -> None:
         super().__init__(job_config, parallel_dims, tag)
         self.steps_since_last_log = 0
+        self.failed = False  # TensorBoard or W&B
         if os.environ.get("NO_COLOR"):  # https://no-color.org; train.sh sets it when its output is no terminal
             self.color = NoColor()
         self.peak_flops = known_peak_flops(self.device_memory_monitor.device_name)
@@ -64,7 +67,7 @@ class Metrics(MetricsProcessor):
             "memory_gib": memory.max_reserved_gib,
         }
         self.run.log({name: _json_number(value) for name, value in record.items()})
-        self.logger.log({name: value for name, value in record.items() if isinstance(value, int | float)}, step)
+        self._show({name: value for name, value in record.items() if isinstance(value, int | float)}, step)
         self._print(record)
 
         self.ntokens_since_last_log = self.steps_since_last_log = 0
@@ -76,9 +79,27 @@ class Metrics(MetricsProcessor):
         """Log a validation as a record of its own. extra_metrics: validation/seconds, kept out of training's speed."""
         record = {"validation/loss": loss, **(extra_metrics or {})}
         self.run.log({"step": step, **{name: None if value != value else value for name, value in record.items()}})
-        self.logger.log(record, step)
+        self._show(record, step)
         logger.info(f"validation after step {step}: loss {loss:.4f}")
         self.time_last_log += record.get("validation/seconds", 0.0)
+
+    def close(self) -> None:
+        """Close TensorBoard and W&B; what they could not write ends no run."""
+        with self._surviving():
+            super().close()
+
+    def _show(self, record: dict[str, Any], step: int) -> None:
+        with self._surviving():
+            self.logger.log(record, step)
+
+    @contextmanager
+    def _surviving(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:  # TensorBoard's, of all calls from the first that failed on
+            if not self.failed:
+                logger.warning(f"TensorBoard or W&B could not be written: {error.strerror}; the run goes on without")
+            self.failed = True
 
     def _print(self, record: dict[str, Any]) -> None:
         color, steps = self.color, self.job_config.training.steps

@@ -8,7 +8,7 @@ from operator import attrgetter
 from pathlib import Path
 
 from flame import stop
-from flame.checkpoint.start import choose
+from flame.checkpoint.start import check_left_out, choose
 from flame.config import JobConfig
 from flame.data.skip import parse_skip
 from flame.errors import UserError
@@ -86,7 +86,7 @@ def _check_ranges(config: JobConfig) -> None:
         )
 
 
-def _check_wall_time(duration: str | None) -> None:
+def _check_wall_time(duration: str | int | None) -> None:
     try:
         if duration is not None:
             stop.seconds(duration)
@@ -96,11 +96,8 @@ def _check_wall_time(duration: str | None) -> None:
 
 def _check_choices(config: JobConfig) -> None:
     """Refuse what torchtitan would trip over later, or what would silently do nothing of what it says."""
-    if config.model.name != "auto":  # torchtitan's own
-        if config.job.dry_run:
-            raise UserError(f"--dry_run: --model.name is {config.model.name}, and torchtitan's models have none as yet")
-        if config.checkpoint.initial_load_in_hf:
-            raise UserError("--checkpoint.initial_load_in_hf: found true, must be false for torchtitan's models")
+    if config.model.name != "auto" and config.job.dry_run:
+        raise UserError(f"--dry_run: --model.name is {config.model.name}, and torchtitan's models have none as yet")
     if config.comm.mode != "default":
         raise UserError(f"--comm.mode: found {config.comm.mode}, must be default; the others train nothing real")
     if unknown := set(config.model.converters) - _CONVERTERS:
@@ -255,7 +252,9 @@ def _check_folders(config: JobConfig) -> None:
     if unknown := set(checkpoint.exclude_from_loading) - set(_MAY_BE_LEFT_OUT):
         allowed = ", ".join(_MAY_BE_LEFT_OUT)
         raise UserError(f"--checkpoint.exclude_from_loading: found {min(unknown)}, must be among {allowed}")
-    start = choose(checkpoint, dump / checkpoint.folder)
+    start = choose(checkpoint, dump / checkpoint.folder, config.training.steps)
+    if start.mode != "resume":
+        check_left_out(checkpoint, dump)
     if start.mode == "init" and checkpoint.initial_load_in_hf:
         from flame.checkpoint.weights import check_source  # here: it imports numpy
 

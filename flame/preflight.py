@@ -14,9 +14,10 @@ import types
 from collections.abc import Iterator
 from pathlib import Path
 
+from flame.errors import REFUSED, UserError
+
 HELP_SHOWN = 64  # exit code that tells train.sh that all went well and there is nothing to launch
 DRY_RUN = 65  # exit code that tells train.sh that one process is enough
-REFUSED = 2
 
 
 @contextlib.contextmanager
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> int:
     """Exit code for a command line: 0 fine, HELP_SHOWN, DRY_RUN, or REFUSED with one line on stderr. Writes no file."""
     with without_torch():
         from flame.config import help_text, parse, world_size
-        from flame.errors import UserError
+        from flame.lock import check_free
         from flame.plan import check
     if "-h" in argv or "--help" in argv:
         try:
@@ -58,6 +59,8 @@ def main(argv: list[str]) -> int:
     try:
         config = parse(argv)
         check(config, world_size())
+        if not config.job.dry_run:
+            check_free(Path(config.job.dump_folder))
     except UserError as e:
         print(f"flame: {e}", file=sys.stderr)
         return REFUSED

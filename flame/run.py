@@ -1,9 +1,12 @@
 """The run folder: config.toml, environment.json, metrics.jsonl, status.json: what a person or a script asks first."""
 
+import errno
 import json
+import logging
 import os
 import platform
 import subprocess
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -17,19 +20,28 @@ _PACKAGES = (
     "transformers",
     "datasets",
     "tokenizers",
+    "fastokens",
     "numpy",
 )
 
 
+logger = logging.getLogger("flame")
+
+
 class Run:
-    """One run's folder. Only the rank that logs writes; on the others every method does nothing."""
+    """One run's folder. Only the rank that logs writes; on the others every method does nothing.
+
+    A run does not end because a record of it cannot be written (a full disk): that is said, and metrics wait in memory.
+    """
 
     def __init__(self, folder: str | Path, writes: bool) -> None:
         self.folder = Path(folder)
         self.writes = writes
+        self._waiting = ""  # lines for metrics.jsonl
+        self._failing: set[str] = set()  # files that could not be written when they were last to be
 
     def start(self, config_toml: str, device: dict[str, Any]) -> None:
-        """Write config.toml and environment.json, and say that the run is running."""
+        """Write config.toml and environment.json, and say that the run is running. Raises OSError."""
         if not self.writes:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -42,7 +54,8 @@ class Run:
         if not self.writes:
             return
         kept = {"step": 0, "tokens": 0} | self.read_status()
-        _replace(self.folder / "status.json", _to_json({**kept, "reason": None, **fields, "status": status}))
+        text = _to_json({**kept, "reason": None, **fields, "status": status})
+        self._write("status.json", lambda path: _replace(path, text))
 
     def read_status(self) -> dict[str, Any]:
         """The last status, or {} if there is none."""
@@ -55,11 +68,12 @@ class Run:
     def log(self, record: dict[str, Any]) -> None:
         """Append one step's metrics to metrics.jsonl."""
         if self.writes:
-            with open(self.folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(record) + "\n")
+            self._waiting += json.dumps(record) + "\n"
+            if self._write("metrics.jsonl", lambda path: _append(path, self._waiting)):
+                self._waiting = ""
 
     def rewind(self, step: int) -> None:
-        """Move records after `step` aside: the steps that follow will be done and logged again."""
+        """Move records after `step` aside: the steps that follow will be done and logged again. Raises OSError."""
         path = self.folder / "metrics.jsonl"
         if not self.writes or not path.exists():
             return
@@ -69,6 +83,18 @@ class Run:
             with open(self.folder / "metrics.replaced.jsonl", "a") as file:
                 file.writelines(line + "\n" for line in lines if json.loads(line)["step"] > step)
         _replace(path, "".join(line + "\n" for line in kept))
+
+    def _write(self, name: str, write: Callable[[Path], None]) -> bool:
+        """Whether a file could be written; that it could not is said once until it can."""
+        try:
+            write(self.folder / name)
+        except OSError as error:
+            if name not in self._failing:
+                logger.warning(f"{self.folder / name} could not be written: {error.strerror}; the run goes on")
+            self._failing.add(name)
+            return False
+        self._failing.discard(name)
+        return True
 
 
 def describe_environment(device: dict[str, Any]) -> dict[str, Any]:
@@ -100,6 +126,18 @@ def _git_commit() -> str | None:
 
 def _to_json(fields: dict[str, Any]) -> str:
     return json.dumps(fields, indent=2) + "\n"
+
+
+def _append(path: Path, text: str) -> None:
+    """Append to a file all of a text or nothing: half a line would spoil the next one."""
+    with open(path, "ab", buffering=0) as file:
+        end, data = file.tell(), text.encode()
+        try:
+            if file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(end)
+            raise
 
 
 def _replace(path: Path, text: str) -> None:

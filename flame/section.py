@@ -95,7 +95,7 @@ class Training(titan.Training):
     max_skipped_steps: int = 10
     """Steps in a row that training.skip_nan_inf may skip; the run stops at the next."""
 
-    max_wall_time: str | None = None
+    max_wall_time: str | int | None = None
     """
     Time from the launch on after which the run stops as at a signal: the last whole step is saved, exit code 75. Such
     as 3h30m, 90m, 2d, or a number of seconds; below the limit of the queue by what a step and a save take.

@@ -21,6 +21,7 @@ from flame.input import validation_as_training
 from flame.metrics import build_metrics
 from flame.models import titan
 from flame.models.causal_lm import CausalLM, ModelArgs
+from flame.models.counterpart import RECORD, rename
 from flame.models.hf import check_buildable, choose_attention, import_models, load_hf_config
 from flame.models.loss import build_loss
 from flame.parallel import layout
@@ -77,13 +78,20 @@ def register(job_config: Any) -> None:
 
 
 def _load_titan(job_config: Any, tokenizer: Any) -> dict[str, Any]:
-    checkpoint = job_config.checkpoint
+    model, checkpoint = job_config.model, job_config.checkpoint
     fields = titan.load(job_config, tokenizer)
-    if checkpoint.enable and checkpoint.export:
-        logger.info("--checkpoint.export: off, as torchtitan's models keep torchtitan's names and config")
-        checkpoint.export = False
+    published, adapter = fields["model_cls"].published, None
+    if isinstance(published, str):
+        if checkpoint.initial_load_in_hf:
+            raise UserError(f"--checkpoint.initial_load_in_hf: found true, must be false for {model.name}: {published}")
+        if checkpoint.enable and checkpoint.export:
+            logger.info(f"--checkpoint.export: off, as {published}")
+            checkpoint.export = False
+    elif checkpoint.initial_load_path:
+        theirs = describe(check_buildable(published, f"{model.name} {model.flavor}")).published
+        adapter = build_adapter(job_config, rename(theirs, model.name, fields["model_args"][model.flavor]))
     _check_same_model("model.flavor", fields["model_cls"].description, job_config)
-    return fields
+    return {**fields, "state_dict_adapter": adapter}
 
 
 def _load_hf(job_config: Any, tokenizer: Any) -> dict[str, Any]:
@@ -125,10 +133,10 @@ def _check_backend(name: str) -> None:
 def _check_same_model(flag: str, today: dict[str, Any], job_config: Any) -> None:
     """Refuse a model other than the one the run folder's checkpoints hold. Raises UserError."""
     folder = Path(job_config.job.dump_folder)
-    recorded = folder / "model" / "config.json"
-    if not recorded.exists() or not complete_steps(folder / job_config.checkpoint.folder):
+    recorded = [path for name in (RECORD, "config.json") if (path := folder / "model" / name).exists()]
+    if not recorded or not complete_steps(folder / job_config.checkpoint.folder):
         return
-    known = json.loads(recorded.read_text())
+    known = json.loads(recorded[0].read_text())
     changed = [f"{key} {today.get(key)} (was {known.get(key)})" for key in _SHAPES if today.get(key) != known.get(key)]
     if changed:
         raise UserError(

@@ -8,9 +8,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
-from flame.errors import UserError
+from flame.errors import PREEMPTED, UserError
 
-PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, run it again
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 WINDOW = 5.0  # seconds in which any number of signals is one request
 OUT_OF_TIME = 1000  # where a signal's number is expected; larger than any of them
@@ -81,10 +80,11 @@ def ignore() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def seconds(duration: str) -> int:
+def seconds(duration: str | int) -> int:
     """Seconds of a duration such as 3h30m, 45s or 2d, or of a bare number of them. Raises UserError."""
-    parts = _DURATION.fullmatch(duration)
-    counted = int(duration) if duration.isdecimal() else 0
+    text = str(duration)
+    parts = _DURATION.fullmatch(text)
+    counted = int(text) if text.isdecimal() else 0
     if parts:
         counted = sum(int(count or 0) * unit for count, unit in zip(parts.groups(), _UNITS.values(), strict=True))
     if counted == 0:

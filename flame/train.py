@@ -1,9 +1,12 @@
 """Trains one job: parse the flags, choose the device, register the model, run. Started by torchrun; see train.sh."""
 
+import os
 import sys
+from contextlib import nullcontext
+from pathlib import Path
 from pkgutil import resolve_name
 
-from flame.errors import NonFiniteError, SaveError, UserError
+from flame.errors import FAILED, REFUSED, NonFiniteError, SaveError, UserError
 from flame.stop import Signals, end_at_once, leave
 
 
@@ -26,6 +29,7 @@ def train(argv: list[str], signals: Signals, trainer: str) -> int:
     from flame.config import parse, world_size
     from flame.dry_run import describe
     from flame.job import run_job
+    from flame.lock import hold
     from flame.plan import check
     from flame.spec import register
 
@@ -35,14 +39,16 @@ def train(argv: list[str], signals: Signals, trainer: str) -> int:
         if config.job.dry_run:
             print(describe(config, world_size()))
             return 0
-        register(config)
-        return run_job(resolve_name(trainer), config, signals)
+        first = os.environ.get("RANK", "0") == "0"
+        with hold(Path(config.job.dump_folder)) if first else nullcontext():
+            register(config)
+            return run_job(resolve_name(trainer), config, signals)
     except UserError as error:
         print(f"flame: {error}", file=sys.stderr)
-        return 2
+        return REFUSED
     except (NonFiniteError, SaveError) as error:
         print(f"flame: {error}", file=sys.stderr)
-        return 3  # flame.launch makes it 1; it shows the traceback of a rank that ends with that
+        return FAILED
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from torchtitan.tools.logging import logger
 from flame import finite, stop
 from flame.agreement import Agreement
 from flame.checkpoint.manager import CheckpointManager
+from flame.checkpoint.proof import agree
 from flame.config import recorded, to_toml
 from flame.data.document import Bad, allow_bad
 from flame.data.ledger import digest_batch, roll
@@ -322,11 +323,13 @@ class FlameTrainer(torchtitan.train.Trainer):
         self.started = True
         if self.step < self.job_config.training.steps:
             self.lr_schedulers.apply()
+        agree(self.ranks, self._record)
+
+    def _record(self) -> None:
         self.run.rewind(self.step)
         self.run.start(to_toml(recorded(self.job_config)), self._device())
         self.run.set_status("running", start=self.checkpointer.origin)
-        if self.run.writes:
-            self.model_parts[0].record(self.run.folder / "model", self.tokenizer.hf)
+        self.model_parts[0].record(self.run.folder / "model", self.tokenizer.hf)
 
     def batch_generator(self, data_iterable: Iterable[Batch]) -> Iterator[Batch]:
         """torchtitan's generator, which it asks for as soon as a checkpoint is loaded."""

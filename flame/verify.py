@@ -14,7 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from flame.blueprint import read_structure
+from flame.blueprint import read_structure, read_trained
 from flame.checkpoint.export import export_checkpoint, record_assets
 from flame.checkpoint.safetensors_file import find_files, read_headers
 from flame.checkpoint.structure import Found, UnfaithfulError, check_structure, save_structure
@@ -29,7 +29,7 @@ HOLDS = "the tensors have the names, shapes and types of the config's model"
 def export_proven(checkpoint: Path, assets: Path, folder: Path, dtype: str | None = None) -> bool:
     """`export_checkpoint` with `prove`, in this process."""
     try:
-        save_structure(structure := read_structure(assets), assets)
+        save_structure(structure := read_trained(assets), assets)
         parts = structure.parts
     except UserError:  # `prove` says so in the report
         parts = {}
@@ -73,7 +73,7 @@ def compare_logits(checkpoint: Path, dtype: str | None, folder: Path) -> dict[st
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
-    from flame.models import reference
+    from flame.models import counterpart, reference, titan
     from flame.models.causal_lm import CausalLM, ModelArgs
     from flame.models.hf import read_config, read_fields
 
@@ -83,10 +83,11 @@ def compare_logits(checkpoint: Path, dtype: str | None, folder: Path) -> dict[st
     length = min(LENGTH, getattr(config, "max_position_embeddings", None) or LENGTH)
     tokens = (torch.arange(ROWS * length) * 7919 % config.vocab_size).view(ROWS, length)
 
+    recorded = counterpart.read(folder)
     rounded = dtype not in (None, "float32")
     with torch.no_grad():
         with torch.device("meta"):
-            model = CausalLM(ModelArgs().bind(family, config))
+            model: Any = titan.build(*recorded) if recorded else CausalLM(ModelArgs().bind(family, config))
         model.to_empty(device="cpu")
         model.init_weights()  # for the buffers that no checkpoint has
         dcp.load(model.state_dict(), checkpoint_id=str(checkpoint), no_dist=True)
@@ -154,7 +155,7 @@ def main(argv: list[str]) -> int:
         else:
             if given.config:
                 _write_assets(given.config, given.tokenizer, given.folder)
-            save_structure(read_structure(given.folder), given.folder)
+            save_structure(read_trained(given.folder), given.folder)
     except UserError as error:
         print(f"flame: {error}", file=sys.stderr)
         return 2

@@ -1,8 +1,12 @@
 """Trainers whose data or gradients are made odd on purpose."""
 
+import json
 import math
+import resource
 import signal
 import time
+from contextlib import suppress
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -87,6 +91,36 @@ class SlowData(FlameTrainer):
                 yield batch
 
         return super().batch_generator(slow())
+
+
+class Odd(FlameTrainer):
+    """What job.description names: "clock": that of the last rank alone says in step 2 that a save is due; "disk": the
+    first rank cannot write in step 2, and TensorBoard never again. Keeps the timeout of a collective after each step.
+    """
+
+    def train_step(self, data_iterator):
+        what, rank = self.job_config.job.description, dist.get_rank()
+        if what == "clock" and self.step == 2 and rank == dist.get_world_size() - 1:
+            self.last_save = -math.inf
+        if what == "disk" and self.step == 2 and rank == 0:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10, resource.RLIM_INFINITY))
+            (tensorboard,) = self.metrics_processor.logger._loggers
+            tensorboard.log({"full": 1.0}, 2)
+            with suppress(OSError):  # all that follow raise it, from whatever they are called
+                tensorboard.writer.flush()
+        try:
+            super().train_step(data_iterator)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        backend = dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))
+        self.timeouts[self.step] = backend.options._timeout.total_seconds()
+
+    def train(self):
+        self.timeouts = {}
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=300))  # that of a group that no job has used before
+        super().train()
+        if self.run.writes:
+            (self.run.folder / "timeouts.json").write_text(json.dumps(self.timeouts))
 
 
 class Asked(FlameTrainer):

@@ -5,9 +5,12 @@ import math
 
 import pytest
 import torch
+from torchtitan.models.moe.moe import MoE, MoEArgs
 
 from flame.data.inspect import show
 from flame.finite import find
+from flame.section import JobConfig
+from flame.trainer import FlameTrainer
 from tests.launch import SMALL, metrics, train_each
 from tests.tiny import write_config
 
@@ -77,6 +80,17 @@ def test_the_data_of_the_bad_step_can_be_shown_and_are_those_of_its_digest(name,
     assert f"of digest {last['data_digest']}: python -m flame.data show {root}/{name} --step 3" in status["reason"]
     assert show(root / name, 3, rank=None, ranks=None, full=False)
     assert f"digest {last['data_digest']}: what metrics.jsonl says of step 3" in capsys.readouterr().out
+
+
+def test_a_skipped_step_leaves_no_count_of_its_tokens_with_the_experts():
+    trainer = FlameTrainer.__new__(FlameTrainer)  # what skips a step knows no more than this
+    trainer.job_config, trainer.step, trainer.skipped_steps, trainer.skipped_in_a_row = JobConfig(), 3, 0, 0
+    trainer.job_config.training.skip_nan_inf = True
+    moe = MoE(MoEArgs(num_experts=4, use_grouped_mm=False), dim=8, hidden_dim=8)
+    moe.tokens_per_expert = torch.full((4,), 5.0)
+    trainer.model_parts = [torch.nn.Sequential(moe)]
+    trainer._skip("the loss")
+    assert trainer.skipped_steps == 1 and not moe.tokens_per_expert.any()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -27,7 +27,7 @@ ROWS = (
     "input run data.loader checkpoint.export checkpoint.manager checkpoint.initial parallel.apply "
     "models.neox models.falcon models.moe models.delta models.generic models.shrink",
     "plan metrics parallel.titan models.table data.inspect data.corpus data.bench",
-    "preflight validation models.hf data.__main__",
+    "preflight validation models.hf models.counterpart data.__main__",
     "models.causal_lm models.titan blueprint",
     "spec models.audit models.listing activation",
     "trainer verify models.__main__ memory",

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from flame.config import help_text
-from flame.preflight import HELP_SHOWN, REFUSED
+from flame.errors import REFUSED
+from flame.preflight import HELP_SHOWN
 
 ROOT = Path(__file__).parents[1]
 

@@ -1,4 +1,7 @@
 import json
+import resource
+
+import pytest
 
 from flame.run import Run
 
@@ -22,6 +25,30 @@ def test_status_keeps_step_and_tokens_and_forgets_an_old_reason(tmp_path):
     run.set_status("failed", step=7, tokens=70, reason="out of memory")
     run.start("", {})
     assert run.read_status() == {"status": "running", "step": 7, "tokens": 70, "reason": None}
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"step": 7'])
+def test_a_status_that_a_power_cut_left_empty_or_torn_is_none(content, tmp_path):
+    (tmp_path / "status.json").write_text(content)
+    run = Run(tmp_path, writes=True)
+    assert run.read_status() == {}
+    run.set_status("running")
+    assert run.read_status() == {"status": "running", "step": 0, "tokens": 0, "reason": None}
+
+
+def test_records_that_do_not_fit_on_the_disk_are_written_when_they_do_and_that_is_said_once(tmp_path, caplog):
+    run = Run(tmp_path, writes=True)
+    for step, limit in enumerate((-1, 30, 30, -1, 60), 1):  # bytes a file; the second record would be cut in its middle
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        try:
+            run.log({"step": step, "loss": 1.0})
+            run.set_status("running", step=step)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        found = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        assert found == {2: [1], 3: [1], 4: [1, 2, 3, 4], 5: [1, 2, 3, 4]}.get(step, [1])
+    for name in ("metrics.jsonl", "status.json"):
+        assert sum(f"{name} could not be written: " in line for line in caplog.messages) == 2  # once each time
 
 
 def test_a_rank_that_does_not_write_leaves_no_file(tmp_path):

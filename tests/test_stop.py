@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from flame.config import parse
-from flame.errors import UserError
+from flame.config import parse, to_toml
+from flame.errors import PREEMPTED, UserError
 from flame.plan import check
-from flame.stop import PREEMPTED, seconds
+from flame.stop import seconds
 from tests.launch import REPO, SMALL, environment, metrics, train_each
 from tests.tiny import write_config
 
@@ -46,6 +46,16 @@ def test_what_is_no_duration_is_refused(text):
 def test_the_flag_is_checked_before_anything_starts():
     with pytest.raises(UserError, match=r"--training\.max_wall_time: found 'soon', must be a time such as 3h30m"):
         check(parse(["--training.max_wall_time=soon"]), 1)
+
+
+def test_a_toml_may_give_the_time_as_a_number(tmp_path):
+    (tmp_path / "job.toml").write_text("[training]\nmax_wall_time = 3600\n")
+    config = parse([f"--job.config_file={tmp_path}/job.toml"])
+    assert seconds(config.training.max_wall_time) == 3600
+    assert "max_wall_time = 3600\n" in to_toml(config)
+    (tmp_path / "job.toml").write_text("[training]\nmax_wall_time = -5\n")
+    with pytest.raises(UserError, match=r"--training\.max_wall_time: found -5, must be a time such as 3h30m"):
+        check(parse([f"--job.config_file={tmp_path}/job.toml"]), 1)
 
 
 LISTENER = """

@@ -232,10 +232,6 @@ def loaded(*more, name="llama3", flavor="tiny", ranks=1, monkeypatch=None):
         (["--model.flavor=tiny_mask"], "--training.varlen: must be true for llama3 tiny_mask"),
         (["--training.varlen", "--model.flavor=debugmodel_varlen_attn"], "varlen attention needs a GPU"),
         (["--job.dry_run"], "--dry_run: --model.name is llama3"),
-        (
-            [f"--checkpoint.{flag}" for flag in ("initial_load_in_hf", "initial_load_path=tests")],
-            "--checkpoint.initial_load_in_hf: found true, must be false for torchtitan's",
-        ),
         (["--training.seq_len=63"], "--training.seq_len: found 63, must be a multiple of 2"),
         (
             ["--validation.enable", "--validation.dataset=stdlib", "--validation.seq_len=128"],
@@ -245,7 +241,7 @@ def loaded(*more, name="llama3", flavor="tiny", ranks=1, monkeypatch=None):
             ["--training.varlen", "--model.name=llama4", "--model.flavor=debugmodel_irope"],
             "masks torchtitan 0.2.2 mixes up",
         ),
-        ([f"{_CP}2"], "context_parallel_degree: found 2, must be 1 for torchtitan's models"),
+        ([f"{_CP}2"], "context_parallel_degree: found 2, must be 1 for torchtitan's models: their rings need CUDA"),
         ([f"{_TP}2", "--compile.enable"], "tensor_parallel_degree: found 2, must be 1 with --compile.enable"),
         ([f"{_TP}4"], "tensor_parallel_degree: found 4, must divide n_kv_heads of llama3 tiny, 2"),
         ([f"{_EP}2"], "expert_parallel_degree: found 2, must divide the experts of llama3 tiny, 1"),

@@ -20,10 +20,12 @@ import xxhash
 
 from flame.checkpoint.record import read_pickle
 from flame.checkpoint.report import versions
+from flame.errors import UserError
 
 MARKER, METADATA = "complete.json", ".metadata"
 FOLLOWS = f"+{MARKER}"  # how the save id in .metadata ends when a marker was to follow
 BLOCK_BYTES = 8 << 20
+DELETING = ".deleting-"  # before the name of a checkpoint that is being deleted
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,17 @@ def write_marker(checkpoint: Path, files: Iterable[SavedFile], facts: Mapping[st
 
 
 def read_marker(checkpoint: Path) -> dict[str, Any]:
-    """The content of a checkpoint's marker, {} if it has none. Raises ValueError if it is damaged."""
+    """The content of a checkpoint's marker, {} if it has none.
+
+    Raises ValueError if it is damaged, and UserError if it cannot be read.
+    """
     try:
         content = json.loads((checkpoint / MARKER).read_bytes())
         said = content.pop("xxh3_128")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
+    except OSError as error:
+        raise _unreadable(error, checkpoint / MARKER) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{MARKER} is damaged ({type(error).__name__}: {error})") from None
     if said != _hash_json(content):
@@ -68,13 +75,16 @@ def read_marker(checkpoint: Path) -> dict[str, Any]:
 
 
 def withdraw(checkpoint: Path) -> None:
-    """Make a checkpoint that is about to be overwritten or deleted incomplete; its marker goes first."""
+    """Make a checkpoint that is about to be overwritten incomplete; its marker goes first."""
     for name in (MARKER, METADATA):
         (checkpoint / name).unlink(missing_ok=True)
 
 
 def complaint(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint as far as names and sizes tell, naming the file; None if nothing is."""
+    """What is wrong with a checkpoint as far as names and sizes tell, naming the file; None if nothing is.
+
+    Raises UserError if that cannot be seen: what cannot be read today may be whole.
+    """
     try:
         marker = read_marker(checkpoint)
         sizes = {name: file["size"] for name, file in marker["files"].items()} if marker else _read_sizes(checkpoint)
@@ -82,22 +92,31 @@ def complaint(checkpoint: Path) -> str | None:
             found = (checkpoint / name).stat().st_size
             if found != size and (marker or found < size):  # without a marker only the last byte in use is known
                 return f"{name} has {found:,} bytes, must have {size:,}"
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise _unreadable(error, checkpoint) from None
+    except UserError:
+        raise
+    except ValueError as error:
         return str(error)
     return None
 
 
 def verify(checkpoint: Path, rank: int = 0, ranks: int = 1) -> list[str]:
-    """What is wrong with the bytes of every `ranks`-th file, which are hashed; nothing is known without a marker."""
+    """What is wrong with the bytes of every `ranks`-th file, which are hashed; nothing is known without a marker.
+
+    Raises UserError if one cannot be read.
+    """
     found = []
     for name, file in sorted(read_marker(checkpoint).get("files", {}).items())[rank::ranks]:
         try:
             seen = hash_file(checkpoint / name)
-        except OSError as error:
-            found.append(f"{name} cannot be read ({error.strerror})")
+        except FileNotFoundError:
+            found.append(f"{name} is missing")
             continue
+        except OSError as error:
+            raise _unreadable(error, checkpoint / name) from None
         if seen != file["xxh3_128"]:
             found.append(f"{name} holds other bytes than were saved (its hash is {seen}, must be {file['xxh3_128']})")
     return found
@@ -119,14 +138,19 @@ def is_resumable(checkpoint: Path) -> bool:
     return "train_state.step" in read_pickle((checkpoint / METADATA).read_bytes()).state["state_dict_metadata"]
 
 
+def survey(folder: str | Path) -> dict[int, str | None]:
+    """{step: what is wrong, None if nothing} of the checkpoints under `folder`, ascending. Raises as complaint does."""
+    return {step: complaint(path) for step, path in sorted(_find(folder).items())}
+
+
 def complete_steps(folder: str | Path) -> list[int]:
-    """Steps of the complete checkpoints under `folder`, ascending, as far as names and sizes tell."""
-    return [step for step, path in sorted(_find(folder).items()) if complaint(path) is None]
+    """Steps of the complete checkpoints under `folder`, ascending. Raises as complaint does."""
+    return [step for step, reason in survey(folder).items() if reason is None]
 
 
 def incomplete(folder: str | Path) -> dict[int, str]:
-    """{step: what is wrong} of the checkpoints under `folder` that cannot be used, ascending."""
-    return {step: reason for step, path in sorted(_find(folder).items()) if (reason := complaint(path))}
+    """{step: what is wrong} of the checkpoints under `folder` that cannot be used, ascending. Raises as complaint."""
+    return {step: reason for step, reason in survey(folder).items() if reason}
 
 
 def is_unfinished(checkpoint: Path) -> bool:
@@ -136,8 +160,24 @@ def is_unfinished(checkpoint: Path) -> bool:
 
 def discard(checkpoint: Path) -> None:
     """Delete a checkpoint, unless it is complete, as far as that is possible."""
-    if complaint(checkpoint) is not None:
-        shutil.rmtree(checkpoint, ignore_errors=True)
+    with suppress(UserError):
+        if complaint(checkpoint) is not None:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def condemn(checkpoint: Path) -> Path:
+    """Give a checkpoint that is about to be deleted a name by which a start knows it should the deletion be cut short.
+
+    Returns where it is now. Raises OSError.
+    """
+    target = checkpoint.with_name(f"{DELETING}{checkpoint.name}")
+    os.rename(checkpoint, target)
+    return target
+
+
+def condemned(folder: Path) -> list[Path]:
+    """The checkpoints under `folder` whose deletion was cut short."""
+    return sorted(folder.glob(f"{DELETING}step-*"))
 
 
 def set_aside(checkpoint: Path) -> Path:
@@ -151,8 +191,19 @@ def set_aside(checkpoint: Path) -> Path:
 
 
 def _find(folder: str | Path) -> dict[int, Path]:
-    named = ((re.fullmatch(r"step-(\d+)", path.name), path) for path in Path(folder).glob("step-*") if path.is_dir())
-    return {int(match[1]): path for match, path in named if match}
+    try:
+        with os.scandir(folder) as entries:  # glob finds nothing in a folder that it may not read, and says nothing
+            named = [(re.fullmatch(r"step-(\d+)", entry.name), entry.path) for entry in entries if entry.is_dir()]
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise _unreadable(error, Path(folder)) from None
+    return {int(match[1]): Path(path) for match, path in named if match}
+
+
+def _unreadable(error: OSError, path: Path) -> UserError:
+    found = error.filename or path  # read() does not say
+    return UserError(f"{found} cannot be read ({error.strerror}), and may be whole: try again, or move it away")
 
 
 def _read_sizes(checkpoint: Path) -> dict[str, int]:

@@ -9,7 +9,7 @@ from zlib import crc32
 
 import numpy as np
 
-from flame.checkpoint.dcp_file import StoredTensor, read_blocks, read_tensors
+from flame.checkpoint.dcp_file import BLOCK_BYTES, StoredTensor, read_blocks, read_tensors
 from flame.checkpoint.element import FLOATS, SIZES, as_bytes, cast
 from flame.checkpoint.safetensors_file import Entry, check_file, lay_out, read_bytes, write_file
 from flame.checkpoint.structure import Found, Part, Structure, UnfaithfulError, whole
@@ -41,8 +41,11 @@ def convert_dcp_to_hf(
     wanted = {name: (dtype if dtype and stored[name] in FLOATS else stored[name], p.shape) for name, p in parts.items()}
 
     def blocks(name: str) -> Iterator[np.ndarray]:
-        source = parts[name].tensor
-        for block in read_blocks(source, tensors[source], parts[name].box):
+        part = parts[name]
+        head = prod(part.shape) // part.heads * SIZES[stored[name]] if part.heads else None
+        for block in read_blocks(part.tensor, tensors[part.tensor], part.box, head or BLOCK_BYTES):
+            if part.heads:  # a block is a head
+                block = np.concatenate([block[::2], block[1::2]])
             written = cast(block, stored[name], wanted[name][0])
             yield written
             advance(written.nbytes)

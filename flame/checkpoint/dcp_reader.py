@@ -25,10 +25,14 @@ from flame.errors import UserError
 
 @dataclass(frozen=True)
 class _Place:
-    """What a chunk of a tensor is made of: an entry's elements, or in every row the mean of its rows."""
+    """What a chunk of a tensor is made of: an entry's elements, or in every row the mean of its rows.
+
+    With `heads` the entry's rows are in another order; see flame.checkpoint.structure.Part.
+    """
 
     entry: Entry
     is_mean: bool = False
+    heads: int = 0
 
 
 class WeightReader(FileSystemReader):
@@ -57,7 +61,7 @@ class WeightReader(FileSystemReader):
         for published, entry in self.weights.entries.items():
             part = structure.part(published)
             sizes = (1,) * (len(part.start) - len(entry.shape)) + entry.shape  # a box of the model's own dimensions
-            add(part.tensor, part.start, sizes, _Place(replace(entry, shape=sizes)))
+            add(part.tensor, part.start, sizes, _Place(replace(entry, shape=sizes), heads=part.heads))
             if part.shape != entry.shape:
                 absent = (part.shape[0] - sizes[0], *sizes[1:])
                 add(part.tensor, (sizes[0], *part.start[1:]), absent, _Place(entry, is_mean=True))
@@ -71,7 +75,7 @@ class WeightReader(FileSystemReader):
             if place.is_mean:
                 target.copy_(_mean_row(place.entry)[tuple(slice(*each) for each in box[1:])].expand_as(target))
             else:
-                for piece, tensor in _read(place.entry, box):
+                for piece, tensor in _read_heads(place, box) if place.heads else _read(place.entry, box):
                     target[_within(piece, box)].copy_(tensor)
             planner.commit_tensor(item, target)
         done: Future[None] = Future()
@@ -93,6 +97,19 @@ def _read(entry: Entry, box: Box) -> Iterator[tuple[Box, torch.Tensor]]:
         except EOFError:
             raise UserError(f"{entry.file}: ended while it was read") from None
         yield piece, torch.frombuffer(as_bytes(block), dtype=getattr(torch, entry.dtype)).view(block.shape)
+
+
+def _read_heads(place: _Place, box: Box) -> Iterator[tuple[Box, torch.Tensor]]:
+    """The pieces of a box of a tensor whose even rows are the first half of each head of an entry, its odd the second.
+
+    Heads of which some rows are wanted are read whole.
+    """
+    (start, stop), *inner = box
+    size = place.entry.shape[0] // place.heads
+    for head in range(start // size * size, stop, size):
+        low, high = max(start, head), min(stop, head + size)
+        rows = torch.cat([tensor for _, tensor in _read(place.entry, ((head, head + size), *inner))])
+        yield ((low, high), *inner), rows.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1)[low - head : high - head]
 
 
 def _mean_row(entry: Entry) -> torch.Tensor:

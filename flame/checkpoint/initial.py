@@ -15,13 +15,15 @@ from flame.checkpoint.weights import Weights, check_initial, find_folder, read_w
 
 
 class IdentityAdapter(StateDictAdapter):
-    """flame keeps Hugging Face's parameter names, so conversion changes nothing; weights are read as they are cut."""
+    """Weights are read under the names that training has, as they are cut, so that conversion changes nothing."""
 
     def __init__(self, weights: Weights | None, model_args: Any, hf_assets_path: str | None) -> None:
         self.weights, self.hf_assets_path, self.fqn_to_index_mapping = weights, hf_assets_path, None
 
     def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        return state_dict
+        parts = self.weights.structure.parts if self.weights else {}
+        placed = {part.tensor for part in parts.values()} or state_dict
+        return {name: tensor for name, tensor in state_dict.items() if name in placed}  # not what is published nowhere
 
     def from_hf(self, hf_state_dict: dict[str, Any]) -> dict[str, Any]:
         return hf_state_dict
@@ -38,7 +40,8 @@ def build_adapter(job_config: Any, structure: Structure) -> Any:
     downloaded by a dry run. Raises UserError.
     """
     checkpoint, source = job_config.checkpoint, job_config.checkpoint.initial_load_path
-    if choose(checkpoint, Path(job_config.job.dump_folder, checkpoint.folder)).mode != "init":
+    folder = Path(job_config.job.dump_folder, checkpoint.folder)
+    if not source or choose(checkpoint, folder, job_config.training.steps).mode != "init":
         return partial(IdentityAdapter, None)
     if not checkpoint.initial_load_in_hf:
         if os.path.isdir(source):  # or DCP's own business, such as s3://

@@ -15,19 +15,22 @@ from torchtitan.components.checkpoint import CheckpointManager as TitanCheckpoin
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import GarbageCollection
 
+from flame.agreement import Agreement
 from flame.checkpoint.commit import (
     MARKER,
+    complaint,
     complete_steps,
+    condemn,
+    condemned,
     discard,
-    incomplete,
     is_resumable,
     is_unfinished,
     read_marker,
     set_aside,
-    withdraw,
+    survey,
 )
-from flame.checkpoint.proof import agree, find_whole
-from flame.checkpoint.start import check_resumable, choose, compare
+from flame.checkpoint.proof import PATIENCE, agree, find_whole
+from flame.checkpoint.start import check_resumable, choose, compare, step_of
 from flame.checkpoint.writer import Writer
 from flame.config import recorded, to_toml
 from flame.errors import SaveError, UserError
@@ -50,6 +53,7 @@ class CheckpointManager(TitanCheckpointManager):
     def __init__(self, *args: Any, checkpoint_config: Any, **kwargs: Any) -> None:
         super().__init__(*args, checkpoint_config=checkpoint_config, **kwargs)
         self.config = checkpoint_config
+        self.ranks = Agreement(PATIENCE)
         self.every_seconds = checkpoint_config.interval_type == "seconds"
         self.due = False  # set by the trainer, agreed by all ranks, when saves are counted in seconds
         self.saving = ""  # the checkpoint that was begun last
@@ -138,14 +142,14 @@ class CheckpointManager(TitanCheckpointManager):
         return super()._should_save(curr_step, last_step)
 
     def _save_last_step(self, curr_step: int) -> None:
-        if self.last_save_model_only or not self._is_saved(curr_step):
+        if not self._is_saved(curr_step):  # at the end of the data it may be: a model alone must not take its place
             super()._save_last_step(curr_step)
         self._purge_stale_checkpoints()
 
     def _is_saved(self, step: int) -> bool:
         """Whether a checkpoint that can be resumed is there; all ranks get the answer of the first."""
         path = Path(self._create_checkpoint_id(step))
-        return agree(lambda: step in complete_steps(self.folder) and is_resumable(path))
+        return agree(self.ranks, lambda: complaint(path) is None and is_resumable(path))
 
     def _async_wait(self) -> None:
         try:
@@ -170,16 +174,13 @@ class CheckpointManager(TitanCheckpointManager):
         if self.keep_latest_k == 0 or dist.get_rank() != 0:
             return
         every = self.config.keep_every
-        for step in complete_steps(self.folder)[: -self.keep_latest_k]:
-            path = self._create_checkpoint_id(step)
-            if step == 0 or (every and step % every == 0):  # step 0 is what the user began with
-                continue
-            try:
-                withdraw(Path(path))  # one whose deletion is cut short is then not taken for a damaged one
-            except OSError as error:
-                logger.warning(f"{path} could not be deleted: {error}")
-                continue
-            self.purge_queue.put(path)
+        try:
+            for step in complete_steps(self.folder)[: -self.keep_latest_k]:
+                if step == 0 or (every and step % every == 0):  # step 0 is what the user began with
+                    continue
+                self.purge_queue.put(str(condemn(Path(self._create_checkpoint_id(step)))))
+        except (OSError, UserError) as error:
+            logger.warning(f"older checkpoints could not be deleted: {error}")
 
     # -- starting -----------------------------------------------------------------------------------------------------
 
@@ -191,35 +192,49 @@ class CheckpointManager(TitanCheckpointManager):
         is not is taken, unless a step was asked for.
         """
         folder = Path(self.folder) if self.enable else Path()
-        start = agree(lambda: choose(self.config, folder))
+        last_step = self.states[TRAIN_STATE].job_config.training.steps
+        start = agree(self.ranks, lambda: choose(self.config, folder, last_step))
         source, restored = "", []
         if start.mode == "resume":
-            self._name_broken(folder)
+            agree(self.ranks, lambda: self._name_broken(folder))
             flag = "--checkpoint.load_step" if self.config.load_step >= 0 else "--checkpoint.folder"
-            path = find_whole([folder / f"step-{step}" for step in start.steps], flag)
-            number = int(path.name.removeprefix("step-"))
+            path = find_whole(self.ranks, [folder / f"step-{step}" for step in start.steps], flag)
+            number = step_of(path)
             if number > 0:
-                agree(lambda: check_resumable(path))
-            source, restored = str(path), self._load(path, model_only=number == 0)
-            agree(lambda: self._set_aside(folder, number))
+                agree(self.ranks, lambda: check_resumable(path, last_step))
+            source, restored = str(path), self._resume(path, number)
+            agree(self.ranks, lambda: self._set_aside(folder, number))
         elif self.enable:
-            agree(lambda: self._set_aside(folder))
+            agree(self.ranks, lambda: self._set_aside(folder))
             if start.mode == "init":
                 source, restored = self.initial_load_path, self._load_initial()
+        if self.enable and self.keep_latest_k and not self.load_only and dist.get_rank() == 0:
+            for path in condemned(folder):
+                self.purge_queue.put(str(path))
         self._say(start.mode, source, restored)
         return bool(source)
 
     def _name_broken(self, folder: Path) -> None:
-        if dist.get_rank() == 0:
-            for step, reason in incomplete(folder).items():
+        for step, reason in survey(folder).items():
+            if reason:
                 logger.warning(f"{folder / f'step-{step}'} is not complete and is not used: {reason}")
 
     def _set_aside(self, folder: Path, after: int | None = None) -> None:
         """Move away the checkpoints after the step that is resumed; at a new start, the first save, cut short."""
-        for step in [] if self.load_only else sorted([*complete_steps(folder), *incomplete(folder)]):
+        for step in [] if self.load_only else survey(folder):
             path = folder / f"step-{step}"
             if after is None or (step > after and not is_unfinished(path)):  # that one will be overwritten
                 logger.warning(f"{path} is moved to {set_aside(path)}")
+
+    def _resume(self, checkpoint: Path, step: int) -> list[str]:
+        """Load a checkpoint of this job; returns the names of what was loaded."""
+        if step == 0 or agree(self.ranks, lambda: is_resumable(checkpoint)):
+            return self._load(checkpoint, model_only=step == 0)
+        # The end of the job, of which the marker alone has what it counted.
+        marker = agree(self.ranks, lambda: read_marker(checkpoint))
+        counted: dict[str, Any] = {name: marker[name] for name in ("tokens", "data_digest") if name in marker}
+        self.states[TRAIN_STATE].load_state_dict({"step": step, **counted})
+        return self._load(checkpoint, model_only=True)
 
     def _load(self, checkpoint: Path, model_only: bool, left_out: Sequence[str] = ()) -> list[str]:
         """Load a checkpoint of ours but for what is left out; returns the names of what was loaded."""
@@ -237,7 +252,7 @@ class CheckpointManager(TitanCheckpointManager):
         if self.initial_load_in_hf:
             self.dcp_load(self._states_to_load(True), self.initial_load_path, from_hf=True, from_quantized=False)
             return [MODEL]
-        checkpoint = find_whole([Path(self.initial_load_path)], "--checkpoint.initial_load_path")
+        checkpoint = find_whole(self.ranks, [Path(self.initial_load_path)], "--checkpoint.initial_load_path")
         return self._load(checkpoint, self.initial_load_model_only, self.exclude_from_loading)
 
     def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, *args: Any, **kwargs: Any) -> None:

@@ -1,49 +1,63 @@
 """The ranks' word on checkpoints: what one of them finds, all of them act on."""
 
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch.distributed as dist
 from torchtitan.tools.logging import logger
 
+from flame.agreement import Agreement
 from flame.checkpoint.commit import verify
 from flame.errors import UserError
+
+PATIENCE = timedelta(days=1)  # a rank may have a file of terabytes to hash, while the others wait for it
 
 Answer = TypeVar("Answer")
 
 
-def agree(ask: Callable[[], Answer]) -> Answer:
+def agree(ranks: Agreement, ask: Callable[[], Answer]) -> Answer:
     """The answer of the first rank, or the UserError that it met, on all ranks; an OSError becomes one."""
-    answer: list[Any] = [None]
+    answer: Answer | UserError | None = None
     if dist.get_rank() == 0:
         try:
-            answer = [ask()]
+            answer = ask()
         except UserError as error:
-            answer = [error]
+            answer = error
         except OSError as error:
-            answer = [UserError(f"--checkpoint.folder: {error}")]
-    dist.broadcast_object_list(answer)
-    if isinstance(answer[0], UserError):
-        raise answer[0]
-    return answer[0]
+            answer = UserError(f"--job.dump_folder: {error}")
+    first = ranks.gather(answer)[0]
+    if isinstance(first, UserError):
+        raise first
+    return first
 
 
-def _prove(checkpoint: Path) -> list[str]:
-    """What is wrong with a checkpoint, whose files the ranks share out to hash; the same on all ranks."""
-    ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, verify(checkpoint, dist.get_rank(), len(ranks)))
-    return [complaint for found in ranks for complaint in found]
+def _prove(ranks: Agreement, checkpoint: Path) -> list[str]:
+    """What is wrong with a checkpoint, whose files the ranks share out to hash; the same on all ranks.
+
+    Raises UserError, on all ranks, if one of them cannot read a file.
+    """
+    found: list[str] | UserError
+    try:
+        found = verify(checkpoint, dist.get_rank(), dist.get_world_size())
+    except UserError as error:
+        found = error
+    everywhere = ranks.gather(found)
+    for of_rank in everywhere:
+        if isinstance(of_rank, UserError):
+            raise of_rank
+    return [complaint for of_rank in everywhere for complaint in of_rank]
 
 
-def find_whole(checkpoints: Sequence[Path], flag: str) -> Path:
+def find_whole(ranks: Agreement, checkpoints: Sequence[Path], flag: str) -> Path:
     """The first of these checkpoints that is whole; says what is wrong with those before it.
 
     Raises UserError, in which `flag` stands for the setting that named them.
     """
     damage: list[str] = []
     for checkpoint in checkpoints:
-        damage = _prove(checkpoint)
+        damage = _prove(ranks, checkpoint)
         if not damage:
             return checkpoint
         if dist.get_rank() == 0 and len(checkpoints) > 1:

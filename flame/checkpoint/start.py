@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from flame.checkpoint.commit import complaint, complete_steps, incomplete, is_resumable, is_unfinished
+import tomli
+
+from flame.checkpoint.commit import complaint, complete_steps, is_resumable, is_unfinished, survey
 from flame.errors import UserError
 
 _NAMES = ("job.dump_folder", "job.config_file", "job.description", "checkpoint.folder")  # nothing of what is trained
@@ -21,9 +23,10 @@ class Start:
     steps: tuple[int, ...] = ()
 
 
-def choose(config: Any, folder: Path) -> Start:
+def choose(config: Any, folder: Path, last_step: int) -> Start:
     """How a job with these settings of checkpoints ([checkpoint]) starts, whose own are in `folder`.
 
+    last_step: training.steps; a model alone, as last_save_model_only saves it, can be that step and no other.
     Raises UserError where what is asked for cannot be, or would leave out or overwrite what is there.
     """
     asked, path = config.start, config.initial_load_path
@@ -33,9 +36,11 @@ def choose(config: Any, folder: Path) -> Start:
         if path:
             raise UserError(f"--checkpoint.initial_load_path: found {path}, but checkpoint.enable is false")
         return Start("scratch")
-    steps, broken = complete_steps(folder), incomplete(folder)
+    found = survey(folder)
+    steps = [step for step, reason in found.items() if reason is None]
+    broken = {step: reason for step, reason in found.items() if reason}
     if config.load_step >= 0:
-        return _choose_step(config, folder, steps, broken)
+        return _choose_step(config, folder, last_step, steps, broken)
     if asked == "init" and not path:
         raise UserError("--checkpoint.start: found init, but --checkpoint.initial_load_path is not set")
     if asked == "scratch" and path:
@@ -43,12 +48,12 @@ def choose(config: Any, folder: Path) -> Start:
     if steps and asked in ("init", "scratch"):
         raise UserError(f"--checkpoint.start: found {asked}, but there is {folder}/step-{steps[-1]}; move it away")
     if later := [step for step in reversed(steps) if step > 0]:
-        check_resumable(folder / f"step-{later[0]}")
+        check_resumable(folder / f"step-{later[0]}", last_step)
         return Start("resume", tuple(later))
     if not _may_begin(config, folder, broken):
-        found = "; ".join(f"step-{step}: {reason}" for step, reason in broken.items())
+        reasons = "; ".join(f"step-{step}: {reason}" for step, reason in broken.items())
         raise UserError(
-            f"--checkpoint.folder: no complete checkpoint in {folder} ({found}); move it away to start anew"
+            f"--checkpoint.folder: no complete checkpoint in {folder} ({reasons}); move it away to start anew"
         )
     if steps:  # a model to begin with
         return Start("resume", (0,))
@@ -61,13 +66,37 @@ def choose(config: Any, folder: Path) -> Start:
     return Start("init" if path else "scratch")
 
 
-def check_resumable(checkpoint: Path) -> None:
-    """Raises UserError for a checkpoint of a model alone."""
-    if not is_resumable(checkpoint):
+def check_resumable(checkpoint: Path, last_step: int) -> None:
+    """Raises UserError for a checkpoint of a model alone, unless there is no step to do after it."""
+    if step_of(checkpoint) < last_step and not is_resumable(checkpoint):
         raise UserError(
-            f"--checkpoint.last_save_model_only: {checkpoint} holds the model alone and cannot be resumed; start "
-            "another run from it with --checkpoint.initial_load_path"
+            f"--checkpoint.last_save_model_only: {checkpoint} holds the model alone and cannot be resumed; go on "
+            "from one before it with --checkpoint.load_step, or start another run from it with "
+            "--checkpoint.initial_load_path"
         )
+
+
+def check_left_out(config: Any, run: Path) -> None:
+    """Raises UserError if a start anew in a run folder leaves out the checkpoints that its config.toml speaks of.
+
+    config: as in `choose`. The run's records would give way to those of another run.
+    """
+    try:
+        recorded = tomli.loads((run / "config.toml").read_text())
+    except (OSError, ValueError):  # no run folder as yet, or not one of ours
+        return
+    folder = run / recorded.get("checkpoint", {}).get("folder", config.folder)
+    if steps := complete_steps(folder):
+        asked = f"folder: found {config.folder}" if config.enable else "enable: found false"
+        raise UserError(
+            f"--checkpoint.{asked}, but the run in {run} has checkpoints, {folder}/step-{steps[-1]}, and would begin "
+            "anew; give another --job.dump_folder"
+        )
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint of a run, by its name."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def compare(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
@@ -79,7 +108,7 @@ def compare(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
             yield f"{path} {before.get(path, 'none')} -> {after.get(path, 'none')}, {used}"
 
 
-def _choose_step(config: Any, folder: Path, steps: list[int], broken: Mapping[int, str]) -> Start:
+def _choose_step(config: Any, folder: Path, last_step: int, steps: list[int], broken: Mapping[int, str]) -> Start:
     step, asked = config.load_step, config.start
     if asked in ("init", "scratch"):
         raise UserError(f"--checkpoint.load_step: found {step}, must be -1 with --checkpoint.start {asked}")
@@ -88,7 +117,7 @@ def _choose_step(config: Any, folder: Path, steps: list[int], broken: Mapping[in
         why = f" ({broken[step]})" if step in broken else ""
         raise UserError(f"--checkpoint.load_step: no whole step-{step} in {folder}{why}, {found}")
     if step > 0:
-        check_resumable(folder / f"step-{step}")
+        check_resumable(folder / f"step-{step}", last_step)
     return Start("resume", (step,))
 
 

@@ -25,12 +25,14 @@ class UnfaithfulError(ValueError):
 class Part:
     """What a published checkpoint has under one name: a tensor of the model, or a box of it, such as one expert's.
 
-    The box begins at the coordinates `start`; its leading dimensions that `shape` lacks have one element.
+    The box begins at the coordinates `start`; its leading dimensions that `shape` lacks have one element. With `heads`
+    each of so many equal groups of its rows has its first half in the tensor's even rows, the second in the odd ones.
     """
 
     tensor: str
     start: tuple[int, ...]
     shape: tuple[int, ...]
+    heads: int = 0
 
     @property
     def box(self) -> Box:
@@ -101,7 +103,7 @@ def load_structure(folder: Path) -> Structure | None:
     if not path.is_file() or (known := json.loads(path.read_text()))["of"] != _identity(folder):
         return None
     fields = known["structure"]
-    parts = {n: Part(p["tensor"], tuple(p["start"]), tuple(p["shape"])) for n, p in fields["parts"].items()}
+    parts = {n: Part(p["tensor"], tuple(p["start"]), tuple(p["shape"]), p["heads"]) for n, p in fields["parts"].items()}
     return Structure(**{**fields, "parts": parts})
 
 

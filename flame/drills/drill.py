@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from flame.checkpoint.commit import complaint, complete_steps, verify
 from flame.drills.job import FAULT, INTERVAL, STALL, STEPS, Job
-from flame.stop import PREEMPTED
+from flame.errors import PREEMPTED
 
 LAST_SAVED = FAULT // INTERVAL * INTERVAL  # before the fault
 RESIZED = 1e-4  # of a loss: other ranks add in another order, and Adam makes more of it step by step

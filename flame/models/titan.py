@@ -20,9 +20,12 @@ from torchtitan.models import attention
 from torchtitan.models.moe import kernels
 from torchtitan.models.moe import utils as moe_utils
 from torchtitan.tools.utils import device_type, has_cuda_capability
+from transformers import PreTrainedConfig
 
+from flame.checkpoint.export import record_assets
 from flame.errors import UserError
-from flame.models.hf import VOCAB_MULTIPLE
+from flame.models import counterpart
+from flame.models.hf import VOCAB_MULTIPLE, check_buildable
 from flame.models.init import Unit, init_weights
 from flame.models.loss import cross_entropy
 from flame.parallel import titan as parallel
@@ -47,24 +50,37 @@ def load(job_config: Any, tokenizer: Any) -> dict[str, Any]:
         args.vocab_size = -(-tokenizer.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     parallel.check(spec, args, job_config)
     description = {"model_type": f"torchtitan.{model.name}", "flavor": model.flavor, **asdict(args)}
+    published = counterpart.find(model.name, args)
+    if not isinstance(published, str):
+        published.max_position_embeddings = max(training.seq_len, args.max_seq_len)
+        published.bos_token_id, published.eos_token_id = tokenizer.bos_id, tokenizer.eos_id
     if experts := getattr(args, "moe_args", None):  # torch's grouped matrix product computes in bfloat16 alone
         experts.use_grouped_mm &= has_cuda_capability(9, 0) and training.mixed_precision_param == "bfloat16"
     if device_type == "cpu":
         _enable_cpu()
     return {
-        "model_cls": adopt(spec.model_cls, description, job_config.debug.seed or 0),
+        "model_cls": adopt(spec.model_cls, description, published, job_config.debug.seed or 0),
         "model_args": {model.flavor: args},
         "parallelize_fn": partial(parallel.parallelize, spec.parallelize_fn),
         "pipelining_fn": spec.pipelining_fn and partial(parallel.pipeline, spec.pipelining_fn),
         "build_optimizers_fn": spec.build_optimizers_fn,
-        "state_dict_adapter": None,  # only what is between torchtitan and Hugging Face would ask for it
     }
 
 
-def adopt(model_cls: type, description: dict[str, Any], seed: int) -> Any:
+def build(name: str, args: Any) -> nn.Module:
+    """torchtitan's own model of these arguments, on the default device, as a CPU runs it on one document a row."""
+    args = copy.deepcopy(args)
+    args.attn_type = "sdpa"
+    if hasattr(args, "moe_args"):
+        args.moe_args.use_grouped_mm = False
+    _enable_cpu()
+    return import_module(f"torchtitan.models.{name}").get_train_spec().model_cls(args)
+
+
+def adopt(model_cls: type, description: dict[str, Any], published: PreTrainedConfig | str, seed: int) -> Any:
     """A torchtitan model class whose forward takes labels, and whose weights are drawn part by part from `seed`.
 
-    `description` is what a run folder keeps of the model.
+    `description` is what a run folder keeps of the model, and `published` what flame.models.counterpart found for it.
     """
 
     class Titan(model_cls):
@@ -103,12 +119,16 @@ def adopt(model_cls: type, description: dict[str, Any], seed: int) -> Any:
                     setattr(module, name, buffer.to(buffer_device or buffer.device))
 
         def record(self, folder: Path, tokenizer: Any) -> None:
-            """Write what the run trains: config.json, which is none of transformers', and the tokenizer."""
+            """Write what the run trains, and the tokenizer: config.json is transformers' if it has such a model."""
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
-            tokenizer.save_pretrained(folder)
+            if isinstance(published, str):
+                tokenizer.save_pretrained(folder)
+            else:
+                record_assets(folder, check_buildable(published, "that of torchtitan's model"), tokenizer)
+            name = "config.json" if isinstance(published, str) else counterpart.RECORD
+            (folder / name).write_text(json.dumps(description, indent=2) + "\n")
 
-    Titan.description = description
+    Titan.description, Titan.published = description, published
     return Titan
 
 

@@ -38,7 +38,10 @@ def _complaints(spec: Any, args: Any, job_config: Any) -> Iterator[str]:
     if device_type == "cpu" and attention not in ("sdpa", "flex"):
         yield f"--model.flavor: found {model.flavor}, whose {attention} attention needs a GPU, and none is visible"
     if layout.context_parallel_degree > 1:
-        yield f"{CONTEXT}: found {layout.context_parallel_degree}, must be 1 for torchtitan's models in this version"
+        yield (
+            f"{CONTEXT}: found {layout.context_parallel_degree}, must be 1 for torchtitan's models: their rings need "
+            "CUDA's attention kernels, on which no test of this version has run them"
+        )
     if layout.enable_async_tensor_parallel:
         yield "--parallelism.enable_async_tensor_parallel: found true, must be false in this version"
     if (backend := layout.expert_parallel_comm_backend) != "standard":

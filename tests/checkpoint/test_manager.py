@@ -10,7 +10,17 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torchtitan.components.checkpoint import AsyncMode
 
-from flame.checkpoint.commit import MARKER, METADATA, complaint, complete_steps, incomplete, read_marker, verify
+from flame.checkpoint.commit import (
+    DELETING,
+    MARKER,
+    METADATA,
+    complaint,
+    complete_steps,
+    incomplete,
+    is_resumable,
+    read_marker,
+    verify,
+)
 from flame.errors import SaveError, UserError
 from tests.checkpoint.managed import Job
 from tests.checkpoint.test_commit import DATA, delete, flip, truncate
@@ -103,9 +113,24 @@ def test_nothing_is_deleted_before_the_newer_one_is_complete(tmp_path, monkeypat
         job.manager.purge_queue, "put", lambda path: (queued.append((path, steps(tmp_path))), put(path))
     )
     job.run(12)
-    deleted = [(Path(path).name, there) for path, there in queued if isinstance(path, str)]
+    deleted = [(Path(path).name.removeprefix(DELETING), there) for path, there in queued if isinstance(path, str)]
     assert [name for name, _ in deleted] == [f"step-{n}" for n in (2, 4, 6, 8)]
     assert all(len(there) >= 2 and int(name[5:]) < min(there) for name, there in deleted)
+
+
+def test_a_deletion_that_was_cut_short_is_finished_at_the_next_start_without_a_word(tmp_path, log):
+    job = Job(tmp_path, keep_latest_k=2)
+    put = job.manager.purge_queue.put
+    job.manager.purge_queue.put = lambda path: None if isinstance(path, str) else put(path)  # the process dies first
+    job.run(6)
+    checkpoints = tmp_path / "checkpoint"
+    assert (checkpoints / f"{DELETING}step-2" / DATA).exists() and steps(tmp_path) == [4, 6]
+    for name in ("step-2-mine", "deleting-step-2"):
+        (checkpoints / name).mkdir()
+    log.clear()
+    Job(tmp_path, keep_latest_k=2).run(6)
+    assert not [line for line in log.messages if "not complete" in line]
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["deleting-step-2", "step-2-mine", "step-4", "step-6"]
 
 
 @pytest.mark.parametrize("name, damage", [(n, d) for n in (DATA, METADATA, MARKER) for d in (truncate, flip, delete)])
@@ -262,6 +287,30 @@ def test_a_model_alone_is_not_resumed(tmp_path):
     Job(tmp_path, last_save_model_only=True).run(2)
     with pytest.raises(UserError, match=r"last_save_model_only.*initial_load_path"):
         Job(tmp_path).run(4)
+
+
+def of_steps(job, steps):
+    job.trainer.job_config.training.steps = steps
+    return job
+
+
+def test_a_model_alone_at_the_last_step_is_the_end_of_a_job(tmp_path, log):
+    of_steps(Job(tmp_path, last_save_model_only=True), 2).run(2)
+    again = of_steps(Job(tmp_path, last_save_model_only=True), 2).run(2)
+    assert (again.trainer.step, again.trainer.tokens) == (2, 200) and (again.model.weight == 2).all()
+    assert again.manager.origin["restored"] == ["model"]
+    with pytest.raises(UserError, match=r"cannot be resumed; go on from one before it with --checkpoint.load_step"):
+        of_steps(Job(tmp_path, last_save_model_only=True), 3).run(3)
+
+
+def test_a_model_alone_never_takes_the_place_of_what_can_be_resumed(tmp_path):
+    job = Job(tmp_path, last_save_model_only=True)
+    job.manager.load(-1)
+    job.trainer.step = 2
+    job.manager.save(2)
+    job.manager.save(2, last_step=True)  # the data have ended
+    assert is_resumable(tmp_path / "checkpoint" / "step-2")
+    job.manager.close()
 
 
 @pytest.mark.slow

@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 
-from flame.checkpoint.commit import METADATA, write_marker
-from flame.checkpoint.start import choose, compare
+from flame.checkpoint.commit import METADATA, SavedFile, write_marker
+from flame.checkpoint.start import check_left_out, choose, compare
 from flame.errors import UserError
 from flame.section import Checkpoint
 from tests.checkpoint.managed import Job
@@ -99,7 +99,7 @@ def test_a_job_starts_as_the_table_says_or_not_at_all(state, mode, with_path, do
 
 
 def chosen(folder, **settings):
-    return choose(Checkpoint(**settings), folder)
+    return choose(Checkpoint(**settings), folder, last_step=1000)
 
 
 def mark(folder, *steps, resumable=True):
@@ -177,6 +177,32 @@ def test_an_initial_path_that_is_no_checkpoint_is_refused(content, tmp_path):
         (path / METADATA).write_bytes(content)
     with pytest.raises(UserError, match=r"--checkpoint.initial_load_path: found .*elsewhere.*\.metadata"):
         chosen(tmp_path / "checkpoint", initial_load_path=str(path))
+
+
+@pytest.mark.parametrize("name", ["step-4/complete.json", "step-4/__0_0.distcp", "."])
+def test_what_cannot_be_read_today_is_not_taken_for_damaged(name, tmp_path):
+    mark(tmp_path / "run", 2)
+    (tmp_path / "run" / "step-4").mkdir()
+    write_marker(tmp_path / "run" / "step-4", [SavedFile(DATA, 5, "")], {"resumable": True})
+    path = tmp_path / "run" / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    path.symlink_to(path.name)  # a round trip, which even root cannot read
+    with pytest.raises(UserError, match=rf"{path} cannot be read \(Too many levels .*may be whole"):
+        chosen(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [({"folder": "other"}, "folder: found other"), ({"enable": False}, "enable: found false")],
+)
+def test_another_folder_for_checkpoints_is_no_way_to_begin_a_run_anew(settings, said, tmp_path):
+    config = Checkpoint(**settings)
+    check_left_out(config, tmp_path / "new")
+    (tmp_path / "config.toml").write_text('[checkpoint]\nfolder = "saved"\n')
+    check_left_out(config, tmp_path)  # nothing was saved
+    mark(tmp_path / "saved", 2, 4)
+    with pytest.raises(UserError, match=f"^--checkpoint.{said}, but the run in .* has checkpoints, .*saved/step-4"):
+        check_left_out(config, tmp_path)
 
 
 def test_every_change_of_a_setting_is_listed():

@@ -1,0 +1,63 @@
+"""Starts on two gloo ranks, of which one is late or meets what it cannot read: python waiting.py FOLDER"""
+
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import xxhash
+
+from flame.checkpoint.commit import SavedFile, write_marker
+from flame.errors import UserError
+from tests.checkpoint.managed import Job
+
+TIMEOUT, LATE = 4, 6  # seconds
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")  # at once: another rank prints too
+    sys.stdout.flush()
+
+
+def _work(rank: int, folder: Path) -> None:
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=TIMEOUT)
+    )
+    Job(folder).run(4)
+    job = Job(folder)
+    if rank == 1:
+        time.sleep(LATE)
+    job.manager.load()
+    _say(f"rank {rank} resumes step {job.trainer.step}")
+    broken = folder / "checkpoint" / "step-6"
+    if rank == 0:
+        broken.mkdir()
+        (broken / "a").touch()
+        (broken / "b").symlink_to("/proc/self/mem")  # of no bytes, as it says, and to read it is an I/O error
+        empty = xxhash.xxh3_128_hexdigest(b"")
+        write_marker(broken, [SavedFile("a", 0, empty), SavedFile("b", 0, empty)], {"resumable": True})
+    dist.barrier()
+    job = Job(folder)
+    try:
+        job.manager.load()
+        _say(f"rank {rank} resumes step {job.trainer.step}")
+    except UserError as error:
+        _say(f"rank {rank}: {error}")
+    dist.barrier()
+    if rank == 0:
+        (broken / "complete.json").unlink()
+        (broken.parent / "replaced").write_text("a file of the user's where a checkpoint is to be moved")
+    dist.barrier()
+    job = Job(folder, load_step=2)
+    try:
+        job.manager.load(2)
+    except UserError as error:
+        _say(f"rank {rank}: {error}")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.multiprocessing.start_processes(_work, (Path(sys.argv[1]),), nprocs=2, start_method="fork")
