@@ -46,7 +46,7 @@ def train_each(
     """Run several jobs one after the other in one launch, which pays for the imports once; returns the log."""
     command = torchrun("-m", "tests.launch", trainer, json.dumps([list(job) for job in jobs]), ranks=ranks)
     done = subprocess.run(command, env=environment(**env), capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[:4000]
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-8000:]  # warnings come first
     return done.stdout
 
 

@@ -1,14 +1,18 @@
 """The layouts in which every family is compared with one rank, and the page that says how near they came.
 
-`python -m tests.layouts [RANKS]` trains all of it again, on that many ranks at most (8), and writes the table into
-docs/parallelism.md.
+`python -m tests.layouts [--ranks N] [--keep FOLDER]` trains all of it again, on that many ranks at most (8), and writes
+the table into docs/parallelism.md. With a folder a run goes on where the last one was stopped.
 """
 
+import argparse
 import functools
 import json
+import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -124,24 +128,60 @@ def _built(name: str) -> tuple[Any, Any, Any]:
     return family, config, check_buildable(config, name)
 
 
-def run(root: Path, pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """{(model, layout): records} of each pair and of each model on one rank, from a launch for each number of ranks."""
+# Jobs of one launch, by its ranks: each leaves the threads of its process groups behind, which slow the next ones down.
+JOBS = {1: 8, 2: 6, 4: 4, 8: 2}
+
+
+def run(
+    root: Path, pairs: Iterable[tuple[str, str]], jobs: dict[int, int] = JOBS
+) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """{(model, layout): records} of each pair and of each model on one rank; what `root` holds is not trained again."""
     pairs = list(dict.fromkeys([*((name, "one") for name, _ in pairs), *pairs]))
     for name in {name for name, _ in pairs}:
         (root / f"{name}.json").write_text(json.dumps(MODELS[name]))
-    for ranks in sorted({LAYOUTS[layout][0] for _, layout in pairs}):
+    launches = list(_launches([pair for pair in pairs if records(root, *pair) is None], jobs))
+    for number, (ranks, some) in enumerate(launches, 1):
+        begin = time.monotonic()
+        failure = _train(root, some, ranks)
+        for name, layout in some:
+            assert records(root, name, layout), f"{name} in {layout}: {failure or 'left no records'}"
+        seconds, names = time.monotonic() - begin, ", ".join(" ".join(pair) for pair in some)
+        assert not failure, f"{names}: {failure}"
+        print(f"launch {number}/{len(launches)}, {ranks} ranks, {seconds:.0f} s: {names}", file=sys.stderr)
+    return {pair: records(root, *pair) or [] for pair in pairs}
+
+
+def _launches(pairs: list[tuple[str, str]], jobs: dict[int, int]) -> Iterator[tuple[int, list[tuple[str, str]]]]:
+    """The ranks and the pairs of each launch."""
+    for ranks, size in jobs.items():
+        some = [pair for pair in pairs if LAYOUTS[pair[1]][0] == ranks]
+        yield from ((ranks, some[i : i + size]) for i in range(0, len(some), size))
+
+
+def _train(root: Path, pairs: list[tuple[str, str]], ranks: int) -> str | None:
+    """Train pairs in one launch; what went wrong, which the first pair without records met."""
+    flags = [*SMALL, f"--training.steps={STEPS}", "--checkpoint.no_enable"]
+    try:
         train_each(
             [
-                [
-                    *(*SMALL, *LAYOUTS[layout][1], f"--training.steps={STEPS}", "--checkpoint.no_enable"),
-                    *(f"--model.config={root / name}.json", f"--job.dump_folder={root / name / layout}"),
-                ]
+                [*flags, *LAYOUTS[layout][1], f"--model.config={root / name}.json", f"--job.dump_folder={folder}"]
                 for name, layout in pairs
-                if LAYOUTS[layout][0] == ranks
+                for folder in [root / name / layout]
             ],
             ranks=ranks,
         )
-    return {(name, layout): metrics(root / name / layout) for name, layout in pairs}
+    except (AssertionError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    return None
+
+
+def records(root: Path, name: str, layout: str) -> list[dict[str, Any]] | None:
+    """The records of a pair that was trained to its end; None if it was not."""
+    folder = root / name / layout
+    with suppress(FileNotFoundError):
+        if json.loads((folder / "status.json").read_text())["status"] == "completed":
+            return metrics(folder)
+    return None
 
 
 def differences(one: list[dict[str, Any]], many: list[dict[str, Any]]) -> tuple[float, float]:
@@ -151,30 +191,39 @@ def differences(one: list[dict[str, Any]], many: list[dict[str, Any]]) -> tuple[
     return loss, max(abs(b["grad_norm"] - a["grad_norm"]) / a["grad_norm"] for a, b in pairs)
 
 
-def table(found: dict[tuple[str, str], list[dict[str, Any]]]) -> str:
-    """Markdown: models down, layouts across, and in each cell the differences from one rank: loss, gradient norm."""
-    names, layouts = (list(dict.fromkeys(pair[i] for pair in found)) for i in (0, 1))
-    layouts.remove("one")
+def table(root: Path, layouts: list[str]) -> str:
+    """Markdown: models down, layouts across, and in each cell the differences from one rank: loss, gradient norm.
+
+    "-": not trained in `root`.
+    """
     lines = [f"| | {' | '.join(layouts)} |", "|---" * (len(layouts) + 1) + "|"]
-    for name in names:
-        cells = []
+    for name in MODELS:
+        one, cells = records(root, name, "one"), []
         for layout in layouts:
-            pair = found.get((name, layout))
-            cells.append("{:.0e}, {:.0e}".format(*differences(found[name, "one"], pair)) if pair else "refused")
+            found = records(root, name, layout)
+            measured = "{:.0e}, {:.0e}".format(*differences(one, found)) if one and found else "-"
+            cells.append("refused" if refusal(name, layout) else measured)
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def main(most: int = 8) -> None:
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser("python -m tests.layouts")
+    parser.add_argument("--ranks", type=int, default=8, help="at most")
+    parser.add_argument("--keep", type=Path, help="a folder for the runs; those it holds are not trained again")
+    given = parser.parse_args(argv)
     page = REPO / "docs/parallelism.md"
-    layouts = [layout for layout, (ranks, _) in LAYOUTS.items() if ranks <= most]
-    with tempfile.TemporaryDirectory() as root:
-        pairs = [(name, layout) for name in MODELS for layout in layouts if refusal(name, layout) is None]
-        made = table(run(Path(root), pairs))
     before, mark, _ = page.read_text().partition("<!-- measured -->\n")
     assert mark, f"{page} has no place for the table"
-    page.write_text(f"{before}{mark}\n{made}\n")
+    layouts = [layout for layout, (ranks, _) in LAYOUTS.items() if layout != "one" and ranks <= given.ranks]
+    with tempfile.TemporaryDirectory() as temporary:
+        root = given.keep or Path(temporary)
+        root.mkdir(parents=True, exist_ok=True)
+        try:
+            run(root, [(name, layout) for name in MODELS for layout in layouts if refusal(name, layout) is None])
+        finally:  # what was measured before a failure or a stop counts
+            page.write_text(f"{before}{mark}\n{table(root, layouts)}\n")
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(sys.argv[1:])

@@ -47,7 +47,7 @@ SLOW = [pair for pair in pairs(MODELS, LAYOUTS) if pair not in QUICK]
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("layouts"), QUICK)
+    return run(tmp_path_factory.mktemp("layouts"), QUICK, {1: 8, 2: 17, 4: 8})  # a launch each: not yet too slow
 
 
 @pytest.fixture(scope="module")
