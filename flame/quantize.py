@@ -47,8 +47,13 @@ def check(job_config: Any) -> None:
 
 def adapt(job_config: Any, family: Family, model: PreTrainedModel) -> None:
     """Have the converters leave out the model's head, which computes the loss piece by piece. Raises UserError."""
-    linear = job_config.quantize.linear
-    if job_config.model.converters and family.from_fla and linear.float8.enable_fsdp_float8_all_gather:
+    linear, converters = job_config.quantize.linear, job_config.model.converters
+    if converters and family.float8 is not True:
+        raise UserError(
+            f"--model.converters: found {','.join(converters)}, must be none for {model.config.model_type}: "
+            f"{family.float8}"
+        )
+    if converters and family.from_fla and linear.float8.enable_fsdp_float8_all_gather:
         raise UserError(
             "--quantize.linear.float8.enable_fsdp_float8_all_gather: found true, must be false for fla's models, whose "
             "kernels take weights as they are"

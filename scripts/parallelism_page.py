@@ -20,14 +20,17 @@ def row(model_type: str, family: Family) -> str:
     allowed = layouts(family)
     cells = ["yes" if column in allowed else "no" for column in COLUMNS]
     cells += ["one graph" if family.fullgraph else "graph breaks", "no" if family.packing is None else "yes"]
+    cells += ["not in PP" if "PP" in allowed else "yes"]
+    cells += ["no" if family.float8 is not True else "not gathered" if family.from_fla else "yes"]
     reasons = [f"TP, CP: {family.cut}"] if isinstance(family.cut, str) else []
     reasons += [f"PP: {family.stages}"] if isinstance(family.stages, str) else []
+    reasons += [f"float8: {family.float8}"] if isinstance(family.float8, str) else []
     return f"| `{model_type}` | {' | '.join(cells)} | {'; '.join(reasons)} |"
 
 
 def table() -> str:
     """The whole table."""
-    header = ("model type", *COLUMNS, "compile", "varlen", "because")
+    header = ("model type", *COLUMNS, "compile", "varlen", "tied", "float8", "because")
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     return "\n".join([*lines, *(row(*item) for item in sorted(BY_MODEL_TYPE.items()))]) + "\n"
 

@@ -45,6 +45,8 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "falcon": {"model_type": "falcon", **_FALCON, "multi_query": True},
     "falcon_groups": {"model_type": "falcon", **_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2},
+    "granite": {"model_type": "granite", **_LLAMA, "logits_scaling": 8.0, "residual_multiplier": 0.5},
+    "gemma2": {"model_type": "gemma2", **_LLAMA, "head_dim": 16, "tie_word_embeddings": True},
     "transformer": {"model_type": "transformer", **_FLA},
     "gla": {"model_type": "gla", **_FLA},
     "gla_hybrid": {"model_type": "gla", **_FLA, "attn": {"layers": [1], "num_heads": 4, "window_size": 32}},

@@ -4,8 +4,11 @@ import importlib.util
 
 import pytest
 
+from flame.models.hf import check_buildable
+from flame.models.table import BY_MODEL_TYPE
 from tests.launch import REPO
 from tests.layouts import LAYOUTS, MODELS, STEPS, differences, refusal, refusal_of, run
+from tests.models.small import OTHERS, SHIPPED, small
 
 HEADS = {  # the models of which heads or columns, and blocks, cannot be divided, and the words that say why
     "retnet": "by the head's number",
@@ -62,6 +65,17 @@ def compare(name, layout, runs):
         assert [r[key] for r in many] == [r[key] for r in one]
     loss, norm = differences(one, many)
     assert loss < 1e-5 and norm < 1e-4
+
+
+def test_every_family_has_one_table_for_both_embeddings_if_asked():
+    seen = set()
+    for name in [*SHIPPED, *OTHERS]:
+        _, config = small(name, tie_word_embeddings=True)
+        if config.model_type not in seen:
+            model = check_buildable(config, name)
+            assert model.get_output_embeddings().weight is model.get_input_embeddings().weight, name
+        seen.add(config.model_type)
+    assert seen == set(BY_MODEL_TYPE)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -163,7 +163,8 @@ class CausalLM(ModelProtocol):
             output = self.hf(input_ids=tokens, use_cache=False)
             if labels is None:
                 return output.logits
-            return self._balanced(cross_entropy(output.logits, labels), labels, getattr(output, "aux_loss", None))
+            loss = cross_entropy(output.logits, self._own_part(labels))
+            return self._balanced(loss, labels, getattr(output, "aux_loss", None))
         shape = tokens.shape[:2]
         packing: dict[str, Any] = {}
         if positions is not None and self.family.packing == "cu_seqlens":
@@ -183,9 +184,12 @@ class CausalLM(ModelProtocol):
             return hidden.view(*shape, -1)
         if labels is None:
             return self.head(hidden).view(*shape, -1)
-        rank, ranks = self.sequence_part
-        loss = self.head(hidden, labels.reshape(len(hidden), -1).chunk(ranks, 1)[rank])
+        loss = self.head(hidden, self._own_part(labels.reshape(len(hidden), -1)))
         return loss if routed is None else self._balanced(loss, labels, routed(self.hf.config, output.router_logits))
+
+    def _own_part(self, labels: torch.Tensor) -> torch.Tensor:
+        rank, ranks = self.sequence_part
+        return labels.chunk(ranks, 1)[rank]
 
     @property
     def _balances(self) -> bool:

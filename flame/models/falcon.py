@@ -32,4 +32,5 @@ FALCON = Family(
         counts=("num_heads", "num_kv_heads"),
         needs={"alibi": False},
     ),
+    float8="its blocks add in place to what torchao's linear layers return",
 )

@@ -58,7 +58,7 @@ class Family:
     `fused_loss` is False where only transformers' own forward knows how hidden states become logits.
     `cut` is how blocks are divided over ranks by heads and columns (tensor and context parallelism), and `stages`
     whether the model is divided by blocks (pipeline parallelism), or else why not; `fullgraph` says whether a block
-    compiles as one graph.
+    compiles as one graph. `float8` says why linear layers cannot be torchao's, if they cannot.
     """
 
     model_types: tuple[str, ...]
@@ -74,6 +74,7 @@ class Family:
     fullgraph: bool = True
     cut: Cut | str = "its row does not say how heads are divided"
     stages: bool | str = True
+    float8: bool | str = True
 
 
 def layouts(family: Family) -> tuple[str, ...]:

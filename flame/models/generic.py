@@ -1,6 +1,7 @@
 """A row for a causal language model that has none: its names are read off the model itself.
 
 Its loss comes from transformers' own forward, so it is right whatever the model does to its logits; it is not fused.
+Its heads and columns are divided as transformers' own plan for tensor parallelism says, if that is all it does.
 """
 
 from collections.abc import Callable
@@ -11,8 +12,11 @@ import torch
 import torch.nn as nn
 
 from flame.errors import UserError
-from flame.models.family import Family
+from flame.models.family import Cut, Family
 from flame.models.llama import rotary_attention_flops
+
+# {a style of transformers' plans: the parameters it divides, and along which dimension}
+_DIVIDED = {"colwise": ("*", 0), "rowwise": ("weight", 1)}
 
 
 def read_family(hf: nn.Module, model_type: str, from_fla: bool) -> Family:
@@ -47,6 +51,33 @@ def read_family(hf: nn.Module, model_type: str, from_fla: bool) -> Family:
         from_fla=from_fla,
         fused_loss=False,
         fullgraph=False,
+        cut=_cut(config, blocks[0], children[blocks[0]]),
+    )
+
+
+def _cut(config: Any, name: str, blocks: nn.Module) -> Cut | str:
+    """How the blocks of this name are divided by transformers' plan, or why they are not."""
+    whole, none = f"{name}.*.", "and flame.models.table no row"
+    plan = {key.removeprefix(whole): how for key, how in (config.base_model_tp_plan or {}).items() if whole in key}
+    if not plan:
+        return f"transformers has no plan for it (base_model_tp_plan), {none}"
+    if other := set(plan.values()) - _DIVIDED.keys() - {"replicated_with_grad_allreduce"}:
+        return f"transformers' plan for it (base_model_tp_plan) has {min(other)}, {none}"
+    divided = {key: _DIVIDED[how] for key, how in plan.items() if how in _DIVIDED}
+    regions = sorted({key.rpartition(".")[0] for key in divided})
+    mixers = tuple(region for region in regions if "att" in region)
+    # A matrix outside of all regions may mix tokens, and would see a part of them; a vector is that of a norm.
+    within = tuple(f"{region}." for region in regions)
+    matrices = [key.partition(".")[2] for key, parameter in blocks.named_parameters() if parameter.ndim > 1]
+    if outside := [key for key in matrices if not mixers or not key.startswith(within)]:
+        return f"transformers' plan for it (base_model_tp_plan) leaves out {outside[0]}, {none}"
+    heads = ("num_attention_heads", "num_key_value_heads")
+    return Cut(
+        mixers=mixers,
+        columns=tuple(region for region in regions if region not in mixers),
+        split={f"{key}.{parameters}": dim for key, (parameters, dim) in divided.items()},
+        divides=tuple(name for name in heads if getattr(config, name, None) is not None),
+        counts=("num_heads", *heads),
     )
 
 

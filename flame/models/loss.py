@@ -60,6 +60,13 @@ def _chunk_loss(
     return loss
 
 
+def _logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    if not isinstance(weight, DTensor):
+        return F.linear(hidden, weight, bias)
+    whole = DTensor.from_local(hidden, weight.device_mesh, [Replicate()], run_check=False)
+    return F.linear(whole, weight, bias).full_tensor()
+
+
 class Head(nn.Linear):
     """The output projection: logits, or the summed loss when labels are given.
 
@@ -70,7 +77,7 @@ class Head(nn.Linear):
 
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         if labels is None:
-            return super().forward(hidden)
+            return _logits(hidden, self.weight, self.bias)
         return linear_cross_entropy(hidden, self.weight, labels, self.bias, self.l2warp)
 
 
@@ -85,7 +92,7 @@ class TiedHead(nn.Module):
 
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         if labels is None:
-            return F.linear(hidden, self.embedding_weight())
+            return _logits(hidden, self.embedding_weight())
         return linear_cross_entropy(hidden, self.embedding_weight(), labels, l2warp=self.l2warp)
 
 
