@@ -32,19 +32,19 @@ def describe(model: Any) -> Structure:
     """The tensors of a model of transformers, which may be on the meta device."""
     names: dict[int, str] = {}
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
-    shared = []
+    shared = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if names.setdefault(id(tensor), name) == name:
             tensors[name] = (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
         else:
-            shared.append(name)
+            shared[name] = names[id(tensor)]
     ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
     if any(name.endswith("rotary_emb.inv_freq") for name, _ in model.named_buffers()):
         ignored.add(r"rotary_emb\.inv_freq")  # once in every block of what was published; transformers drops it too
     tables = [module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None]
     rows = [names[id(p)] for table in tables for p in table.parameters(recurse=False)]
     parts = _published_parts(model)
-    return Structure(tensors, tuple(shared), tuple(sorted(ignored)), parts, tuple(dict.fromkeys(rows)))
+    return Structure(tensors, shared, tuple(sorted(ignored)), parts, tuple(dict.fromkeys(rows)))
 
 
 def _published_parts(model: Any) -> dict[str, Part]:

@@ -326,8 +326,9 @@ class FlameTrainer(torchtitan.train.Trainer):
         agree(self.ranks, self._record)
 
     def _record(self) -> None:
-        self.run.rewind(self.step)
-        self.run.start(to_toml(recorded(self.job_config)), self._device())
+        if self.step < self.job_config.training.steps:  # else nothing is trained, and what was recorded stays
+            self.run.rewind(self.step)
+            self.run.start(to_toml(recorded(self.job_config)), self._device())
         self.run.set_status("running", start=self.checkpointer.origin)
         self.model_parts[0].record(self.run.folder / "model", self.tokenizer.hf)
 

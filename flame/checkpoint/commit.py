@@ -4,6 +4,7 @@ Checkpoints without a marker, of torchtitan or of flame before it wrote markers,
 the files it names are there, as long as it says.
 """
 
+import errno
 import json
 import os
 import re
@@ -148,11 +149,6 @@ def complete_steps(folder: str | Path) -> list[int]:
     return [step for step, reason in survey(folder).items() if reason is None]
 
 
-def incomplete(folder: str | Path) -> dict[int, str]:
-    """{step: what is wrong} of the checkpoints under `folder` that cannot be used, ascending. Raises as complaint."""
-    return {step: reason for step, reason in survey(folder).items() if reason}
-
-
 def is_unfinished(checkpoint: Path) -> bool:
     """Whether saving it never came to an end: what was complete once and is damaged still has one of the two."""
     return not any((checkpoint / name).exists() for name in (MARKER, METADATA))
@@ -170,7 +166,7 @@ def condemn(checkpoint: Path) -> Path:
 
     Returns where it is now. Raises OSError.
     """
-    target = checkpoint.with_name(f"{DELETING}{checkpoint.name}")
+    target = _free(checkpoint.with_name(f"{DELETING}{checkpoint.name}"))
     os.rename(checkpoint, target)
     return target
 
@@ -182,23 +178,35 @@ def condemned(folder: Path) -> list[Path]:
 
 def set_aside(checkpoint: Path) -> Path:
     """Move a checkpoint of a course that is left to replaced/, where rotation and resume do not look; returns where."""
-    names = chain([checkpoint.name], (f"{checkpoint.name}.{n}" for n in count(2)))
-    targets = (checkpoint.parent / "replaced" / name for name in names)
-    target = next(path for path in targets if not path.exists())
+    target = _free(checkpoint.parent / "replaced" / checkpoint.name)
     target.parent.mkdir(exist_ok=True)
     os.replace(checkpoint, target)
     return target
 
 
+def _free(path: Path) -> Path:
+    """The path, or the first of path.2, path.3 and so on that is not there."""
+    names = chain([path], (path.with_name(f"{path.name}.{n}") for n in count(2)))
+    return next(name for name in names if not os.path.lexists(name))
+
+
 def _find(folder: str | Path) -> dict[int, Path]:
     try:
         with os.scandir(folder) as entries:  # glob finds nothing in a folder that it may not read, and says nothing
-            named = [(re.fullmatch(r"step-(\d+)", entry.name), entry.path) for entry in entries if entry.is_dir()]
-    except FileNotFoundError:
+            found = {entry.name: Path(entry.path) for entry in entries if not entry.is_file()}
+    except FileNotFoundError as error:
+        if os.path.islink(folder):  # to a disk that is away
+            raise _unreadable(error, Path(folder)) from None
         return {}
     except OSError as error:
         raise _unreadable(error, Path(folder)) from None
-    return {int(match[1]): Path(path) for match, path in named if match}
+    steps = {path: match[1] for name, path in found.items() if (match := re.fullmatch(r"step-(\d+)", name))}
+    for path, step in steps.items():
+        if step != str(int(step)):
+            raise UserError(f"{path} must be called step-{int(step)}, or be moved away")
+        if not path.exists():
+            raise _unreadable(FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)), path)
+    return {int(step): path for path, step in steps.items()}
 
 
 def _unreadable(error: OSError, path: Path) -> UserError:

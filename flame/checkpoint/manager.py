@@ -77,14 +77,13 @@ class CheckpointManager(TitanCheckpointManager):
         if not self.enable or self.load_only or step == 0:  # a run at step 0 starts again as it did
             return
         self._async_wait()
-        if self._is_saved(step):
-            return
-        logger.info(f"Saving a full checkpoint at step {step}.")
-        try:
-            states = self._flattened_model_states_sd()
-            self.dcp_save(states, self._create_checkpoint_id(step), AsyncMode.DISABLED, enable_garbage_collection=True)
-        except CheckpointException as error:
-            self._settle(error, final=True)
+        if not self._is_saved(step):
+            logger.info(f"Saving a full checkpoint at step {step}.")
+            states, path = self._flattened_model_states_sd(), self._create_checkpoint_id(step)
+            try:
+                self.dcp_save(states, path, AsyncMode.DISABLED, enable_garbage_collection=True)
+            except CheckpointException as error:
+                self._settle(error, final=True)
         self._purge_stale_checkpoints()
 
     @torch.no_grad()
@@ -175,12 +174,18 @@ class CheckpointManager(TitanCheckpointManager):
             return
         every = self.config.keep_every
         try:
-            for step in complete_steps(self.folder)[: -self.keep_latest_k]:
-                if step == 0 or (every and step % every == 0):  # step 0 is what the user began with
-                    continue
-                self.purge_queue.put(str(condemn(Path(self._create_checkpoint_id(step)))))
-        except (OSError, UserError) as error:
+            old = complete_steps(self.folder)[: -self.keep_latest_k]
+        except UserError as error:
             logger.warning(f"older checkpoints could not be deleted: {error}")
+            return
+        for step in old:
+            path = Path(self._create_checkpoint_id(step))
+            if step == 0 or (every and step % every == 0):  # step 0 is what the user began with
+                continue
+            try:
+                self.purge_queue.put(str(condemn(path)))
+            except OSError as error:
+                logger.warning(f"{path} could not be deleted: {error}")
 
     # -- starting -----------------------------------------------------------------------------------------------------
 
@@ -203,7 +208,8 @@ class CheckpointManager(TitanCheckpointManager):
             if number > 0:
                 agree(self.ranks, lambda: check_resumable(path, last_step))
             source, restored = str(path), self._resume(path, number)
-            agree(self.ranks, lambda: self._set_aside(folder, number))
+            if number < last_step:
+                agree(self.ranks, lambda: self._set_aside(folder, number))
         elif self.enable:
             agree(self.ranks, lambda: self._set_aside(folder))
             if start.mode == "init":

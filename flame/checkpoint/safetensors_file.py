@@ -67,7 +67,7 @@ def read_header(file: Path) -> dict[str, Entry]:
             if name != "__metadata__":
                 start, stop = field["data_offsets"]
                 entry = Entry(NAMES[field["dtype"]], tuple(field["shape"]), file, 8 + length + start)
-                if stop - start != entry.nbytes or entry.start + entry.nbytes > size:
+                if start < 0 or stop - start != entry.nbytes or entry.start + entry.nbytes > size:
                     raise ValueError(f"{name} has bytes {start} to {stop} of a file of {size}")
                 entries[name] = entry
         return entries
@@ -89,15 +89,15 @@ def read_headers(files: Iterable[Path], flag: str = "--model") -> dict[str, Entr
 
 
 def find_files(folder: Path, flag: str = "--model") -> list[Path]:
-    """The safetensors files of a Hugging Face folder, by its index if it has one. Raises UserError, of a flag."""
+    """The safetensors files of a Hugging Face folder, as transformers finds them. Raises UserError, of a flag."""
+    if (folder / "model.safetensors").is_file():  # an index beside it is one that was left behind
+        return [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
             return sorted({folder / file for file in json.loads(index.read_text())["weight_map"].values()})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index}: not an index of safetensors ({type(error).__name__}: {error})") from None
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
     found = sorted(path.name for path in folder.glob("*") if path.suffix in (".safetensors", ".bin", ".pt", ".pth"))
     raise UserError(
         f"{flag} {folder}: found {', '.join(found[:5]) or 'no weights'}, must hold model.safetensors or its index "

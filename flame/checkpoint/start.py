@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import tomli
 
-from flame.checkpoint.commit import complaint, complete_steps, is_resumable, is_unfinished, survey
+from flame.checkpoint.commit import complaint, is_resumable, is_unfinished, survey
 from flame.errors import UserError
 
 _NAMES = ("job.dump_folder", "job.config_file", "job.description", "checkpoint.folder")  # nothing of what is trained
@@ -86,10 +86,10 @@ def check_left_out(config: Any, run: Path) -> None:
     except (OSError, ValueError):  # no run folder as yet, or not one of ours
         return
     folder = run / recorded.get("checkpoint", {}).get("folder", config.folder)
-    if steps := complete_steps(folder):
+    if steps := survey(folder):
         asked = f"folder: found {config.folder}" if config.enable else "enable: found false"
         raise UserError(
-            f"--checkpoint.{asked}, but the run in {run} has checkpoints, {folder}/step-{steps[-1]}, and would begin "
+            f"--checkpoint.{asked}, but the run in {run} has checkpoints, {folder}/step-{max(steps)}, and would begin "
             "anew; give another --job.dump_folder"
         )
 

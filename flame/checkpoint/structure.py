@@ -50,14 +50,14 @@ def whole(name: str, shape: tuple[int, ...]) -> Part:
 class Structure:
     """A model's tensors, {name: (dtype, shape)} as built in float32.
 
-    `shared` are further names of tied tensors, which may be there or not. `ignored` are patterns of names that
-    published checkpoints have and that transformers leaves aside. `parts` are what checkpoints are published as,
-    {name: Part}, where that is not the model's own tensors by their own names. `vocabulary` are the tensors that have a
-    row for each id.
+    `shared` are further names of tied tensors, {name: tensor}, which may be there or not. `ignored` are patterns of
+    names that published checkpoints have and that transformers leaves aside. `parts` are what checkpoints are published
+    as, {name: Part}, where that is not the model's own tensors by their own names. `vocabulary` are the tensors that
+    have a row for each id.
     """
 
     tensors: Found
-    shared: tuple[str, ...] = ()
+    shared: Mapping[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     parts: Mapping[str, Part] = field(default_factory=dict)
     vocabulary: tuple[str, ...] = ()
@@ -70,7 +70,9 @@ class Structure:
         kept = {name: part for name, part in self.parts.items() if part.tensor in self.tensors}
         tensors = {name: (self.tensors[part.tensor][0], part.shape) for name, part in kept.items()}
         rows = tuple(name for name, part in kept.items() if part.tensor in self.vocabulary)
-        return Structure(tensors, tuple(self.parts.keys() - kept.keys()), self.ignored, vocabulary=rows)
+        names = {part.tensor: name for name, part in kept.items()}
+        shared = {name: names[self.shared[part.tensor]] for name, part in self.parts.items() if name not in kept}
+        return Structure(tensors, shared, self.ignored, vocabulary=rows)
 
     def part(self, name: str) -> Part:
         """What a published checkpoint has under a name that is not one of `shared`."""
@@ -99,12 +101,18 @@ def save_structure(structure: Structure, folder: Path) -> None:
 
 def load_structure(folder: Path) -> Structure | None:
     """What `save_structure` kept, if it still holds of the folder's config.json and the transformers installed."""
-    path = folder / STRUCTURE
-    if not path.is_file() or (known := json.loads(path.read_text()))["of"] != _identity(folder):
+    try:
+        known = json.loads((folder / STRUCTURE).read_text())
+        if known["of"] != _identity(folder):
+            return None
+        fields = known["structure"]
+        parts = {
+            name: Part(**{**part, "start": tuple(part["start"]), "shape": tuple(part["shape"])})
+            for name, part in fields.pop("parts").items()
+        }
+        return Structure(**fields, parts=parts)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not there, cut short, or of another version
         return None
-    fields = known["structure"]
-    parts = {n: Part(p["tensor"], tuple(p["start"]), tuple(p["shape"]), p["heads"]) for n, p in fields["parts"].items()}
-    return Structure(**{**fields, "parts": parts})
 
 
 def _identity(folder: Path) -> list[str]:

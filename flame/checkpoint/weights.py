@@ -1,11 +1,13 @@
 """Hugging Face weights that a run starts from: where they are, and whether they are those of its model."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from flame.checkpoint.safetensors_file import Entry, find_files, read_headers
+import xxhash
+
+from flame.checkpoint.safetensors_file import Entry, find_files, read_bytes, read_headers
 from flame.checkpoint.structure import Found, Structure, compare
 from flame.errors import UserError
 
@@ -45,7 +47,7 @@ def find_folder(source: str) -> Path:
 
 
 def read_weights(folder: Path, structure: Structure, *, grow: bool = False) -> Weights:
-    """The weights in a folder, by the headers of its files alone.
+    """The weights in a folder, by the headers of its files; of tied tensors that are there twice, by all of them.
 
     With `grow` they may have fewer ids than the model. Raises UserError, in one line, for whatever tensor is missing,
     unexpected, or of another shape or type than the model's.
@@ -53,11 +55,28 @@ def read_weights(folder: Path, structure: Structure, *, grow: bool = False) -> W
     published = structure.published
     entries = read_headers(find_files(folder, FLAG), FLAG)
     entries = {name: entry for name, entry in entries.items() if not published.ignores(name)}
+    for complaint in untied(entries, published):
+        raise UserError(f"{FLAG} {folder}: {complaint}")
     found = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
     smaller = published.before_growth(found)
     hint = "" if grow or compare(found, smaller) else "; --model.grow_vocab or --model.add_tokens starts from fewer ids"
     check_initial(folder, found, smaller if grow else published, hint)
     return Weights(folder, {name: e for name, e in entries.items() if name in published.tensors}, structure)
+
+
+def untied(entries: Mapping[str, Entry], published: Structure) -> Iterator[str]:
+    """A complaint for each further name of a tied tensor that has other values: transformers would not tie it."""
+    for name in published.shared.keys() & entries.keys():
+        tensor = published.shared[name]
+        if tensor in entries and _checksum(entries[name]) != _checksum(entries[tensor]):
+            yield f"{name} is not {tensor}, which the config ties it to; set tie_word_embeddings to false"
+
+
+def _checksum(entry: Entry) -> str:
+    digest = xxhash.xxh3_128(f"{entry.dtype} {entry.shape}".encode())
+    for piece in read_bytes(entry):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def check_initial(folder: Path, found: Found, structure: Structure, hint: str = "") -> None:

@@ -118,14 +118,16 @@ def rename(published: Structure, name: str, args: Any) -> Structure:
     with torch.device("meta"):
         model = spec.model_cls(args)
     names: dict[int, str] = {}
-    tensors, shared = {}, []
+    tensors, shared = {}, {}
     for key, tensor in model.state_dict(keep_vars=True).items():
         if names.setdefault(id(tensor), key) == key:
             tensors[key] = (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
         else:
-            shared.append(key)
+            shared[key] = names[id(tensor)]
     theirs = spec.state_dict_adapter(args, None).from_hf_map
-    parts = {key: whole(key, ()) for key in published.shared}  # of no tensor: the other name is the one that is written
+    # Of no tensor: the other name is the one that is written.
+    parts = {key: whole(key, ()) for key in published.shared}
+    shared |= {key: theirs[tensor] for key, tensor in published.shared.items()}
     for key, (_, shape) in published.tensors.items():
         block = re.findall(r"\d+", key)  # and, of an expert, its number
         start = (*map(int, block[1:]), *(0 for _ in shape))
@@ -133,7 +135,7 @@ def rename(published: Structure, name: str, args: Any) -> Structure:
         count = (getattr(args, heads) or args.n_heads) if heads else 0
         parts[key] = Part(theirs[re.sub(r"\d+", "{}", key)].format(*block), start, shape, count)
     rows = tuple(key for key in ("tok_embeddings.weight", "output.weight") if key in tensors)
-    return Structure(tensors, tuple(shared), published.ignored, parts, rows)
+    return Structure(tensors, shared, published.ignored, parts, rows)
 
 
 def _spec(name: str) -> Any:

@@ -64,7 +64,9 @@ def _logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     if not isinstance(weight, DTensor):
         return F.linear(hidden, weight, bias)
     whole = DTensor.from_local(hidden, weight.device_mesh, [Replicate()], run_check=False)
-    return F.linear(whole, weight, bias).full_tensor()
+    logits = F.linear(whole, weight, bias)
+    assert isinstance(logits, DTensor)
+    return logits.full_tensor()
 
 
 class Head(nn.Linear):

@@ -12,10 +12,10 @@ from flame.checkpoint.commit import (
     METADATA,
     complaint,
     complete_steps,
-    incomplete,
     is_resumable,
     read_marker,
     set_aside,
+    survey,
     verify,
 )
 from flame.checkpoint.dcp_writer import write_checkpoint
@@ -64,7 +64,7 @@ def test_the_marker_lists_every_file_and_says_what_it_was_told(tmp_path):
     assert {path.name for path in checkpoint.iterdir()} == {MARKER, *marker["files"]} == {MARKER, METADATA, DATA}
     assert marker["files"][DATA]["size"] == (checkpoint / DATA).stat().st_size
     assert (marker["step"], marker["tokens"]) == (3, 12) and "torch" in marker["versions"]
-    assert found(checkpoint) is None and complete_steps(tmp_path) == [3] and incomplete(tmp_path) == {}
+    assert found(checkpoint) is None and complete_steps(tmp_path) == [3] and survey(tmp_path) == {3: None}
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_only_folders_of_steps_count(tmp_path):
     (tmp_path / "step-4").write_text("a file")
     (tmp_path / "step-6").mkdir()
     assert complete_steps(tmp_path) == [2, 10]
-    assert list(incomplete(tmp_path)) == [6] and METADATA in incomplete(tmp_path)[6]
+    assert list(survey(tmp_path)) == [2, 6, 10] and METADATA in survey(tmp_path)[6]
 
 
 def test_a_checkpoint_set_aside_overwrites_none_that_was(tmp_path):

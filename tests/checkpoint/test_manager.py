@@ -16,9 +16,9 @@ from flame.checkpoint.commit import (
     METADATA,
     complaint,
     complete_steps,
-    incomplete,
     is_resumable,
     read_marker,
+    survey,
     verify,
 )
 from flame.errors import SaveError, UserError
@@ -133,6 +133,24 @@ def test_a_deletion_that_was_cut_short_is_finished_at_the_next_start_without_a_w
     assert sorted(path.name for path in checkpoints.iterdir()) == ["deleting-step-2", "step-2-mine", "step-4", "step-6"]
 
 
+def test_what_stays_of_a_deletion_does_not_keep_older_ones_from_being_deleted(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # as where a file of it is still open, on NFS
+    left = tmp_path / "checkpoint" / f"{DELETING}step-2"
+    left.mkdir(parents=True)
+    (left / DATA).touch()
+    Job(tmp_path, keep_latest_k=2).run(8)
+    assert steps(tmp_path) == [6, 8]
+    assert [path.name for path in sorted(left.parent.glob(f"{left.name}*"))] == [left.name, f"{left.name}.2"]
+
+
+def test_a_step_before_the_last_that_ends_a_job_moves_nothing(tmp_path):
+    Job(tmp_path).run(6)
+    again = of_steps(Job(tmp_path, load_step=2), 2)
+    again.manager.load(2)
+    again.manager.close()
+    assert again.trainer.step == 2 and steps(tmp_path) == [2, 4, 6]
+
+
 @pytest.mark.parametrize("name, damage", [(n, d) for n in (DATA, METADATA, MARKER) for d in (truncate, flip, delete)])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_resumed(name, damage, tmp_path, log):
     Job(tmp_path).run(4)
@@ -233,7 +251,7 @@ def test_a_save_that_fails_stops_the_job_and_leaves_the_last_good_one(mode, tmp_
 @pytest.mark.parametrize("mode", ASYNC)
 def test_a_save_that_fails_may_be_gone_without_until_the_next(mode, tmp_path, disk, log):
     FullDisk(tmp_path, async_mode=mode, on_save_failure="continue").fill(disk).run(8)
-    assert steps(tmp_path) == [2, 6, 8] and not incomplete(tmp_path / "checkpoint")
+    assert steps(tmp_path) == [2, 6, 8] and not any(survey(tmp_path / "checkpoint").values())
     assert sum("step-4 could not be saved" in line for line in log.messages) == 1
 
 

@@ -191,6 +191,21 @@ def test_what_cannot_be_read_today_is_not_taken_for_damaged(name, tmp_path):
         chosen(tmp_path / "run")
 
 
+@pytest.mark.parametrize("name", ["checkpoint", "checkpoint/step-4"])
+def test_a_link_to_a_disk_that_is_away_is_no_way_back_to_the_beginning(name, tmp_path):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).symlink_to(tmp_path / "away")
+    with pytest.raises(UserError, match=rf"{name} cannot be read \(No such file or directory\), and may be whole"):
+        chosen(tmp_path / "checkpoint")
+
+
+def test_a_step_by_another_name_is_not_passed_over(tmp_path):
+    mark(tmp_path, 2)
+    (tmp_path / "step-2").rename(tmp_path / "step-002")
+    with pytest.raises(UserError, match="step-002 must be called step-2, or be moved away"):
+        chosen(tmp_path)
+
+
 @pytest.mark.parametrize(
     "settings, said",
     [({"folder": "other"}, "folder: found other"), ({"enable": False}, "enable: found false")],
@@ -202,6 +217,10 @@ def test_another_folder_for_checkpoints_is_no_way_to_begin_a_run_anew(settings, 
     check_left_out(config, tmp_path)  # nothing was saved
     mark(tmp_path / "saved", 2, 4)
     with pytest.raises(UserError, match=f"^--checkpoint.{said}, but the run in .* has checkpoints, .*saved/step-4"):
+        check_left_out(config, tmp_path)
+    for marker in tmp_path.glob("saved/step-*/complete.json"):
+        marker.write_text("damaged")
+    with pytest.raises(UserError, match="has checkpoints"):
         check_left_out(config, tmp_path)
 
 

@@ -4,7 +4,7 @@ from flame.checkpoint.structure import Part, Structure, UnfaithfulError, check_s
 
 STRUCTURE = Structure(
     {"embed": ("float32", (8, 4)), "norm": ("float32", (4,)), "count": ("int64", ())},
-    shared=("head",),
+    shared={"head": "embed"},
     ignored=(r"inv_freq$",),
 )
 FOUND = {"embed": ("bfloat16", (8, 4)), "norm": ("bfloat16", (4,)), "count": ("int64", ())}
@@ -40,7 +40,7 @@ def test_published_buffers_are_told_apart_from_the_models_own():
 
 def test_a_kept_structure_holds_for_its_config_alone(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    structure = Structure(STRUCTURE.tensors, ("head",), ("x$",), {"tables.1": Part("embed", (4, 0), (4, 4))})
+    structure = Structure(STRUCTURE.tensors, {}, ("x$",), {"tables.1": Part("embed", (4, 0), (4, 4))})
     assert load_structure(tmp_path) is None
     save_structure(structure, tmp_path)
     loaded = load_structure(tmp_path)
