@@ -10,6 +10,7 @@ from flame.errors import UserError
 from flame.models.family import Cut, Family
 
 TENSOR, PIPELINE, CONTEXT = (f"--parallelism.{kind}_parallel_degree" for kind in ("tensor", "pipeline", "context"))
+ASYNC = "--parallelism.enable_async_tensor_parallel"
 
 
 def check(family: Family, config: Any, model: nn.Module, job_config: Any) -> None:
@@ -20,8 +21,6 @@ def check(family: Family, config: Any, model: nn.Module, job_config: Any) -> Non
         flag = TENSOR if tensor > 1 else CONTEXT
         if isinstance(family.cut, str):
             raise UserError(f"{flag}: found {tensor * context}, must be 1 for {config.model_type}: {family.cut}")
-        if job_config.compile.enable and "model" in job_config.compile.components:
-            raise UserError(f"{flag}: found {tensor * context}, must be 1 with --compile.enable in this version")
         _check_heads(family.cut, config, tensor, context, flag)
         if tensor > 1:
             _check_columns(family, config, model, tensor)
@@ -31,11 +30,23 @@ def check(family: Family, config: Any, model: nn.Module, job_config: Any) -> Non
                     f"--{section}.seq_len: found {seq_len}, must be a multiple of {tensor * context}, the ranks that "
                     "share a sequence (tensor_parallel_degree x context_parallel_degree)"
                 )
-    if layout.enable_async_tensor_parallel:
-        raise UserError("--parallelism.enable_async_tensor_parallel: found true, must be false in this version")
+    check_async(job_config)
     if layout.pipeline_parallel_degree > 1:
         for reason in _stage_reasons(family, config, job_config):
             raise UserError(f"{PIPELINE}: found {layout.pipeline_parallel_degree}, must be 1: {reason}")
+
+
+def check_async(job_config: Any) -> None:
+    """Refuse asynchronous tensor parallelism where there is nothing for it to change. Raises UserError."""
+    compiling = job_config.compile
+    compiled = compiling.enable and "model" in compiling.components and compiling.backend == "inductor"
+    if job_config.parallelism.enable_async_tensor_parallel and not (
+        compiled and job_config.parallelism.tensor_parallel_degree > 1
+    ):
+        raise UserError(
+            f"{ASYNC}: found true, which is a pass of torch.compile over tensor parallelism: needs {TENSOR} of 2 or "
+            "more, --compile.enable, model in --compile.components and --compile.backend inductor"
+        )
 
 
 def _check_heads(cut: Cut, config: Any, tensor: int, context: int, flag: str) -> None:
