@@ -58,11 +58,13 @@ def _change(config: Any, mesh: DeviceMesh, cut: Cut, name: str) -> Change:
     if cut.dimension(name) is not None:
         return _local
     if cut.is_summed(name):
-        return lambda parameter: _shared(parameter, mesh) / mesh.size()
+        # Divided before it is shared, its gradient after it is summed: torch.compile merges equal all-reduces, and the
+        # gradients of two regions' biases that are added up would lie in one memory, which clipping scales twice.
+        return lambda parameter: _shared(_local(parameter) / mesh.size(), mesh)
     if pick := cut.pick(name):
         rank, ranks = mesh.get_local_rank(), mesh.size()
-        return lambda parameter: pick(config, _shared(parameter, mesh), rank, ranks)
-    return lambda parameter: _shared(parameter, mesh)
+        return lambda parameter: pick(config, _shared(_local(parameter), mesh), rank, ranks)
+    return lambda parameter: _shared(_local(parameter), mesh)
 
 
 def _local(parameter: Tensor) -> Tensor:
@@ -70,6 +72,6 @@ def _local(parameter: Tensor) -> Tensor:
     return parameter.to_local()
 
 
-def _shared(parameter: Tensor, mesh: DeviceMesh) -> Tensor:
-    """A parameter that all ranks have, each of which finds a part of its gradient."""
-    return move(_local(parameter), mesh, Replicate(), Replicate(), Partial())
+def _shared(value: Tensor, mesh: DeviceMesh) -> Tensor:
+    """What all ranks have alike, and each finds a part of the gradient of."""
+    return move(value, mesh, Replicate(), Replicate(), Partial())
