@@ -9,7 +9,6 @@ gathered hidden states, the all-to-all of https://arxiv.org/abs/2309.14509 moves
 from functools import partial
 from typing import Any
 
-from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Partial, Replicate
 

@@ -52,8 +52,8 @@ def open_region(region: nn.Module, mesh: DeviceMesh, counts: tuple[str, ...]) ->
             count = getattr(module, name)
             if count % mesh.size() == 0:  # else it is of what all heads share
                 setattr(module, name, count // mesh.size())
-    region.meshes = (mesh, *getattr(region, "meshes", ()))
-    _mix(region, _Region)
+    opened: Any = _mix(region, _Region)
+    opened.meshes = (mesh, *getattr(region, "meshes", ()))
 
 
 class _Region(nn.Module):
@@ -110,15 +110,15 @@ def change_parameters(module: nn.Module, choose: Callable[[str], Change | None])
 
     What is changed last is changed first in forward.
     """
-    inside = getattr(module, "inside", None) or _Inside()
-    module.inside = inside
-    _mix(module, _Forward)
+    seen: Any = _mix(module, _Forward)
+    seen.inside = getattr(module, "inside", None) or _Inside()
     for path, owner in module.named_modules():
         for name, _ in list(owner.named_parameters(recurse=False)):
             if change := choose(f"{path}.{name}".lstrip(".")):
-                known = getattr(owner, "changes", {})
-                owner.inside, owner.changes = inside, {**known, name: (change, *known.get(name, ()))}
-                _mix(owner, _reader(name))
+                reader: Any = _mix(owner, _reader(name))
+                changes = getattr(owner, "changes", {})
+                reader.changes = {**changes, name: (change, *changes.get(name, ()))}
+                reader.inside = seen.inside
 
 
 class _Inside:
@@ -150,9 +150,12 @@ def _reader(name: str) -> type:
     return type("_Reader", (nn.Module,), {name: property(read)})
 
 
-def _mix(module: nn.Module, mixin: type) -> None:
+def _mix(module: nn.Module, mixin: type) -> nn.Module:
+    """The module, with the mixin before its class."""
     if not isinstance(module, mixin):
-        module.__class__ = _mixed(mixin, module.__class__)
+        kind: Any = module.__class__
+        module.__class__ = _mixed(mixin, kind)
+    return module
 
 
 @cache
