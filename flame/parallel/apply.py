@@ -25,7 +25,8 @@ def parallelize(model: Any, parallel_dims: ParallelDims, job_config: Any) -> nn.
         divide_heads(model, parallel_dims.get_mesh("cp"), model.family.cut)
     if parallel_dims.tp_enabled:
         apply_tensor_parallel(model, parallel_dims.get_mesh("tp"), model.family.cut)
-        _overlap(parallel_dims.get_mesh("tp"), job_config)
+        if job_config.parallelism.enable_async_tensor_parallel:
+            overlap(parallel_dims.get_mesh("tp"), job_config)
     compiled = job_config.compile.enable and "model" in job_config.compile.components
     if job_config.activation_checkpoint.mode != "none":
         apply_ac(
@@ -61,14 +62,14 @@ def parallelize(model: Any, parallel_dims: ParallelDims, job_config: Any) -> nn.
     return model
 
 
-def _overlap(mesh: DeviceMesh, job_config: Any) -> None:
-    """Have torch.compile hide the collectives of regions behind their matrix products, if that is asked for."""
+def overlap(mesh: DeviceMesh, job_config: Any) -> None:
+    """Have torch.compile hide the collectives of regions behind their matrix products."""
     maybe_enable_async_tp(job_config, mesh)
-    if job_config.parallelism.enable_async_tensor_parallel:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            # torch calls it deprecated, and leaves alone every group it was not called for; torchtitan 0.2.2 does not.
-            enable_symm_mem_for_group(mesh.get_group().group_name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        # torch calls it deprecated, and yet its pass leaves alone all groups but those it was called for; torchtitan
+        # 0.2.2 does not call it.
+        enable_symm_mem_for_group(mesh.get_group().group_name)
 
 
 def _compile_with_graph_breaks(model: Any, backend: str) -> None:

@@ -30,19 +30,16 @@ def check(family: Family, config: Any, model: nn.Module, job_config: Any) -> Non
                     f"--{section}.seq_len: found {seq_len}, must be a multiple of {tensor * context}, the ranks that "
                     "share a sequence (tensor_parallel_degree x context_parallel_degree)"
                 )
-    check_async(job_config)
+    _check_async(job_config)
     if layout.pipeline_parallel_degree > 1:
         for reason in _stage_reasons(family, config, job_config):
             raise UserError(f"{PIPELINE}: found {layout.pipeline_parallel_degree}, must be 1: {reason}")
 
 
-def check_async(job_config: Any) -> None:
-    """Refuse asynchronous tensor parallelism where there is nothing for it to change. Raises UserError."""
-    compiling = job_config.compile
+def _check_async(job_config: Any) -> None:
+    compiling, layout = job_config.compile, job_config.parallelism
     compiled = compiling.enable and "model" in compiling.components and compiling.backend == "inductor"
-    if job_config.parallelism.enable_async_tensor_parallel and not (
-        compiled and job_config.parallelism.tensor_parallel_degree > 1
-    ):
+    if layout.enable_async_tensor_parallel and not (compiled and layout.tensor_parallel_degree > 1):
         raise UserError(
             f"{ASYNC}: found true, which is a pass of torch.compile over tensor parallelism: needs {TENSOR} of 2 or "
             "more, --compile.enable, model in --compile.components and --compile.backend inductor"
