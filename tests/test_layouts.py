@@ -112,17 +112,6 @@ def test_what_inductor_compiles_has_the_numbers_of_one_rank(name, tmp_path, monk
         compare(name, layout, runs)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["full", "selective"])
-def test_compiled_blocks_that_are_recomputed_have_the_numbers_of_one_rank(mode, tmp_path, monkeypatch):
-    flags = [*LAYOUTS["tp2_compiled"][1], f"--activation_checkpoint.mode={mode}"]
-    monkeypatch.setitem(LAYOUTS, "recomputed", (2, flags))
-    names = ["llama", "gla"]
-    runs = run(tmp_path, [(name, "recomputed") for name in names])
-    for name in names:
-        compare(name, "recomputed", runs)
-
-
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "gla", "tied"])
 def test_training_moves_the_weights(name, quick):
     # The equalities above would also hold between runs that learn nothing.
@@ -132,6 +121,11 @@ def test_training_moves_the_weights(name, quick):
 @pytest.mark.parametrize(
     "flags, words",
     [
+        (f"{COMPILED} --activation_checkpoint.mode=full", "activation_checkpoint.mode: found full, must be none with"),
+        (
+            "--parallelism.context_parallel_degree=2 --compile.enable --activation_checkpoint.mode=selective",
+            "found sel",
+        ),
         (f"{ASYNC} --compile.enable", "needs --parallelism.tensor_parallel_degree of 2 or more"),
         (f"{ASYNC} --parallelism.tensor_parallel_degree=2", "needs .*--compile.enable"),
         (f"{ASYNC} {COMPILED} --compile.components=loss", "needs .*model in --compile.components"),

@@ -21,6 +21,13 @@ def check(family: Family, config: Any, model: nn.Module, job_config: Any) -> Non
         flag = TENSOR if tensor > 1 else CONTEXT
         if isinstance(family.cut, str):
             raise UserError(f"{flag}: found {tensor * context}, must be 1 for {config.model_type}: {family.cut}")
+        mode = job_config.activation_checkpoint.mode
+        if mode != "none" and job_config.compile.enable and "model" in job_config.compile.components:
+            # torch 2.13 fails on DTensors that a compiled block is to keep for its recomputation.
+            raise UserError(
+                f"--activation_checkpoint.mode: found {mode}, must be none with --compile.enable and {flag} "
+                f"{tensor * context} in this version"
+            )
         _check_heads(family.cut, config, tensor, context, flag)
         if tensor > 1:
             _check_columns(family, config, model, tensor)
