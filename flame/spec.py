@@ -32,6 +32,7 @@ from flame.validation import build_validator
 
 _NEEDS_GPU = {
     "training.enable_cpu_offload": lambda config: config.training.enable_cpu_offload,
+    "parallelism.enable_async_tensor_parallel": lambda config: config.parallelism.enable_async_tensor_parallel,
     "profiling.enable_memory_snapshot": lambda config: config.profiling.enable_memory_snapshot,
     "checkpoint.async_mode async_with_pinned_mem": lambda config: (
         config.checkpoint.enable and config.checkpoint.async_mode == "async_with_pinned_mem"

@@ -67,6 +67,7 @@ def _run_jobs(trainer: str, jobs: list[list[str]]) -> None:
 
     log.configure()
     device.choose()
+    import torch
     import torch.distributed as dist
     import torchtitan.train
     from torchtitan.protocols import train_spec
@@ -88,6 +89,8 @@ def _run_jobs(trainer: str, jobs: list[list[str]]) -> None:
         job = trainer_class(config)
         job.train()
         job.close()
+        if config.compile.enable:
+            torch.compiler.reset()  # else the graphs of all jobs count toward the limit of how many one code has
     dist.barrier()
     dist.destroy_process_group()
 

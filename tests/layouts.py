@@ -74,6 +74,7 @@ def _batch(local: int, steps: int = 1) -> list[str]:
     return [f"--training.local_batch_size={local}", f"--training.gradient_accumulation_steps={steps}"]
 
 
+_COMPILED = ["--compile.enable", "--compile.backend=aot_eager"]  # its graphs are those that inductor is given
 LAYOUTS: dict[str, tuple[int, list[str]]] = {  # name: (ranks, flags)
     "one": (1, _batch(8)),
     "accumulated": (1, _batch(2, 4)),
@@ -82,7 +83,9 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {  # name: (ranks, flags)
     "ddp2": (2, [*_batch(4), f"{_DP}2"]),
     "ddp2_accumulated": (2, [*_batch(2, 2), f"{_DP}2"]),
     "tp2": (2, [*_batch(8), f"{_TP}2"]),
+    "tp2_compiled": (2, [*_batch(4, 2), f"{_TP}2", *_COMPILED]),
     "cp2": (2, [*_batch(8), f"{_CP}2"]),
+    "cp2_compiled": (2, [*_batch(8), f"{_CP}2", *_COMPILED]),
     "pp2": (2, [*_batch(8), f"{_PP}2"]),
     "pp2_accumulated": (2, [*_batch(4, 2), f"{_PP}2", "--parallelism.pipeline_parallel_schedule=GPipe"]),
     "fsdp4": (4, _batch(2)),

@@ -16,6 +16,13 @@ def test_a_compile_backend_that_torch_does_not_have_is_refused():
         register(parse(["--compile.enable", "--compile.backend=nonsense"]))
 
 
+def test_what_only_a_gpu_has_is_refused_where_there_is_none(monkeypatch):
+    monkeypatch.setattr("flame.spec.device_type", "cpu")
+    flag = "--parallelism.enable_async_tensor_parallel"
+    with pytest.raises(UserError, match=f"^{flag}: needs a GPU, and none is visible$"):
+        register(parse([flag, "--parallelism.tensor_parallel_degree=2", "--compile.enable"]))
+
+
 def test_a_backend_that_nothing_uses_is_no_mistake():
     register(parse(["--model.config=configs/gla_debug.json", "--compile.backend=nonsense"]))
 

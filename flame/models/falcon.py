@@ -12,7 +12,8 @@ def _own_heads(config: Any, parameter: torch.Tensor, rank: int, ranks: int) -> t
     """The rank's queries with the one key and the one value that all heads share; or its groups of heads."""
     if config.new_decoder_architecture or not config.multi_query:
         return parameter.chunk(ranks)[rank]
-    queries, shared = parameter.split([config.hidden_size, len(parameter) - config.hidden_size])
+    both = 2 * config.head_dim
+    queries, shared = parameter.split([len(parameter) - both, both])
     return torch.cat([queries.chunk(ranks)[rank], shared])
 
 

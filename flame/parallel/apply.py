@@ -1,18 +1,22 @@
 """Activation checkpointing, compile, then FSDP2, HSDP or DDP: torchtitan's functions in torchtitan's order."""
 
+import warnings
 from typing import Any
 
 import torch
 import torch.nn as nn
+from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.activation_checkpoint import apply_ac
+from torchtitan.distributed.tensor_parallel import maybe_enable_async_tp
 from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list, apply_compile, apply_ddp, apply_fsdp
 from torchtitan.tools.utils import device_type
 
 from flame.parallel.context import divide_heads, divide_sequences
-from flame.parallel.tensor import apply_tensor_parallel
+from flame.parallel.tensor import apply_tensor_parallel, divide_activations
 
 
 def parallelize(model: Any, parallel_dims: ParallelDims, job_config: Any) -> nn.Module:
@@ -21,8 +25,8 @@ def parallelize(model: Any, parallel_dims: ParallelDims, job_config: Any) -> nn.
         divide_heads(model, parallel_dims.get_mesh("cp"), model.family.cut)
     if parallel_dims.tp_enabled:
         apply_tensor_parallel(model, parallel_dims.get_mesh("tp"), model.family.cut)
-    if parallel_dims.cp_enabled:
-        divide_sequences(model, parallel_dims.get_mesh("cp"))
+        if job_config.parallelism.enable_async_tensor_parallel:
+            overlap(parallel_dims.get_mesh("tp"), job_config)
     compiled = job_config.compile.enable and "model" in job_config.compile.components
     if job_config.activation_checkpoint.mode != "none":
         apply_ac(
@@ -36,6 +40,10 @@ def parallelize(model: Any, parallel_dims: ParallelDims, job_config: Any) -> nn.
         _compile_with_graph_breaks(model, job_config.compile.backend)
     elif compiled:
         apply_compile(model, job_config.compile)
+    if parallel_dims.tp_enabled:
+        divide_activations(model, parallel_dims.get_mesh("tp"))
+    if parallel_dims.cp_enabled:
+        divide_sequences(model, parallel_dims.get_mesh("cp"))
 
     if parallel_dims.fsdp_enabled:
         names = ["dp_replicate", "fsdp"] if parallel_dims.dp_replicate_enabled else ["fsdp"]
@@ -52,6 +60,16 @@ def parallelize(model: Any, parallel_dims: ParallelDims, job_config: Any) -> nn.
     elif parallel_dims.dp_replicate_enabled:
         apply_ddp(model, parallel_dims.get_mesh("dp_replicate"), enable_compile=compiled)
     return model
+
+
+def overlap(mesh: DeviceMesh, job_config: Any) -> None:
+    """Have torch.compile hide the collectives of regions behind their matrix products."""
+    maybe_enable_async_tp(job_config, mesh)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        # torch calls it deprecated, and yet its pass leaves alone all groups but those it was called for; torchtitan
+        # 0.2.2 does not call it.
+        enable_symm_mem_for_group(mesh.get_group().group_name)
 
 
 def _compile_with_graph_breaks(model: Any, backend: str) -> None:

@@ -9,12 +9,11 @@ gathered hidden states, the all-to-all of https://arxiv.org/abs/2309.14509 moves
 from functools import partial
 from typing import Any
 
-from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Partial, Replicate
 
 from flame.models.family import Cut
-from flame.parallel.region import SEQUENCE, change_input, change_output, change_parameters, move, open_region
+from flame.parallel.region import SEQUENCE, Change, change_input, change_output, change_parameters, move, open_region
 
 
 def divide_heads(model: Any, mesh: DeviceMesh, cut: Cut) -> None:
@@ -23,7 +22,7 @@ def divide_heads(model: Any, mesh: DeviceMesh, cut: Cut) -> None:
     for block in model.layers.values():
         for region in (module for name, module in block.named_modules() if name in cut.mixers):
             open_region(region, mesh, cut.counts)
-        change_parameters(block, partial(_narrow, model.hf.config, rank, ranks, cut))
+        change_parameters(block, partial(_change, model.hf.config, rank, ranks, cut))
 
 
 def divide_sequences(model: Any, mesh: DeviceMesh) -> None:
@@ -33,19 +32,19 @@ def divide_sequences(model: Any, mesh: DeviceMesh) -> None:
     """
     rank, ranks = mesh.get_local_rank(), mesh.size()
     blocks = list(model.layers.values())
-    change_input(blocks[0], lambda x: x.chunk(ranks, 1)[rank])
+    change_input(blocks[0], lambda x: x.chunk(ranks, 1)[rank].contiguous())
     if model.head is None:  # a pipeline's next stage begins with the whole sequence again
         change_output(blocks[-1], lambda x: move(x, mesh, SEQUENCE, Replicate(), Partial()))
     model.sequence_part = (rank, ranks)
 
 
-def _narrow(config: Any, rank: int, ranks: int, cut: Cut, name: str, parameter: Tensor) -> Tensor:
-    """The rank's heads of a mixer's parameter."""
+def _change(config: Any, rank: int, ranks: int, cut: Cut, name: str) -> Change | None:
+    """How the rank's heads of a mixer's parameter are taken; None: it needs all of the parameter."""
     if not name.startswith(tuple(f"{mixer}." for mixer in cut.mixers)):
-        return parameter
+        return None
     if cut.is_summed(name):
-        return parameter / ranks
+        return lambda parameter: parameter / ranks
     if pick := cut.pick(name):
-        return pick(config, parameter, rank, ranks)
+        return lambda parameter: pick(config, parameter, rank, ranks)
     dim = cut.dimension(name)
-    return parameter if dim is None else parameter.chunk(ranks, dim)[rank]
+    return None if dim is None else lambda parameter: parameter.chunk(ranks, dim)[rank]

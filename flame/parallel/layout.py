@@ -10,6 +10,7 @@ from flame.errors import UserError
 from flame.models.family import Cut, Family
 
 TENSOR, PIPELINE, CONTEXT = (f"--parallelism.{kind}_parallel_degree" for kind in ("tensor", "pipeline", "context"))
+ASYNC = "--parallelism.enable_async_tensor_parallel"
 
 
 def check(family: Family, config: Any, model: nn.Module, job_config: Any) -> None:
@@ -20,8 +21,13 @@ def check(family: Family, config: Any, model: nn.Module, job_config: Any) -> Non
         flag = TENSOR if tensor > 1 else CONTEXT
         if isinstance(family.cut, str):
             raise UserError(f"{flag}: found {tensor * context}, must be 1 for {config.model_type}: {family.cut}")
-        if job_config.compile.enable and "model" in job_config.compile.components:
-            raise UserError(f"{flag}: found {tensor * context}, must be 1 with --compile.enable in this version")
+        mode = job_config.activation_checkpoint.mode
+        if mode != "none" and job_config.compile.enable and "model" in job_config.compile.components:
+            # torch 2.13 fails on DTensors that a compiled block is to keep for its recomputation.
+            raise UserError(
+                f"--activation_checkpoint.mode: found {mode}, must be none with --compile.enable and {flag} "
+                f"{tensor * context} in this version"
+            )
         _check_heads(family.cut, config, tensor, context, flag)
         if tensor > 1:
             _check_columns(family, config, model, tensor)
@@ -31,11 +37,20 @@ def check(family: Family, config: Any, model: nn.Module, job_config: Any) -> Non
                     f"--{section}.seq_len: found {seq_len}, must be a multiple of {tensor * context}, the ranks that "
                     "share a sequence (tensor_parallel_degree x context_parallel_degree)"
                 )
-    if layout.enable_async_tensor_parallel:
-        raise UserError("--parallelism.enable_async_tensor_parallel: found true, must be false in this version")
+    _check_async(job_config)
     if layout.pipeline_parallel_degree > 1:
         for reason in _stage_reasons(family, config, job_config):
             raise UserError(f"{PIPELINE}: found {layout.pipeline_parallel_degree}, must be 1: {reason}")
+
+
+def _check_async(job_config: Any) -> None:
+    compiling, layout = job_config.compile, job_config.parallelism
+    compiled = compiling.enable and "model" in compiling.components and compiling.backend == "inductor"
+    if layout.enable_async_tensor_parallel and not (compiled and layout.tensor_parallel_degree > 1):
+        raise UserError(
+            f"{ASYNC}: found true, which is a pass of torch.compile over tensor parallelism: needs {TENSOR} of 2 or "
+            "more, --compile.enable, model in --compile.components and --compile.backend inductor"
+        )
 
 
 def _check_heads(cut: Cut, config: Any, tensor: int, context: int, flag: str) -> None:

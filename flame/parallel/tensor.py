@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 
 from flame.models.family import Cut
-from flame.parallel.region import SEQUENCE, change_input, change_output, change_parameters, move, open_region
+from flame.parallel.region import SEQUENCE, Change, change_input, change_output, change_parameters, move, open_region
 
 
 def apply_tensor_parallel(model: Any, mesh: DeviceMesh, cut: Cut) -> None:
@@ -25,9 +25,7 @@ def apply_tensor_parallel(model: Any, mesh: DeviceMesh, cut: Cut) -> None:
         _distribute(block, mesh, cut.dimension)
         for region in (module for name, module in block.named_modules() if name in (*cut.mixers, *cut.columns)):
             open_region(region, mesh, cut.counts)
-        change_parameters(block, partial(_as_local, config, mesh, cut, Partial()))
-    change_input(blocks[0], lambda x: move(x, mesh, Replicate(), SEQUENCE))
-    change_output(blocks[-1], lambda x: move(x, mesh, SEQUENCE, Replicate()))
+        change_parameters(block, partial(_change, config, mesh, cut))
     for name, part in model.parts():
         if part is model.embedding:
             parallelize_module(part, mesh, RowwiseParallel(input_layouts=Replicate()))
@@ -35,7 +33,15 @@ def apply_tensor_parallel(model: Any, mesh: DeviceMesh, cut: Cut) -> None:
             _distribute(part, mesh, lambda _: 0)  # along the vocabulary; flame.models.loss takes it as it is
         elif name != model.family.blocks:
             _distribute(part, mesh, lambda _: None)
-            change_parameters(part, partial(_as_local, config, mesh, None, Replicate()))
+            change_parameters(part, lambda _: _local)
+
+
+def divide_activations(model: Any, mesh: DeviceMesh) -> None:
+    """Give each rank its part of the sequence from the first block to the last; after compile, which has alike blocks
+    then."""
+    blocks = list(model.layers.values())
+    change_input(blocks[0], lambda x: move(x, mesh, Replicate(), SEQUENCE))
+    change_output(blocks[-1], lambda x: move(x, mesh, SEQUENCE, Replicate()))
 
 
 def _distribute(module: nn.Module, mesh: DeviceMesh, cut: Callable[[str], int | None]) -> None:
@@ -47,16 +53,25 @@ def _distribute(module: nn.Module, mesh: DeviceMesh, cut: Callable[[str], int | 
             owner.register_parameter(name, nn.Parameter(whole, requires_grad=parameter.requires_grad))
 
 
-def _as_local(
-    config: Any, mesh: DeviceMesh, cut: Cut | None, gradient: Placement, name: str, parameter: Tensor
-) -> Tensor:
-    """The rank's part of a parameter; gradient: what its gradient is of the whole one's, if the rank has all of it."""
-    if not isinstance(parameter, DTensor):
-        return parameter
-    value = parameter.to_local()
-    if parameter.placements == (Replicate(),):
-        value = move(value, mesh, Replicate(), Replicate(), gradient)
-    if cut and cut.is_summed(name):
-        return value / mesh.size()
-    pick = cut and cut.pick(name)
-    return pick(config, value, mesh.get_local_rank(), mesh.size()) if pick else value
+def _change(config: Any, mesh: DeviceMesh, cut: Cut, name: str) -> Change:
+    """How a rank's part of a block's parameter is made of it."""
+    if cut.dimension(name) is not None:
+        return _local
+    if cut.is_summed(name):
+        # Divided before it is shared, its gradient after it is summed: torch.compile merges equal all-reduces, and the
+        # gradients of two regions' biases that are added up would lie in one memory, which clipping scales twice.
+        return lambda parameter: _shared(_local(parameter) / mesh.size(), mesh)
+    if pick := cut.pick(name):
+        rank, ranks = mesh.get_local_rank(), mesh.size()
+        return lambda parameter: pick(config, _shared(_local(parameter), mesh), rank, ranks)
+    return lambda parameter: _shared(_local(parameter), mesh)
+
+
+def _local(parameter: Tensor) -> Tensor:
+    assert isinstance(parameter, DTensor)
+    return parameter.to_local()
+
+
+def _shared(value: Tensor, mesh: DeviceMesh) -> Tensor:
+    """What all ranks have alike, and each finds a part of the gradient of."""
+    return move(value, mesh, Replicate(), Replicate(), Partial())

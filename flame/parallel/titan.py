@@ -15,7 +15,7 @@ from torchtitan.tools.utils import device_type
 from flame.config import world_size
 from flame.errors import UserError
 from flame.parallel.apply import sum_without_scaling
-from flame.parallel.layout import CONTEXT, PIPELINE, TENSOR, empty_stages
+from flame.parallel.layout import ASYNC, CONTEXT, PIPELINE, TENSOR, empty_stages
 from flame.parallel.region import change_output, move
 
 
@@ -43,7 +43,7 @@ def _complaints(spec: Any, args: Any, job_config: Any) -> Iterator[str]:
             "CUDA's attention kernels, on which no test of this version has run them"
         )
     if layout.enable_async_tensor_parallel:
-        yield "--parallelism.enable_async_tensor_parallel: found true, must be false in this version"
+        yield f"{ASYNC}: found true, must be false for torchtitan's models in this version"
     if (backend := layout.expert_parallel_comm_backend) != "standard":
         yield f"--parallelism.expert_parallel_comm_backend: found {backend}, must be standard in this version"
     experts = args.moe_args.num_experts if has_experts(args) else 1
@@ -52,7 +52,7 @@ def _complaints(spec: Any, args: Any, job_config: Any) -> Iterator[str]:
     if expert > 1 and job_config.optimizer.early_step_in_backward:
         yield "--optimizer.early_step_in_backward: found true, must be false where experts are divided"
     if tensor > 1 and job_config.compile.enable and "model" in job_config.compile.components:
-        yield f"{TENSOR}: found {tensor}, must be 1 with --compile.enable in this version"
+        yield f"{TENSOR}: found {tensor}, must be 1 with --compile.enable for torchtitan's models in this version"
     for size in ("n_heads", "n_kv_heads", "vocab_size"):
         if (getattr(args, size, None) or 0) % tensor:
             yield f"{TENSOR}: found {tensor}, must divide {size} of {name}, {getattr(args, size)}"
