@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers.modeling_utils
+from huggingface_hub.errors import StrictDataclassError
 from torchtitan.tools.utils import device_type
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -188,4 +189,6 @@ def _fit_to_tokenizer(config: PreTrainedConfig, tokenizer: Any, grow_vocab: bool
                 f"{config.vocab_size}; use a smaller tokenizer, raise vocab_size, or set --model.grow_vocab"
             )
         config.vocab_size = -(-tokenizer.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-    config.bos_token_id, config.eos_token_id = tokenizer.bos_id, tokenizer.eos_id
+    config.eos_token_id = tokenizer.eos_id
+    with contextlib.suppress(StrictDataclassError):  # CWM's config must have one, where the tokenizer may have none
+        config.bos_token_id = tokenizer.bos_id
