@@ -93,6 +93,8 @@ def _run_jobs(trainer: str, jobs: list[list[str]]) -> None:
             torch.compiler.reset()  # else the graphs of all jobs count toward the limit of how many one code has
     dist.barrier()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # not past the threads that gloo has left of all the jobs' groups: that has aborted a process
 
 
 if __name__ == "__main__":
