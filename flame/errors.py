@@ -1,9 +1,13 @@
 """The exceptions that are shown as one line and never as a traceback, and how a rank ends that has said why it does."""
 
+import errno
+
 REFUSED = 2  # a UserError
 FAILED = 3  # a SaveError or NonFiniteError; flame.launch makes it 1, and shows the traceback of a rank that ends with 1
 EXHAUSTED = 4  # the data ended early, which data.exhausted_exit_code calls a failure; flame.launch makes it 1
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, run it again
+INTERRUPTED = 130  # by Ctrl-C, as shells say it
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errnos of a disk, a quota or a file that takes no more
 
 
 class UserError(ValueError):

@@ -22,9 +22,12 @@ logger = logging.getLogger("flame")
 
 
 def check_free(folder: Path) -> None:
-    """Raises UserError if a run is at work in a run folder. Changes nothing."""
-    with suppress(FileNotFoundError), open(folder / NAME) as file:
-        _take(file, fcntl.LOCK_SH, folder)
+    """Raises UserError if a run is at work in a run folder, or if that cannot be seen. Changes nothing."""
+    try:
+        with suppress(FileNotFoundError), open(folder / NAME, "rb", buffering=0) as file:
+            _take(file, fcntl.LOCK_SH, folder)
+    except OSError as error:
+        raise UserError(f"--job.dump_folder: {error}") from None
 
 
 @contextmanager
@@ -38,25 +41,24 @@ def hold(folder: Path) -> Iterator[None]:
         raise UserError(f"--job.dump_folder: {error}") from None
     with file:
         try:
+            _sign(file, path)
             yield
         finally:
             with suppress(OSError):
-                path.unlink()
+                if _is(file, path):  # not once somebody deleted it, and another run has one of its own
+                    path.unlink()
                 if made:
                     folder.rmdir()  # a run that was refused has put nothing there
 
 
-def _open(path: Path, folder: Path) -> IO[str]:
-    """The file, locked, with who holds it."""
+def _open(path: Path, folder: Path) -> IO[bytes]:
+    """The file, locked."""
     while True:
-        file = open(path, "a+")  # noqa: SIM115 - open for as long as it is held
+        file = open(path, "a+b", buffering=0)  # noqa: SIM115 - open for as long as it is held
         try:
             _take(file, fcntl.LOCK_EX, folder)
             # A run that ends removes the file: a lock on what is no longer there holds nobody off.
             if _is(file, path):
-                file.truncate(0)
-                file.write(f"{socket.gethostname()}, process {os.getpid()}, since {time.strftime('%F %T %z')}")
-                file.flush()
                 return file
         except BaseException:
             file.close()
@@ -64,19 +66,29 @@ def _open(path: Path, folder: Path) -> IO[str]:
         file.close()
 
 
-def _is(file: IO[str], path: Path) -> bool:
+def _sign(file: IO[bytes], path: Path) -> None:
+    """Write who holds it."""
+    try:
+        file.truncate(0)
+        file.write(f"{socket.gethostname()}, process {os.getpid()}, since {time.strftime('%F %T %z')}".encode())
+    except OSError as error:
+        raise UserError(f"--job.dump_folder: {path} cannot be written ({error.strerror})") from None
+
+
+def _is(file: IO[bytes], path: Path) -> bool:
     with suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     return False
 
 
-def _take(file: IO[str], kind: int, folder: Path) -> None:
+def _take(file: IO[bytes], kind: int, folder: Path) -> None:
     try:
         fcntl.lockf(file, kind | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):  # as POSIX leaves it to a system
         file.seek(0)
+        who = file.read().decode()
         raise UserError(
-            f"--job.dump_folder: a run is at work in {folder} ({file.read()}); stop it, wait for its end, or give this "
+            f"--job.dump_folder: a run is at work in {folder} ({who}); stop it, wait for its end, or give this "
             f"one another folder; if its node has died, delete {folder / NAME}"
         ) from None
     except OSError as error:

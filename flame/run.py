@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import math
 import os
 import platform
 import subprocess
@@ -53,6 +54,7 @@ class Run:
         """Replace status.json; step, tokens and reason stay from before unless given."""
         if not self.writes:
             return
+        self._flush()
         kept = {"step": 0, "tokens": 0} | self.read_status()
         text = _to_json({**kept, "reason": None, **fields, "status": status})
         self._write("status.json", lambda path: _replace(path, text))
@@ -69,20 +71,26 @@ class Run:
         """Append one step's metrics to metrics.jsonl."""
         if self.writes:
             self._waiting += json.dumps(record) + "\n"
-            if self._write("metrics.jsonl", lambda path: _append(path, self._waiting)):
-                self._waiting = ""
+            self._flush()
 
     def rewind(self, step: int) -> None:
-        """Move records after `step` aside: the steps that follow will be done and logged again. Raises OSError."""
+        """Move records after `step` aside, whose steps will be done and logged again, and lines that are no records.
+
+        Raises OSError.
+        """
         path = self.folder / "metrics.jsonl"
         if not self.writes or not path.exists():
             return
-        lines = [line for line in path.read_text().splitlines() if line.endswith("}")]  # a kill can cut the last one
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        lines = path.read_bytes().splitlines()
+        kept = [line for line in lines if _step(line) <= step]
         if len(kept) < len(lines):
-            with open(self.folder / "metrics.replaced.jsonl", "a") as file:
-                file.writelines(line + "\n" for line in lines if json.loads(line)["step"] > step)
-        _replace(path, "".join(line + "\n" for line in kept))
+            with open(self.folder / "metrics.replaced.jsonl", "ab") as file:
+                file.writelines(line + b"\n" for line in lines if _step(line) > step)
+        _replace(path, "".join(line.decode() + "\n" for line in kept))
+
+    def _flush(self) -> None:
+        if self._waiting and self._write("metrics.jsonl", lambda path: _append(path, self._waiting)):
+            self._waiting = ""
 
     def _write(self, name: str, write: Callable[[Path], None]) -> bool:
         """Whether a file could be written; that it could not is said once until it can."""
@@ -126,6 +134,14 @@ def _git_commit() -> str | None:
 
 def _to_json(fields: dict[str, Any]) -> str:
     return json.dumps(fields, indent=2) + "\n"
+
+
+def _step(line: bytes) -> float:
+    """The step of a record; infinity if it is none: a kill cuts the last one, a power cut leaves zeros."""
+    try:
+        return int(json.loads(line.decode())["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def _append(path: Path, text: str) -> None:

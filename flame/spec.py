@@ -137,7 +137,7 @@ def _check_same_model(flag: str, today: dict[str, Any], job_config: Any) -> None
     recorded = [path for name in (RECORD, "config.json") if (path := folder / "model" / name).exists()]
     if not recorded or not complete_steps(folder / job_config.checkpoint.folder):
         return
-    known = json.loads(recorded[0].read_text())
+    known = _read_recorded(recorded[0])
     changed = [f"{key} {today.get(key)} (was {known.get(key)})" for key in _SHAPES if today.get(key) != known.get(key)]
     if changed:
         raise UserError(
@@ -149,13 +149,20 @@ def _check_same_model(flag: str, today: dict[str, Any], job_config: Any) -> None
             logger.info(f"changed since the last start: {flag} {key} {known[key]} -> {today.get(key)}, applied")
 
 
+def _read_recorded(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"--job.dump_folder: {path} cannot be read ({error}); move it away to do without") from None
+
+
 def _check_same_tokens(tokenizer: Any, job_config: Any) -> None:
     """Refuse added tokens other than those with which the run folder's checkpoints were trained. Raises UserError."""
     folder = Path(job_config.job.dump_folder)
     recorded = folder / "model" / "tokenizer.json"
     if not recorded.exists() or not complete_steps(folder / job_config.checkpoint.folder):
         return
-    known = {token["content"]: token["id"] for token in json.loads(recorded.read_text()).get("added_tokens", [])}
+    known = {token["content"]: token["id"] for token in _read_recorded(recorded).get("added_tokens", [])}
     today = tokenizer.hf.get_added_vocab()
     changed = [
         f"{token} has id {today.get(token, 'none')} (was {known.get(token, 'none')})"

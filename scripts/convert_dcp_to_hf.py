@@ -2,7 +2,7 @@
 
 Streams tensor after tensor, so that memory does not grow with the model, and checks what it wrote; the findings are in
 conversion_report.json. Exit code 2: a mistake, said in one line; 1: the tensors are not those of the config's model, or
-the export is not the model that was trained.
+the export is not the model that was trained, or the disk is full.
 """
 
 import argparse
@@ -21,13 +21,13 @@ import tomli
 from tqdm import tqdm
 
 from flame.checkpoint.chunk import DamagedError
-from flame.checkpoint.commit import complete_steps
+from flame.checkpoint.commit import complaint, complete_steps
 from flame.checkpoint.dcp_file import read_tensors
 from flame.checkpoint.element import FLOATS, SIZES
 from flame.checkpoint.export import export_checkpoint
 from flame.checkpoint.report import REPORT
 from flame.checkpoint.structure import Found, UnfaithfulError, check_structure, load_structure, save_structure
-from flame.errors import UserError
+from flame.errors import FULL, UserError
 from flame.verify import HOLDS, too_large
 
 
@@ -44,11 +44,22 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def read_run(path: Path) -> dict[str, Any]:
+    """The config.toml of a run, {} if there is none. Raises UserError."""
+    record = path / "config.toml"
+    try:
+        return tomli.loads(record.read_text()) if record.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"--path {path}: {record} is damaged ({error}); name a checkpoint itself") from None
+
+
 def find_checkpoint(path: Path, step: int, run: dict[str, Any]) -> Path:
     """The checkpoint of a run's step (-1: the newest). `run` is its config.toml. Raises UserError."""
     if (path / ".metadata").is_file():
         if step != -1:
             raise UserError(f"--step {step}: --path {path} is a checkpoint itself, not a run of several steps")
+        if reason := complaint(path):
+            raise UserError(f"--path {path}: not a complete checkpoint: {reason}")
         return path
     folder = path / run.get("checkpoint", {}).get("folder", "checkpoint")
     steps = complete_steps(folder)
@@ -57,6 +68,16 @@ def find_checkpoint(path: Path, step: int, run: dict[str, Any]) -> Path:
     if step != -1 and step not in steps:
         raise UserError(f"--step {step}: {folder} holds the complete steps {', '.join(map(str, steps))}")
     return folder / f"step-{steps[-1] if step == -1 else step}"
+
+
+def check_json(recorded: Path) -> None:
+    """Raises UserError if what a run recorded of its model does not hold objects."""
+    for path in (recorded / "config.json", recorded / "torchtitan.json"):
+        try:
+            if path.is_file() and not isinstance(json.loads(path.read_bytes()), dict):
+                raise ValueError("no object")
+        except ValueError as error:
+            raise UserError(f"{path} is damaged ({error}); --config and --tokenizer take its place") from None
 
 
 class Model:
@@ -140,9 +161,11 @@ class _Published(Exception):
 
 
 def convert(given: argparse.Namespace) -> str:
-    """Convert as the command line says; returns what to tell. Raises UserError, UnfaithfulError and DamagedError."""
-    record = given.path / "config.toml"
-    run = tomli.loads(record.read_text()) if record.is_file() else {}
+    """Convert as the command line says; returns what to tell.
+
+    Raises UserError, UnfaithfulError, DamagedError and OSError.
+    """
+    run = read_run(given.path)
     checkpoint = find_checkpoint(given.path, given.step, run)
     if checkpoint == given.path and not given.output:
         raise UserError(f"--output: needed, as --path {given.path} is a checkpoint itself, not a run")
@@ -153,6 +176,8 @@ def convert(given: argparse.Namespace) -> str:
     asked = {"--config": given.config, "--tokenizer": given.tokenizer}
     if not (recorded / "config.json").is_file() and (absent := [flag for flag, value in asked.items() if not value]):
         raise UserError(f"{' and '.join(absent)}: needed, as {recorded} holds no config.json and tokenizer of the run")
+    if not given.config:
+        check_json(recorded)
     found = {name: (tensor.dtype, tensor.shape) for name, tensor in read_tensors(checkpoint).items()}
     total = sum(prod(shape) * SIZES[given.dtype if given.dtype and d in FLOATS else d] for d, shape in found.values())
 
@@ -185,15 +210,19 @@ def convert(given: argparse.Namespace) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Exit code: 0, 1 for an unfaithful conversion or a damaged checkpoint, 2 for a mistake."""
+    """Exit code: 0, 1 for an unfaithful conversion, a damaged checkpoint or a full disk, 2 for a mistake."""
+    given = parse(argv)
     try:
-        print(convert(parse(argv)))
+        print(convert(given))
     except UserError as error:
         print(f"convert_dcp_to_hf: {error}", file=sys.stderr)
         return 2
     except (UnfaithfulError, DamagedError) as error:
         print(f"convert_dcp_to_hf: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        print(f"convert_dcp_to_hf: {given.output or given.path}: {error}", file=sys.stderr)
+        return 1 if error.errno in FULL else 2
     return 0
 
 

@@ -2,7 +2,7 @@
 
 Writes the weights of safetensors files as a checkpoint of a model alone, piece by piece, and reads it again. A run in
 RUN starts from it; so does any other with --checkpoint.initial_load_path. Exit code 2: a mistake, said in one line; 1:
-the tensors are not those of the folder's config.
+the tensors are not those of the folder's config, or the disk is full.
 """
 
 import argparse
@@ -17,8 +17,11 @@ from flame.checkpoint.convert import convert_hf_to_dcp
 from flame.checkpoint.report import REPORT, new_folder, sha256, write_report
 from flame.checkpoint.safetensors_file import Entry, find_files, read_headers
 from flame.checkpoint.structure import Structure, UnfaithfulError, check_structure
-from flame.errors import UserError
+from flame.checkpoint.weights import untied
+from flame.errors import FULL, UserError
 from flame.verify import HOLDS
+
+TITAN = "torchtitan.json"  # beside the config.json of what was trained as one of torchtitan's models
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -31,7 +34,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def convert(given: argparse.Namespace) -> str:
-    """Convert as the command line says; returns what to tell. Raises UserError and UnfaithfulError."""
+    """Convert as the command line says; returns what to tell. Raises UserError, UnfaithfulError and OSError."""
     if given.checkpoint.exists():
         raise UserError(f"--checkpoint {given.checkpoint}: exists already; name a folder that does not")
     folder = given.model[0] if len(given.model) == 1 and given.model[0].is_dir() else None
@@ -50,7 +53,10 @@ def convert(given: argparse.Namespace) -> str:
         convert_hf_to_dcp(entries, temporary, structure, advance=bar.update)
         sources = {str(file.resolve()): sha256(file) for file in files}
         write_report(temporary, {}, sources=sources, tensors=len(entries), checks=checks)
-    return f"{given.checkpoint}: {len(entries)} tensors, {total:,} bytes; checks in {REPORT}"
+    said = f"{given.checkpoint}: {len(entries)} tensors, {total:,} bytes; checks in {REPORT}"
+    if folder and (folder / TITAN).is_file():
+        said += f"; by transformers' names: torchtitan's model starts from {folder} (--checkpoint.initial_load_in_hf)"
+    return said
 
 
 def check(folder: Path, entries: dict[str, Entry]) -> Structure:
@@ -69,19 +75,25 @@ def check(folder: Path, entries: dict[str, Entry]) -> Structure:
     for name in [name for name in entries if structure.published.ignores(name)]:
         del entries[name]
     check_structure({name: (entry.dtype, entry.shape) for name, entry in entries.items()}, structure.published)
+    if complaints := list(untied(entries, structure.published)):
+        raise UnfaithfulError("\n  ".join(complaints))
     return structure
 
 
 def main(argv: list[str]) -> int:
-    """Exit code: 0, 1 for tensors of another model, 2 for a mistake."""
+    """Exit code: 0, 1 for tensors of another model or a full disk, 2 for a mistake."""
+    given = parse(argv)
     try:
-        print(convert(parse(argv)))
+        print(convert(given))
     except UserError as error:
         print(f"convert_hf_to_dcp: {error}", file=sys.stderr)
         return 2
     except UnfaithfulError as error:
         print(f"convert_hf_to_dcp: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        print(f"convert_hf_to_dcp: {given.checkpoint}: {error}", file=sys.stderr)
+        return 1 if error.errno in FULL else 2
     return 0
 
 

@@ -85,7 +85,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {  # name: (ranks, flags)
     "tp2": (2, [*_batch(8), f"{_TP}2"]),
     "tp2_compiled": (2, [*_batch(4, 2), f"{_TP}2", *_COMPILED]),
     "cp2": (2, [*_batch(8), f"{_CP}2"]),
-    "cp2_compiled": (2, [*_batch(8), f"{_CP}2", *_COMPILED]),
+    "cp2_compiled": (2, [*_batch(8), f"{_CP}2", *_COMPILED, "--activation_checkpoint.mode=full"]),
     "pp2": (2, [*_batch(8), f"{_PP}2"]),
     "pp2_accumulated": (2, [*_batch(4, 2), f"{_PP}2", "--parallelism.pipeline_parallel_schedule=GPipe"]),
     "fsdp4": (4, _batch(2)),

@@ -169,10 +169,6 @@ def test_training_moves_the_weights(name, quick):
     "flags, words",
     [
         (f"{COMPILED} --activation_checkpoint.mode=full", "activation_checkpoint.mode: found full, must be none with"),
-        (
-            "--parallelism.context_parallel_degree=2 --compile.enable --activation_checkpoint.mode=selective",
-            "found sel",
-        ),
         (f"{ASYNC} --compile.enable", "needs --parallelism.tensor_parallel_degree of 2 or more"),
         (f"{ASYNC} --parallelism.tensor_parallel_degree=2", "needs .*--compile.enable"),
         (f"{ASYNC} {COMPILED} --compile.components=loss", "needs .*model in --compile.components"),

@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -86,6 +87,36 @@ def test_a_run_that_is_refused_leaves_no_folder_that_was_not_there(tmp_path):
     with hold(tmp_path / "new"):
         (tmp_path / "new" / "metrics.jsonl").touch()
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_run_whose_lock_was_deleted_leaves_that_of_the_next_one_alone(tmp_path):
+    with hold(tmp_path / "run"):
+        (tmp_path / "run" / NAME).unlink()
+        second = start(HOLDER, tmp_path / "run")
+        assert second.stdout.readline() == "held\n"
+    try:
+        with pytest.raises(UserError, match=f"process {second.pid},"):
+            check_free(tmp_path / "run")
+    finally:
+        second.communicate()
+    assert second.returncode == 0 and not (tmp_path / "run" / NAME).exists()
+
+
+def test_a_lock_that_cannot_be_written_is_refused_and_not_left_behind(tmp_path):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))  # as on a full disk
+    try:
+        with pytest.raises(UserError, match=r"^--job\.dump_folder: .*lock cannot be written"), hold(tmp_path / "run"):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_that_is_no_file_is_refused(tmp_path):
+    (tmp_path / NAME).mkdir()
+    for ask in (check_free, lambda folder: hold(folder).__enter__()):
+        with pytest.raises(UserError, match=r"^--job\.dump_folder: .* Is a directory: .*lock"):
+            ask(tmp_path)
 
 
 def test_of_several_that_come_and_go_never_two_hold_a_folder(tmp_path):

@@ -6,18 +6,21 @@ import pytest
 from flame.run import Run
 
 
-def test_records_after_the_resumed_step_are_moved_aside_and_a_torn_line_is_dropped(tmp_path):
+@pytest.mark.parametrize(
+    "bad", ['{"step": 4, "lo', '\0\0\0{"step": 1}', '{"loss": 1.0}', '{"step": null}', "[]", "\udcff{}"], ids=repr
+)
+def test_records_after_the_resumed_step_are_moved_aside_and_so_are_lines_that_are_none(bad, tmp_path):
     run = Run(tmp_path, writes=True)
     for step in (1, 2, 3):
         run.log({"step": step, "loss": 1.0})
-    with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 4, "lo')
+    with open(tmp_path / "metrics.jsonl", "a", errors="surrogateescape") as file:
+        file.write(bad)
     run.rewind(1)
     run.log({"step": 2, "loss": 2.0})
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert records == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}]
-    replaced = [json.loads(line)["step"] for line in (tmp_path / "metrics.replaced.jsonl").read_text().splitlines()]
-    assert replaced == [2, 3]
+    *replaced, last = (tmp_path / "metrics.replaced.jsonl").read_text(errors="surrogateescape").splitlines()
+    assert [json.loads(line)["step"] for line in replaced] == [2, 3] and last == bad
 
 
 def test_status_keeps_step_and_tokens_and_forgets_an_old_reason(tmp_path):
@@ -49,6 +52,19 @@ def test_records_that_do_not_fit_on_the_disk_are_written_when_they_do_and_that_i
         assert found == {2: [1], 3: [1], 4: [1, 2, 3, 4], 5: [1, 2, 3, 4]}.get(step, [1])
     for name in ("metrics.jsonl", "status.json"):
         assert sum(f"{name} could not be written: " in line for line in caplog.messages) == 2  # once each time
+
+
+def test_records_that_wait_for_room_on_the_disk_are_written_when_the_run_ends(tmp_path):
+    run = Run(tmp_path, writes=True)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+    try:
+        run.log({"step": 1})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+    for status in ("preempted", "completed"):
+        run.set_status(status, step=1)
+        assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 
 def test_a_rank_that_does_not_write_leaves_no_file(tmp_path):

@@ -9,6 +9,7 @@ from flame.config import parse
 from flame.errors import UserError
 from flame.models.hf import choose_attention, load_hf_config
 from flame.spec import register
+from tests.checkpoint.models import save_run
 
 
 def test_a_compile_backend_that_torch_does_not_have_is_refused():
@@ -25,6 +26,15 @@ def test_what_only_a_gpu_has_is_refused_where_there_is_none(monkeypatch):
 
 def test_a_backend_that_nothing_uses_is_no_mistake():
     register(parse(["--model.config=configs/gla_debug.json", "--compile.backend=nonsense"]))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+@pytest.mark.parametrize("content", ["{", "\0\0", "[1]"])
+def test_a_record_of_the_runs_model_that_is_damaged_is_named(name, content, tmp_path):
+    save_run(tmp_path, "llama")
+    (tmp_path / "model" / name).write_text(content)
+    with pytest.raises(UserError, match=rf"^--job\.dump_folder: .*/model/{name} cannot be read \(.*\); move it away"):
+        register(parse([f"--job.dump_folder={tmp_path}", f"--model.config={tmp_path}/llama.json"]))
 
 
 @pytest.mark.parametrize(("dtype", "chosen"), [("bfloat16", "flash_attention_2"), ("float32", None)])

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from flame.checkpoint.element import SIZES, Box, as_bytes, is_adjacent, raw, read_box
+from flame.checkpoint.element import SIZES, Box, as_bytes, is_adjacent, raw, read_box, reading
 from flame.checkpoint.record import read_pickle
+from flame.errors import UserError
 
 
 class DamagedError(ValueError):
@@ -35,7 +36,10 @@ class Chunk:
 
 
 class ChunkReader:
-    """Reads one chunk of a tensor called `name`, a box at a time. Raises DamagedError."""
+    """Reads one chunk of a tensor called `name`, a box at a time.
+
+    Raises DamagedError, and UserError for a file that cannot be read, which may be whole.
+    """
 
     def __init__(self, chunk: Chunk, name: str, dtype: str) -> None:
         self.chunk, self.name, self.dtype = chunk, name, dtype
@@ -49,10 +53,12 @@ class ChunkReader:
                 header = view.read(30)
                 assert header is not None
                 name_length, extra_length = struct.unpack_from("<26x2H", header)
+        except UserError:
+            raise
+        except FileNotFoundError:
+            raise self._damaged("no file") from None
         except (zipfile.BadZipFile, KeyError, ValueError, TypeError, struct.error, pickle.UnpicklingError) as error:
             raise self._damaged(f"no file of torch.save ({type(error).__name__}: {error})") from None
-        except OSError as error:
-            raise self._damaged(f"a file that cannot be read ({error})") from None
         if sizes != chunk.sizes:
             raise self._damaged(f"a tensor of shape {sizes}, must be {chunk.sizes}")
         self.start = chunk.start + memory.header_offset + 30 + name_length + extra_length + first * SIZES[dtype]
@@ -80,7 +86,8 @@ class ChunkReader:
     def _map(self) -> np.ndarray:
         """The chunk by its strides: torch saves the memory of a transposed tensor as it is."""
         reach = 1 + sum((size - 1) * stride for size, stride in zip(self.chunk.sizes, self.strides, strict=True))
-        memory = np.memmap(self.chunk.file, raw(self.dtype), "r", self.start, (reach,))
+        with reading(self.chunk.file):
+            memory = np.memmap(self.chunk.file, raw(self.dtype), "r", self.start, (reach,))
         strides = [stride * memory.itemsize for stride in self.strides]
         return np.lib.stride_tricks.as_strided(memory, self.chunk.sizes, strides)
 
@@ -101,7 +108,8 @@ class _Range(io.RawIOBase):
     """A chunk's bytes as a file, which is how zipfile reads them."""
 
     def __init__(self, chunk: Chunk) -> None:
-        self.file, self.chunk, self.position = chunk.file.open("rb"), chunk, 0
+        with reading(chunk.file):
+            self.file, self.chunk, self.position = chunk.file.open("rb"), chunk, 0
 
     def readable(self) -> bool:
         return True
@@ -114,8 +122,9 @@ class _Range(io.RawIOBase):
         return self.position
 
     def readinto(self, buffer: Any) -> int:
-        self.file.seek(self.chunk.start + self.position)
-        data = self.file.read(min(len(buffer), max(0, self.chunk.length - self.position)))
+        with reading(self.chunk.file):  # here: zipfile would call it a bad zip
+            self.file.seek(self.chunk.start + self.position)
+            data = self.file.read(min(len(buffer), max(0, self.chunk.length - self.position)))
         buffer[: len(data)] = data
         self.position += len(data)
         return len(data)

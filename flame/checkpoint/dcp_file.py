@@ -42,6 +42,8 @@ def read_tensors(checkpoint: Path) -> dict[str, StoredTensor]:
         }
     except UserError:
         raise
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except Exception as error:  # a foreign or damaged pickle fails in whatever way it likes
         raise UserError(f"{path}: not the metadata of a DCP checkpoint ({type(error).__name__}: {error})") from None
     if not tensors:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -65,22 +66,37 @@ def is_adjacent(box: Sequence[tuple[int, int]], sizes: tuple[int, ...]) -> bool:
     return all(extent == size for extent, size in zip(extents[first + 1 :], sizes[first + 1 :], strict=True))
 
 
+@contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """A block that reads a file which is there; raises UserError if that cannot be done, as its bytes may be fine."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}), and may be whole: try again") from None
+
+
 def read_box(file: Path, start: int, dtype: str, sizes: tuple[int, ...], box: Sequence[tuple[int, int]]) -> np.ndarray:
-    """The raw elements of a box of a row-major tensor whose bytes begin at `start` of a file. Raises EOFError."""
-    if not is_adjacent(box, sizes):  # such as columns: the pages they lie in, for as long as it takes
-        return np.array(np.memmap(file, raw(dtype), "r", start, sizes)[tuple(slice(*each) for each in box)])
-    first = 0  # element of the tensor
-    for (low, _), size in zip(box, sizes, strict=True):
-        first = first * size + low
-    block = np.empty([stop - low for low, stop in box], raw(dtype))
-    view, done = as_bytes(block), 0
-    with open(file, "rb", buffering=0) as stream:
-        stream.seek(start + first * block.itemsize)
-        while done < len(view):
-            if not (count := stream.readinto(view[done:])):
-                raise EOFError
-            done += count
-    return block
+    """The raw elements of a box of a row-major tensor whose bytes begin at `start` of a file.
+
+    Raises EOFError, and UserError if the file cannot be read.
+    """
+    with reading(file):
+        if not is_adjacent(box, sizes):  # such as columns: the pages they lie in, for as long as it takes
+            return np.array(np.memmap(file, raw(dtype), "r", start, sizes)[tuple(slice(*each) for each in box)])
+        first = 0  # element of the tensor
+        for (low, _), size in zip(box, sizes, strict=True):
+            first = first * size + low
+        block = np.empty([stop - low for low, stop in box], raw(dtype))
+        view, done = as_bytes(block), 0
+        with open(file, "rb", buffering=0) as stream:
+            stream.seek(start + first * block.itemsize)
+            while done < len(view):
+                if not (count := stream.readinto(view[done:])):
+                    raise EOFError
+                done += count
+        return block
 
 
 def cast(block: np.ndarray, source: str, target: str) -> np.ndarray:

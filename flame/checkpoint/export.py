@@ -12,7 +12,9 @@ from typing import Any
 from flame.checkpoint.convert import convert_dcp_to_hf
 from flame.checkpoint.dcp_file import read_tensors
 from flame.checkpoint.report import new_folder, read_report, sha256, write_report
+from flame.checkpoint.safetensors_file import find_files, read_headers
 from flame.checkpoint.structure import STRUCTURE, Part, main_dtype
+from flame.errors import UserError
 
 
 def record_assets(folder: Path, hf_model: Any, hf_tokenizer: Any) -> None:
@@ -41,11 +43,14 @@ def export_checkpoint(
     `assets` is the folder that `record_assets` wrote, or a function that says where it is and is asked last. The
     weights are cast to `dtype` (torch's name) when given, and named and cut as `parts` say. `prove` checks the export
     before it gets its name, and what it returns goes into the report. `advance` is told the bytes that were written. An
-    export of another checkpoint of the same name (its steps were done again) is moved aside.
+    export of another checkpoint of the same name (its steps were done again), or what is left of one, is moved aside.
+    Raises UserError if another process made one in the meantime.
     """
     origin = {"metadata_sha256": sha256(checkpoint / ".metadata"), "dtype": dtype}
-    if folder.exists() and origin.items() <= read_report(folder).items():
-        return False
+    if there := folder.exists():
+        report = read_report(folder)
+        if origin.items() <= report.items() and _is_whole(folder, report):
+            return False
     tensors = read_tensors(checkpoint)
     found = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     with new_folder(folder) as temporary:
@@ -62,10 +67,18 @@ def export_checkpoint(
             parameters=sum(prod(shape) for _, shape in found.values()),
             checks={"bytes": "every tensor reads back as it was written"} | prove(temporary),
         )
-        if folder.exists():
+        if there:
             aside = (folder.with_name(f"{folder.name}.old-{n}") for n in count(1))
             os.rename(folder, next(path for path in aside if not path.exists()))
     return True
+
+
+def _is_whole(folder: Path, report: Mapping[str, Any]) -> bool:
+    """Whether the files that a report lists are there, and the weights as long as their headers say."""
+    try:
+        return all((folder / name).is_file() for name in report["files"]) and bool(read_headers(find_files(folder)))
+    except (OSError, UserError, KeyError, TypeError):
+        return False
 
 
 def _set_dtype(path: Path, dtype: str) -> None:

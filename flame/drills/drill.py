@@ -151,7 +151,7 @@ def _undisturbed(folder: Path, ranks: int, flags: list[str]) -> Job:
     job = Job(folder, ranks, *flags)
     code = 0 if _says(job.status(), "completed") else job.run()
     if code != 0:
-        raise RuntimeError(f"a job that nothing is done to ends with {code}; see {job.log}")
+        raise RuntimeError(f"a job that nothing is done to ends with {code} ({job.said()}); see {job.log}")
     return job
 
 
@@ -163,7 +163,7 @@ def _up_to(step: int) -> list[str]:
 def _ends_with(job: Job, wanted: int, fault: str = "FlameTrainer", *flags: str) -> Finding:
     again = "the same command goes on, and " if job.folder.exists() else ""
     code = job.run(fault, *flags)
-    return Finding(f"{again}ends with exit code {wanted}", code == wanted, f"{code}, see {job.log}")
+    return Finding(f"{again}ends with exit code {wanted}", code == wanted, f"{code} ({job.said()}), see {job.log}")
 
 
 def _equals(job: Job, whole: Job) -> Finding:

@@ -1,8 +1,10 @@
 """The tiny job of the drills: started by the launcher that starts every job, watched, signalled and killed."""
 
+import atexit
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -47,6 +49,7 @@ class Job:
             *flags,
         ]
         self.process: subprocess.Popen | None = None
+        atexit.register(self.close)
 
     def start(self, fault: str = "FlameTrainer", *flags: str) -> None:
         """Launch the ranks; fault: a trainer of flame.drills.fault. Their output goes to `folder`.log."""
@@ -83,6 +86,16 @@ class Job:
                 return False
             time.sleep(0.002)
         return True
+
+    def close(self) -> None:
+        """End the job if it is still at work, as after Ctrl-C, which does not reach it."""
+        if self.process is None or self.process.poll() is not None:
+            return
+        self.process.terminate()  # the launcher passes it on to all ranks
+        try:
+            self.process.wait(10)
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            self.kill()
 
     def kill(self) -> None:
         """SIGKILL to the launcher and every rank, and wait until they are gone."""
@@ -129,6 +142,10 @@ class Job:
 
     def text(self) -> str:
         return self.log.read_text()
+
+    def said(self) -> str:
+        """The last line of the output that has words."""
+        return next((line.strip() for line in reversed(self.text().splitlines()) if re.search(r"\w", line)), "nothing")
 
 
 def write_inputs(folder: Path) -> Path:

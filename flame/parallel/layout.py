@@ -21,15 +21,9 @@ def check(family: Family, config: Any, model: nn.Module, job_config: Any) -> Non
         flag = TENSOR if tensor > 1 else CONTEXT
         if isinstance(family.cut, str):
             raise UserError(f"{flag}: found {tensor * context}, must be 1 for {config.model_type}: {family.cut}")
-        mode = job_config.activation_checkpoint.mode
-        if mode != "none" and job_config.compile.enable and "model" in job_config.compile.components:
-            # torch 2.13 fails on DTensors that a compiled block is to keep for its recomputation.
-            raise UserError(
-                f"--activation_checkpoint.mode: found {mode}, must be none with --compile.enable and {flag} "
-                f"{tensor * context} in this version"
-            )
         _check_heads(family.cut, config, tensor, context, flag)
         if tensor > 1:
+            _check_recomputation(job_config)
             _check_columns(family, config, model, tensor)
         for section in ("training", "validation") if job_config.validation.enable else ("training",):
             if (seq_len := getattr(job_config, section).seq_len) % (tensor * context):
@@ -41,6 +35,16 @@ def check(family: Family, config: Any, model: nn.Module, job_config: Any) -> Non
     if layout.pipeline_parallel_degree > 1:
         for reason in _stage_reasons(family, config, job_config):
             raise UserError(f"{PIPELINE}: found {layout.pipeline_parallel_degree}, must be 1: {reason}")
+
+
+def _check_recomputation(job_config: Any) -> None:
+    mode, compiling = job_config.activation_checkpoint.mode, job_config.compile
+    if mode != "none" and compiling.enable and "model" in compiling.components:
+        # torch 2.13 takes the mesh of a parameter for one of the tensors that a compiled block keeps for it.
+        raise UserError(
+            f"--activation_checkpoint.mode: found {mode}, must be none with --compile.enable and {TENSOR} "
+            f"{job_config.parallelism.tensor_parallel_degree}: torch.compile cannot recompute blocks of DTensors"
+        )
 
 
 def _check_async(job_config: Any) -> None:

@@ -2,12 +2,15 @@
 
 import importlib.util
 import re
+import resource
 import shutil
+from contextlib import contextmanager
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from flame.checkpoint.commit import MARKER
 from flame.checkpoint.report import read_report
 from tests.checkpoint.models import publish, save_run
 from tests.launch import REPO
@@ -100,6 +103,89 @@ def test_a_mistake_in_the_other_direction_is_one_line(run, capsys, argv, said, t
     line = refused(capsys, to_dcp.main, f"--checkpoint={tmp_path}/step-0", *[each.format(run=run) for each in argv])
     assert re.search(said, line), line
     assert not any(tmp_path.iterdir())
+
+
+def one_line(capsys, code, main, *argv):
+    """The one line of a command that exits with a code other than 0."""
+    assert main([str(each) for each in argv]) == code
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1, said.err
+    return said.err
+
+
+@contextmanager
+def full_disk(nbytes):
+    """No file grows beyond so many bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, resource.RLIM_INFINITY))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A file of weights, and the DCP checkpoint made of it."""
+    save_file({"a": torch.randn(300, 300)}, tmp_path / "a.safetensors")
+    assert to_dcp.main([f"--model={tmp_path}/a.safetensors", f"--checkpoint={tmp_path}/step-0"]) == 0
+    return tmp_path / "a.safetensors"
+
+
+@pytest.mark.parametrize("target", ["afile/x", "afile/x/y", "/proc/x/y"])
+def test_an_output_that_cannot_be_is_one_line(target, run, weights, tmp_path, capsys):
+    (tmp_path / "afile").touch()
+    before = sorted(tmp_path.rglob("*"))
+    capsys.readouterr()
+    assert target in one_line(capsys, 2, to_dcp.main, f"--model={weights}", f"--checkpoint={tmp_path / target}")
+    assert target in one_line(capsys, 2, to_hf.main, f"--path={run}", f"--output={tmp_path / target}", "--no_verify")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("nbytes", [0, 5000])
+def test_a_full_disk_is_one_line_and_leaves_nothing(nbytes, run, weights, tmp_path, capsys):
+    before = sorted(tmp_path.rglob("*"))
+    capsys.readouterr()
+    with full_disk(nbytes):
+        line = one_line(capsys, 1, to_dcp.main, f"--model={weights}", f"--checkpoint={tmp_path}/new/step-1")
+    assert "new/step-1: [Errno 27] File too large" in line
+    argv = [f"--path={tmp_path}/step-0", f"--config={run}/model", "--tokenizer=byte", f"--output={tmp_path}/new/hf"]
+    with full_disk(nbytes):
+        line = one_line(capsys, 1, to_hf.main, *argv, "--no_verify")
+    assert "new/hf: [Errno 27] File too large" in line
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_checkpoint_whose_marker_is_gone_is_not_converted(run, weights, tmp_path, capsys):
+    (tmp_path / "step-0" / MARKER).unlink()
+    argv = [f"--path={tmp_path}/step-0", f"--config={run}/model", "--tokenizer=byte", f"--output={tmp_path}/hf"]
+    assert f"not a complete checkpoint: {MARKER} is missing" in refused(capsys, to_hf.main, *argv, "--no_verify")
+    assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("config.toml", "[job", r"config\.toml is damaged \(.*\); name a checkpoint itself"),
+        ("config.toml", "\udcff", r"config\.toml is damaged"),
+        ("model/config.json", "{", r"model/config\.json is damaged \(.*\); --config and --tokenizer take its place"),
+        ("model/torchtitan.json", "\0", r"model/torchtitan\.json is damaged"),
+        ("model/config.json", "[]", r"model/config\.json is damaged \(no object\)"),
+    ],
+)
+def test_a_record_of_the_run_that_is_damaged_is_one_line(name, content, said, run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / name).write_text(content, errors="surrogateescape")
+    line = refused(capsys, to_hf.main, f"--path={tmp_path}/run", f"--output={tmp_path}/hf")
+    assert re.search(said, line), line
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_weights_of_torchtitans_model_are_said_to_have_transformers_names(published, tmp_path, capsys):
+    shutil.copytree(published, tmp_path / "hf")
+    (tmp_path / "hf" / to_dcp.TITAN).write_text("{}")
+    assert to_dcp.main([f"--model={tmp_path}/hf", f"--checkpoint={tmp_path}/step-0", "--no_verify"]) == 0
+    said = capsys.readouterr().out
+    assert f"torchtitan's model starts from {tmp_path}/hf (--checkpoint.initial_load_in_hf)" in said
 
 
 def test_files_alone_become_a_checkpoint_that_says_what_was_not_checked(tmp_path, capsys):

@@ -103,8 +103,25 @@ def test_a_file_that_was_cut_short_or_is_gone_is_found(kept, tmp_path):
     with pytest.raises(DamagedError, match=r"__0_0\.distcp: found no file of torch\.save .* where matrix should be"):
         content("matrix", stored["matrix"])
     file.unlink()
-    with pytest.raises(DamagedError, match=r"found a file that cannot be read .*No such file"):
+    with pytest.raises(DamagedError, match=r"__0_0\.distcp: found no file where matrix should be"):
         content("matrix", stored["matrix"])
+
+
+@pytest.mark.parametrize("place", ["/proc/self/mem", "/proc"])  # an input/output error where it is read; no file
+def test_a_file_that_cannot_be_read_is_no_damage(place, tmp_path):
+    stored = read_tensors(save(tmp_path / "step-3"))
+    (tmp_path / "step-3" / "__0_0.distcp").unlink()
+    (tmp_path / "step-3" / "__0_0.distcp").symlink_to(place)
+    with pytest.raises(UserError, match=r"__0_0\.distcp: cannot be read \(.*\), and may be whole"):
+        content("matrix", stored["matrix"])
+
+
+def test_metadata_that_cannot_be_read_is_not_called_damaged(tmp_path):
+    save(tmp_path / "step-3")
+    (tmp_path / "step-3" / ".metadata").unlink()
+    (tmp_path / "step-3" / ".metadata").symlink_to("/proc/self/mem")
+    with pytest.raises(UserError, match=r"\.metadata: cannot be read \(Input/output error\)"):
+        read_tensors(tmp_path / "step-3")
 
 
 def test_a_tensor_with_a_chunk_missing_is_found(tmp_path):

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -6,8 +8,19 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flame.checkpoint.export import export_checkpoint
-from flame.checkpoint.report import REPORT, read_report, sha256
+from flame.checkpoint.report import REPORT, new_folder, read_report, sha256
 from tests.checkpoint.models import save_run
+from tests.launch import environment
+
+MAKER = """
+import sys
+from pathlib import Path
+from flame.checkpoint.report import new_folder
+with new_folder(Path(sys.argv[1])) as folder:
+    (folder / "first").touch()
+    print("begun", flush=True)
+    sys.stdin.read()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +68,76 @@ def test_an_export_of_steps_that_were_done_again_is_made_again_and_the_old_one_k
     assert (tmp_path / "hf" / "model.safetensors").read_bytes() != old
 
 
-def test_an_export_that_was_cut_short_is_done_again_and_a_whole_one_is_left_alone(run, tmp_path):
-    (tmp_path / ".hf.tmp").mkdir()
-    (tmp_path / ".hf.tmp" / "model.safetensors").write_bytes(b"torn")
+@pytest.fixture
+def maker(tmp_path):
+    """A process that is making the folder tmp_path/hf."""
+    command = [sys.executable, "-c", MAKER, str(tmp_path / "hf")]
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    process = subprocess.Popen(command, env=environment(), text=True, **streams)
+    assert process.stdout.readline() == "begun\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_of_two_that_make_a_folder_the_one_that_is_late_is_refused_and_neither_disturbs_the_other(maker, tmp_path):
+    with new_folder(tmp_path / "hf") as folder:
+        (folder / "second").touch()
+    _, said = maker.communicate()
+    assert "flame.errors.UserError: " in said and "hf: was made by another in the meantime" in said
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["hf", "second"]
+
+
+def test_what_a_folder_that_was_never_finished_has_left_is_deleted_once_nobody_makes_it(maker, tmp_path):
+    maker.kill()
+    maker.wait()
+    (left,) = tmp_path.iterdir()
+    assert list(left.rglob("first"))
+    with new_folder(tmp_path / "hf"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_folder_that_fails_leaves_none_of_the_folders_above_it(tmp_path):
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "a" / "b" / "hf"):
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def _lose_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def _lose_config(folder):
+    (folder / "config.json").unlink()
+
+
+def _cut_weights(folder):
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[:-1])
+
+
+def _cut_report(folder):
+    (folder / REPORT).write_text("{\n")
+
+
+@pytest.mark.parametrize("harm", [_lose_weights, _lose_config, _cut_weights, _cut_report])
+def test_what_is_left_of_an_export_is_moved_aside_and_the_export_made_again(harm, run, tmp_path):
+    export(run, tmp_path / "hf")
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()}
+    (tmp_path / "hf" / "notes").write_text("mine")
+    harm(tmp_path / "hf")
+    left = {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()}
+    assert export(run, tmp_path / "hf")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()} == whole
+    assert {path.name: path.read_bytes() for path in (tmp_path / "hf.old-1").iterdir()} == left
+
+
+def test_a_whole_export_is_left_alone(run, tmp_path):
     assert export(run, tmp_path / "hf")
     written = (tmp_path / "hf" / "model.safetensors").stat().st_mtime_ns
     assert not export(run, tmp_path / "hf")
     assert (tmp_path / "hf" / "model.safetensors").stat().st_mtime_ns == written
-    assert not (tmp_path / ".hf.tmp").exists()
 
 
 def test_an_export_whose_proof_fails_leaves_what_was_there_and_nothing_else(run, tmp_path):
