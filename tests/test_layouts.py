@@ -31,7 +31,16 @@ STAGES = dict.fromkeys(("tied", "falcon", "falcon_groups"), "tied") | {
     "hgrn2": "bounds of its decays",
     "rwkv7": "first block",
 }
-FOUR = ("llama", "tied", "mistral", "qwen3", "mixtral", "granite", "gemma2")  # too few key-value heads for four ranks
+FOUR = (
+    "falcon_groups",
+    "llama",
+    "tied",
+    "mistral",
+    "qwen3",
+    "mixtral",
+    "granite",
+    "gemma2",
+)  # too few key-value heads for four ranks
 
 PLANNED = (  # model types without a row, which transformers has a plan for
     *("apertus", "arcee", "cohere", "cohere2", "cwm", "ernie4_5", "exaone4", "gemma", "gemma3_text", "helium", "jais2"),
@@ -44,7 +53,7 @@ def expected(name, layout):
     if name in HEADS and ("tp2" in layout or "cp2" in layout):
         return HEADS[name]
     if layout == "tp2_cp2" and name in FOUR:
-        return "num_key_value_heads, 2"
+        return "_heads, 2"
     return STAGES.get(name) if "pp2" in layout else None
 
 

@@ -29,7 +29,7 @@ FALCON = Family(
         columns=("mlp",),
         split={"self_attention.dense.weight": 1, "mlp.dense_h_to_4h.*": 0, "mlp.dense_4h_to_h.weight": 1},
         picks={"self_attention.query_key_value.*": _own_heads},
-        divides=("num_attention_heads",),
+        divides=("num_attention_heads", "num_kv_heads"),  # which is the former where all heads share one
         counts=("num_heads", "num_kv_heads"),
         needs={"alibi": False},
     ),
