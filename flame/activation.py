@@ -89,6 +89,8 @@ def measure(args: ModelArgs, job_config: Any, ranks: int, mode: str) -> Parts:
             _run(model, found, (batch, training.seq_len), precision, parallel_loss)
             guessed = ""
         except RuntimeError as error:  # of torch: shapes that depend on values, or an operator without a fake
+            if not hasattr(args.hf_config, "num_experts_per_tok"):
+                raise
             guessed = first_line(error)
             _guess(found, batch * training.seq_len // (tensor * context), args.hf_config, mode)
     embedding, *blocks, head = found

@@ -80,6 +80,7 @@ def _memory(memory: dict[str, list[Memory]], job_config: Any) -> str:
     columns = list(heaviest.values())
     rows = [
         ("", *(f"AC {name}" + (" (this job)" if name == mode else "") for name in heaviest)),
+        ("pipeline rank", *(f"{ranks.index(m)}" for ranks, m in zip(memory.values(), columns, strict=True))),
         ("parameters", *(f"{m.parameters:,}" for m in columns)),
         ("weights", *(_gib(m.weights) for m in columns)),
         ("gradients", *(_gib(m.gradients) for m in columns)),

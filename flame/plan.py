@@ -191,6 +191,11 @@ def _check_microbatches(config: JobConfig) -> None:
         )
     if path and not os.path.isfile(path):
         raise UserError(f"--parallelism.pipeline_parallel_schedule_csv: there is no file {path}")
+    least = {"layers_per_stage": 1, "first_stage_less_layers": 0, "last_stage_less_layers": 0}
+    for name, low in least.items():
+        found = getattr(p, f"pipeline_parallel_{name}")
+        if found is not None and found < low:
+            raise UserError(f"--parallelism.pipeline_parallel_{name}: found {found}, must be {low} or more")
 
 
 def _check_batch(config: JobConfig, data_parallel: int) -> None:

@@ -155,9 +155,12 @@ class FlameTrainer(torchtitan.train.Trainer):
         return inputs, labels, extra_inputs, extra_kwargs
 
     def _seed_step(self) -> None:
-        # Dropout draws from (seed, step, rank), so that a resumed run draws what an uninterrupted one does.
-        seed = self.job_config.debug.seed or 0
-        torch.manual_seed((seed * 1_000_003 + self.step) * 65_537 + dist.get_rank())
+        # Dropout draws from (seed, step, rank), so that a resumed run draws what an uninterrupted one does. Ranks that
+        # share a sequence draw alike, as they drop out of the same embeddings, and of parts of the same sums.
+        seed, (rank, ranks) = self.job_config.debug.seed or 0, self._batch_ranks()
+        if self.parallel_dims.pp_enabled:
+            rank += ranks * self.parallel_dims.get_mesh("pp").get_local_rank()
+        torch.manual_seed((seed * 1_000_003 + self.step) * 65_537 + rank)
 
     def _collect(self, data_iterator: Iterator[Batch]) -> tuple[list[Batch], bool]:
         microbatches: list[Batch] = []

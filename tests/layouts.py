@@ -84,6 +84,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {  # name: (ranks, flags)
     "ddp2_accumulated": (2, [*_batch(2, 2), f"{_DP}2"]),
     "tp2": (2, [*_batch(8), f"{_TP}2"]),
     "tp2_compiled": (2, [*_batch(4, 2), f"{_TP}2", *_COMPILED]),
+    "tp2_gathered": (2, [*_batch(8), f"{_TP}2", "--parallelism.disable_loss_parallel"]),
     "cp2": (2, [*_batch(8), f"{_CP}2"]),
     "cp2_compiled": (2, [*_batch(8), f"{_CP}2", *_COMPILED, "--activation_checkpoint.mode=full"]),
     "pp2": (2, [*_batch(8), f"{_PP}2"]),

@@ -75,7 +75,7 @@ def test_a_rank_has_as_many_parameters_as_after_really_sharding(tmp_path, model,
         f"--parallelism.{kind}_degree={d}" if kind.startswith("data") else _DEGREE.format(kind, d)
         for kind, d in degrees.items()
     ]
-    config, args = job(tmp_path, model, *flags)
+    config, args = job(tmp_path, model, *flags, num_key_value_heads=4)
     (memory,) = estimate(measure(args, config, ranks, "none"), config, ranks)
     assert memory.parameters == sharded_parameters(config, args, ranks)
     assert memory.weights == 4 * memory.parameters and memory.optimizer == 2 * memory.weights

@@ -14,7 +14,7 @@ from flame.config import parse
 from flame.models.hf import check_buildable
 from flame.models.table import BY_MODEL_TYPE
 from flame.parallel.apply import overlap
-from flame.parallel.layout import ASYNC
+from flame.parallel.layout import ASYNC, empty_stages
 from tests.launch import REPO
 from tests.layouts import LAYOUTS, MODELS, STEPS, differences, refusal, refusal_of, run
 from tests.models.small import OTHERS, SHIPPED, small
@@ -31,20 +31,12 @@ STAGES = dict.fromkeys(("tied", "falcon", "falcon_groups"), "tied") | {
     "hgrn2": "bounds of its decays",
     "rwkv7": "first block",
 }
-FOUR = (
-    "falcon_groups",
-    "llama",
-    "tied",
-    "mistral",
-    "qwen3",
-    "mixtral",
-    "granite",
-    "gemma2",
-)  # too few key-value heads for four ranks
-
+# Too few key-value heads for four ranks.
+FOUR = ("falcon_groups", "llama", "tied", "mistral", "qwen3", "mixtral", "granite", "gemma2")
 PLANNED = (  # model types without a row, which transformers has a plan for
-    *("apertus", "arcee", "cohere", "cohere2", "cwm", "ernie4_5", "exaone4", "gemma", "gemma3_text", "helium", "jais2"),
-    *("internlm3", "ministral3", "nanochat", "nemotron", "olmo", "phi", "seed_oss", "smollm3", "starcoder2"),
+    *("apertus", "arcee", "cohere", "cohere2", "cwm", "ernie4_5", "exaone4", "gemma", "gemma3_text", "helium"),
+    *("hyperclovax", "internlm3", "iquestcoder", "jais2", "ministral", "ministral3", "nanochat", "nemotron"),
+    *("olmo", "phi", "seed_oss", "smollm3", "starcoder2", "vaultgemma"),
 )
 
 
@@ -70,7 +62,7 @@ QUICK = [
     *pairs(["llama", "gla"], _SHARDED + _DIVIDED),
     *pairs(["gpt_neox"], [*_SHARDED, "tp2_compiled"]),
     *pairs(["llama"], ["tp2_compiled"]),
-    *pairs(["tied"], ["fsdp2", "tp2"]),
+    *pairs(["tied"], ["fsdp2", "tp2", "tp2_gathered"]),
 ]
 SLOW = [pair for pair in pairs(MODELS, LAYOUTS) if pair not in QUICK]
 
@@ -147,6 +139,7 @@ def test_types_that_transformers_has_a_plan_for_have_the_numbers_of_one_rank(tmp
     [
         ({"model_type": "olmo3"}, "transformers' plan for it (base_model_tp_plan) has colwise_gather_output"),
         ({"model_type": "youtu", "q_lora_rank": 32}, "leaves out self_attn.q_a_proj.weight"),
+        ({"model_type": "cohere", "use_qk_norm": True}, "leaves out self_attn.q_norm.weight"),
         ({"model_type": "gpt2", "n_head": 4, "n_embd": 64}, "transformers has no plan for it"),
     ],
 )
@@ -155,6 +148,17 @@ def test_a_type_whose_plan_says_more_than_heads_and_columns_is_refused(fields, w
     for layout in ("tp2", "cp2"):
         assert words in (refusal(fields["model_type"], layout) or "")
     assert refusal(fields["model_type"], "fsdp2") is None
+
+
+@pytest.mark.slow
+def test_ranks_that_share_a_sequence_drop_out_of_the_same_embeddings(tmp_path, monkeypatch):
+    fields = {**MODELS["gemma2"], "model_type": "phi", "tie_word_embeddings": False, "embd_pdrop": 0.5}
+    monkeypatch.setitem(MODELS, "phi", fields)
+    monkeypatch.setitem(MODELS, "whole", {**fields, "embd_pdrop": 0.0})
+    runs = run(tmp_path, [("phi", "tp2"), ("phi", "cp2"), ("whole", "tp2")])
+    for layout in ("tp2", "cp2"):
+        compare("phi", layout, runs)
+    assert differences(runs["phi", "one"], runs["whole", "one"])[0] > 1e-3
 
 
 @pytest.mark.slow
@@ -185,6 +189,10 @@ def test_training_moves_the_weights(name, quick):
         (f"{ASYNC} {COMPILED} --compile.backend=eager", "needs .*--compile.backend inductor"),
         ("--parallelism.tensor_parallel_degree=3", "must divide the model's num_attention_heads, 4"),
         ("--parallelism.tensor_parallel_degree=2 --training.seq_len=129", "--training.seq_len: found 129"),
+        (
+            "--parallelism.pipeline_parallel_degree=2 --parallelism.pipeline_parallel_schedule=foo",
+            "--parallelism.pipeline_parallel_schedule: Unknown schedule name 'foo'. The valid options are .*GPipe",
+        ),
         ("--parallelism.pipeline_parallel_degree=4", "stage 1 would have none of the model's 2 blocks"),
         (
             "--parallelism.pipeline_parallel_degree=2 --parallelism.pipeline_parallel_layers_per_stage=1",
@@ -209,6 +217,23 @@ def test_asynchronous_tensor_parallelism_reaches_the_compiler(tmp_path, monkeypa
         assert is_symm_mem_enabled_for_group(mesh.get_group().group_name)
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("stages", "words"),
+    [
+        ([["tok_embeddings", "layers.0"], ["layers.7", "norm", "output"]], "see layers.1"),
+        ([["tok_embeddings", "layers.0"], ["layers.0", "layers.1", "norm", "output"]], "see layers.0"),
+        ([["tok_embeddings", "layers.0"], ["layers.1", "output"]], "see norm"),
+        ([["tok_embeddings", "layers.1"], ["layers.0", "norm", "output"]], "in this order"),
+        ([["tok_embeddings"], ["layers.0", "layers.1", "norm", "output"]], "stage 1 would have none"),
+        ([["tok_embeddings", "layers.0", "layers.1", "norm", "output"]], "makes 1 stages, of which 1F1B needs one on"),
+    ],
+)
+def test_stages_that_are_not_the_model_are_refused(stages, words):
+    layout = parse(["--parallelism.pipeline_parallel_degree=2"]).parallelism
+    layout.module_fqns_per_model_part = stages
+    assert words in " ".join(empty_stages(2, layout))
 
 
 def test_the_page_holds_the_table_of_the_rows():

@@ -148,6 +148,11 @@ def test_a_layout_this_version_lacks_is_refused(kind):
             ["pipeline_parallel_microbatch_size: found 3", "local_batch_size 8"],
         ),
         (
+            "--parallelism.pipeline_parallel_degree 2 --parallelism.pipeline_parallel_layers_per_stage 0",
+            2,
+            ["pipeline_parallel_layers_per_stage: found 0", "must be 1 or more"],
+        ),
+        (
             "--parallelism.pipeline_parallel_degree 2 --parallelism.pipeline_parallel_schedule_csv gone.csv",
             2,
             ["pipeline_parallel_schedule_csv", "gone.csv"],

@@ -66,11 +66,11 @@ def _cut(config: Any, name: str, blocks: nn.Module) -> Cut | str:
     divided = {key: _DIVIDED[how] for key, how in plan.items() if how in _DIVIDED}
     regions = sorted({key.rpartition(".")[0] for key in divided})
     mixers = tuple(region for region in regions if "att" in region)
-    # A matrix outside of all regions may mix tokens, and would see a part of them; a vector is that of a norm.
-    within = tuple(f"{region}." for region in regions)
+    # Outside of all regions a matrix may mix tokens, and would see a part of them, in one it may be of all heads; a
+    # vector is that of a norm.
     matrices = [key.partition(".")[2] for key, parameter in blocks.named_parameters() if parameter.ndim > 1]
-    if outside := [key for key in matrices if not mixers or not key.startswith(within)]:
-        return f"transformers' plan for it (base_model_tp_plan) leaves out {outside[0]}, {none}"
+    if left := [key for key in matrices if not mixers or key.rpartition(".")[0] not in divided]:
+        return f"transformers' plan for it (base_model_tp_plan) leaves out {left[0]}, {none}"
     heads = ("num_attention_heads", "num_key_value_heads")
     return Cut(
         mixers=mixers,

@@ -20,11 +20,13 @@ def linear_cross_entropy(
     labels: torch.Tensor,
     bias: torch.Tensor | None = None,
     l2warp: bool = False,
+    gather: bool = False,
 ) -> torch.Tensor:
     """Sum over tokens of the cross entropy of `hidden @ weight.T + bias`, in fp32; labels of -100 do not count.
 
     hidden: (batch, seq, hidden), weight: (vocab, hidden), labels: (batch, seq) int64; returns a scalar. `l2warp` adds
-    to the gradient, not to the value, that of L2WARP / 2 x the square of every token's largest logit (RWKV-LM).
+    to the gradient, not to the value, that of L2WARP / 2 x the square of every token's largest logit (RWKV-LM). Logits
+    of a weight that is cut along the vocabulary stay cut, as torch's loss_parallel takes them, unless `gather`.
     On a GPU this is fla's fused Triton kernel; elsewhere chunks of logits, computed again in the backward.
     """
     hidden, labels = hidden.flatten(0, -2), labels.flatten()
@@ -44,15 +46,22 @@ def linear_cross_entropy(
             l2_penalty_factor=L2WARP * len(hidden),  # the kernel divides by the tokens, whatever the reduction
         )
     chunks = zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True)
-    losses = [checkpoint(_chunk_loss, x, weight, bias, y, l2warp, use_reentrant=False) for x, y in chunks]
+    losses = [checkpoint(_chunk_loss, x, weight, bias, y, l2warp, gather, use_reentrant=False) for x, y in chunks]
     loss = torch.stack(losses).sum()
     return loss.full_tensor() if isinstance(loss, DTensor) else loss
 
 
 def _chunk_loss(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor, l2warp: bool
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    l2warp: bool,
+    gather: bool,
 ) -> torch.Tensor:
     logits = F.linear(hidden, weight, bias).float()
+    if gather and isinstance(logits, DTensor):
+        logits = logits.full_tensor()
     loss = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
     if l2warp:
         penalty = L2WARP / 2 * logits.max(-1).values.square().sum()
@@ -75,18 +84,18 @@ class Head(nn.Linear):
     The loss goes through this module's own forward so that FSDP gathers its weight around it.
     """
 
-    l2warp = False
+    l2warp = gather = False  # see linear_cross_entropy
 
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         if labels is None:
             return _logits(hidden, self.weight, self.bias)
-        return linear_cross_entropy(hidden, self.weight, labels, self.bias, self.l2warp)
+        return linear_cross_entropy(hidden, self.weight, labels, self.bias, self.l2warp, self.gather)
 
 
 class TiedHead(nn.Module):
     """A head that owns no parameter and multiplies with the embedding table (tie_word_embeddings)."""
 
-    l2warp = False
+    l2warp = gather = False
 
     def __init__(self, embedding_weight: Callable[[], torch.Tensor]) -> None:
         super().__init__()
@@ -95,7 +104,7 @@ class TiedHead(nn.Module):
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         if labels is None:
             return _logits(hidden, self.embedding_weight())
-        return linear_cross_entropy(hidden, self.embedding_weight(), labels, l2warp=self.l2warp)
+        return linear_cross_entropy(hidden, self.embedding_weight(), labels, l2warp=self.l2warp, gather=self.gather)
 
 
 class SummedLoss:

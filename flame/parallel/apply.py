@@ -25,6 +25,8 @@ def parallelize(model: Any, parallel_dims: ParallelDims, job_config: Any) -> nn.
         divide_heads(model, parallel_dims.get_mesh("cp"), model.family.cut)
     if parallel_dims.tp_enabled:
         apply_tensor_parallel(model, parallel_dims.get_mesh("tp"), model.family.cut)
+        if model.head is not None:
+            model.head.gather = job_config.parallelism.disable_loss_parallel
         if job_config.parallelism.enable_async_tensor_parallel:
             overlap(parallel_dims.get_mesh("tp"), job_config)
     compiled = job_config.compile.enable and "model" in job_config.compile.components

@@ -33,6 +33,7 @@ def check(family: Family, config: Any, model: nn.Module, job_config: Any) -> Non
                 )
     _check_async(job_config)
     if layout.pipeline_parallel_degree > 1:
+        _check_schedule(layout.pipeline_parallel_schedule)
         for reason in _stage_reasons(family, config, job_config):
             raise UserError(f"{PIPELINE}: found {layout.pipeline_parallel_degree}, must be 1: {reason}")
 
@@ -84,6 +85,15 @@ def _check_columns(family: Family, config: Any, model: Any, tensor: int) -> None
             raise UserError(f"{TENSOR}: found {tensor}, must divide the model's {name}, {size}")
 
 
+def _check_schedule(name: str) -> None:
+    from torch.distributed.pipelining.schedules import get_schedule_class
+
+    try:
+        get_schedule_class(name)
+    except ValueError as error:  # which has the names there are
+        raise UserError(f"--parallelism.pipeline_parallel_schedule: {error}") from None
+
+
 def _stage_reasons(family: Family, config: Any, job_config: Any) -> Iterator[str]:
     """Why a model cannot be cut into the pipeline stages asked for."""
     layout = job_config.parallelism
@@ -103,28 +113,36 @@ def _stage_reasons(family: Family, config: Any, job_config: Any) -> Iterator[str
 def empty_stages(blocks: int, layout: Any) -> Iterator[str]:
     """Why so many blocks do not make the pipeline stages asked for."""
     try:
-        for number, names in enumerate(stages(blocks, layout), 1):
-            if not any(name.startswith("layers.") for name in names):
-                yield f"stage {number} would have none of the model's {blocks} blocks"
+        found = stages(blocks, layout)
     except ValueError as error:
         yield f"{error}".split(". ")[0]
+        return
+    names = [name for stage in found for name in stage]
+    whole = ["tok_embeddings", *(f"layers.{i}" for i in range(blocks)), "norm", "output"]
+    if names != whole:  # as module_fqns_per_model_part has them
+        wrong = [name for name in whole if names.count(name) != 1] + [name for name in names if name not in whole]
+        yield f"its stages must have {', '.join(whole)}, each once, in this order; see {(wrong or names)[0]}"
+    for number, stage in enumerate(found, 1):
+        if not any(name.startswith("layers.") for name in stage):
+            yield f"stage {number} would have none of the model's {blocks} blocks"
 
 
 def stages(blocks: int, layout: Any) -> list[list[str]]:
     """The modules of each pipeline stage, as torchtitan's pipeline_llm chooses them. Raises ValueError."""
     from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 
-    if layout.module_fqns_per_model_part is not None:
-        return layout.module_fqns_per_model_part
-    first, last = (getattr(layout, f"pipeline_parallel_{edge}_stage_less_layers") for edge in ("first", "last"))
     single = issubclass(get_schedule_class(layout.pipeline_parallel_schedule), PipelineScheduleSingle)
-    number = layout.pipeline_parallel_degree * (1 if single else 2)
-    if (size := layout.pipeline_parallel_layers_per_stage) is not None:
-        number = -(-(blocks + first + last) // size)
-        if number % layout.pipeline_parallel_degree or (number == layout.pipeline_parallel_degree) != single:
-            needed = "one" if single else "two or more"
-            raise ValueError(
-                f"pipeline_parallel_layers_per_stage {size} makes {number} stages, of which "
-                f"{layout.pipeline_parallel_schedule} needs {needed} on each of {layout.pipeline_parallel_degree} ranks"
-            )
-    return generate_llm_fqn_per_model_part(number, blocks, first, last)
+    first, last = (getattr(layout, f"pipeline_parallel_{edge}_stage_less_layers") for edge in ("first", "last"))
+    degree, named = layout.pipeline_parallel_degree, layout.module_fqns_per_model_part
+    size, number = layout.pipeline_parallel_layers_per_stage, degree * (1 if single else 2)
+    asked = ""
+    if named is not None:
+        asked, number = "module_fqns_per_model_part", len(named)
+    elif size is not None:
+        asked, number = f"pipeline_parallel_layers_per_stage {size}", -(-(blocks + first + last) // size)
+    if number < degree or number % degree or (number == degree) != single:
+        raise ValueError(
+            f"{asked} makes {number} stages, of which {layout.pipeline_parallel_schedule} needs "
+            f"{'one' if single else 'two or more'} on each of {degree} ranks"
+        )
+    return named if named is not None else generate_llm_fqn_per_model_part(number, blocks, first, last)
