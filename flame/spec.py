@@ -13,6 +13,7 @@ from flame import quantize
 from flame.blueprint import describe
 from flame.checkpoint.commit import complete_steps
 from flame.checkpoint.initial import build_adapter
+from flame.config import world_size
 from flame.data.loader import build_dataloader
 from flame.data.source import build_sources
 from flame.data.tokenize import build_tokenizer
@@ -108,7 +109,7 @@ def _load_hf(job_config: Any, tokenizer: Any) -> dict[str, Any]:
         raise UserError(
             f"--training.varlen: models of type {hf_config.model_type} cannot keep packed documents apart; leave it off"
         )
-    choose_attention(hf_config, family, job_config.training.mixed_precision_param)
+    choose_attention(hf_config, family, _compute_dtype(job_config))
     hf_model = check_buildable(hf_config, model.config, model.trust_remote_code)
     layout.check(family, hf_config, hf_model, job_config)
     quantize.adapt(job_config, family, hf_model)
@@ -121,6 +122,14 @@ def _load_hf(job_config: Any, tokenizer: Any) -> dict[str, Any]:
         "build_optimizers_fn": build_optimizers,
         "state_dict_adapter": build_adapter(job_config, describe(hf_model)),
     }
+
+
+def _compute_dtype(job_config: Any) -> str:
+    """The type that blocks compute in; torchtitan has no mixed precision for TP and PP without FSDP2."""
+    training, ranks = job_config.training, job_config.parallelism
+    divided = ranks.tensor_parallel_degree * ranks.pipeline_parallel_degree
+    sharded = world_size() > divided * ranks.data_parallel_replicate_degree
+    return training.mixed_precision_param if sharded or divided == 1 else training.dtype
 
 
 def _check_backend(name: str) -> None:

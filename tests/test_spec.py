@@ -4,6 +4,7 @@ import importlib.util
 
 import pytest
 import torch
+from torchtitan.protocols.train_spec import _extra_train_specs
 
 from flame.config import parse
 from flame.errors import UserError
@@ -46,3 +47,26 @@ def test_flash_attn_is_chosen_where_it_is_installed_for_the_types_that_it_has(dt
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     choose_attention(config, family, dtype)
     assert config._attn_implementation == chosen
+
+
+@pytest.mark.parametrize(
+    ("flags", "ranks", "dtype"),
+    [
+        ("", 1, "bfloat16"),
+        ("--parallelism.tensor_parallel_degree=2", 2, "float32"),
+        ("--parallelism.pipeline_parallel_degree=2 --training.dtype=bfloat16", 2, "bfloat16"),
+        ("--parallelism.tensor_parallel_degree=2", 4, "bfloat16"),
+        ("--parallelism.tensor_parallel_degree=2 --parallelism.data_parallel_replicate_degree=2", 8, "bfloat16"),
+    ],
+)
+def test_attention_is_chosen_for_the_type_that_blocks_compute_in(flags, ranks, dtype, monkeypatch):
+    _extra_train_specs.clear()
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    asked = []
+    monkeypatch.setattr("flame.spec.choose_attention", lambda config, family, dtype: asked.append(dtype))
+    monkeypatch.setattr("flame.spec.layout.check", lambda *_: None)
+    register(
+        parse(["--model.config=configs/llama2_7B.json", "--training.mixed_precision_param=bfloat16", *flags.split()])
+    )
+    _extra_train_specs.clear()
+    assert asked == [dtype]
