@@ -150,6 +150,27 @@ def test_a_type_whose_plan_says_more_than_heads_and_columns_is_refused(fields, w
     assert refusal(fields["model_type"], "fsdp2") is None
 
 
+SCHEDULES = ("Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble")
+ORDER = """0F0,0F1,2F0,2F1,2B0,2B1,0B0,0B1
+1F0,1F1,3F0,3F1,3B0,3B1,1B0,1B1
+"""  # of rank 0 and rank 1: all forwards, then all backwards, of two microbatches
+
+
+@pytest.mark.slow
+def test_every_schedule_of_a_pipeline_has_the_numbers_of_one_rank(tmp_path, monkeypatch):
+    monkeypatch.setitem(MODELS, "deep", {**MODELS["llama"], "num_hidden_layers": 6})
+    (tmp_path / "order.csv").write_text(ORDER)
+    ranks, flags = LAYOUTS["pp2"]
+    schedule, halves = "--parallelism.pipeline_parallel_schedule", "--parallelism.pipeline_parallel_microbatch_size=4"
+    for name in SCHEDULES:
+        monkeypatch.setitem(LAYOUTS, name, (ranks, [*flags, f"{schedule}={name}"]))
+    by_file = [f"{schedule}=Interleaved1F1B", f"{schedule}_csv={tmp_path}/order.csv", halves]
+    monkeypatch.setitem(LAYOUTS, "csv", (ranks, [*flags, *by_file]))
+    runs = run(tmp_path, [("deep", name) for name in (*SCHEDULES, "csv")])
+    for name in (*SCHEDULES, "csv"):
+        compare("deep", name, runs)
+
+
 @pytest.mark.slow
 def test_ranks_that_share_a_sequence_drop_out_of_the_same_embeddings(tmp_path, monkeypatch):
     fields = {**MODELS["gemma2"], "model_type": "phi", "tie_word_embeddings": False, "embd_pdrop": 0.5}
@@ -192,6 +213,10 @@ def test_training_moves_the_weights(name, quick):
         (
             "--parallelism.pipeline_parallel_degree=2 --parallelism.pipeline_parallel_schedule=foo",
             "--parallelism.pipeline_parallel_schedule: Unknown schedule name 'foo'. The valid options are .*GPipe",
+        ),
+        (
+            "--parallelism.pipeline_parallel_degree=2 --parallelism.pipeline_parallel_schedule=DualPipeV",
+            "--parallelism.pipeline_parallel_schedule: DualPipeV needs a GPU",
         ),
         ("--parallelism.pipeline_parallel_degree=4", "stage 1 would have none of the model's 2 blocks"),
         (

@@ -181,7 +181,8 @@ class CausalLM(ModelProtocol):
         output = self.backbone(**{given: tokens}, use_cache=False, **packing)
         hidden = output[0]
         if self.head is None:
-            return hidden.view(*shape, -1)
+            hidden = hidden.view(*shape, -1)
+            return hidden.clone() if hidden._is_view() else hidden  # zero-bubble schedules detach it where it lies
         if labels is None:
             return self.head(hidden).view(*shape, -1)
         loss = self.head(hidden, self._own_part(labels.reshape(len(hidden), -1)))

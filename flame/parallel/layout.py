@@ -5,6 +5,7 @@ from typing import Any
 
 import torch.nn as nn
 from torchtitan.distributed.pipeline_parallel import generate_llm_fqn_per_model_part
+from torchtitan.tools.utils import device_type
 
 from flame.errors import UserError
 from flame.models.family import Cut, Family
@@ -86,12 +87,14 @@ def _check_columns(family: Family, config: Any, model: Any, tensor: int) -> None
 
 
 def _check_schedule(name: str) -> None:
-    from torch.distributed.pipelining.schedules import get_schedule_class
+    from torch.distributed.pipelining.schedules import ScheduleDualPipeV, get_schedule_class
 
     try:
-        get_schedule_class(name)
+        schedule = get_schedule_class(name)
     except ValueError as error:  # which has the names there are
         raise UserError(f"--parallelism.pipeline_parallel_schedule: {error}") from None
+    if schedule is ScheduleDualPipeV and device_type == "cpu":
+        raise UserError(f"--parallelism.pipeline_parallel_schedule: {name} needs a GPU, and none is visible")
 
 
 def _stage_reasons(family: Family, config: Any, job_config: Any) -> Iterator[str]:
