@@ -66,7 +66,13 @@ def test_what_a_job_of_the_drills_says_last_is_said(tmp_path):
 
 def test_ctrl_c_ends_the_job_too_and_without_a_traceback(tmp_path):
     command = [sys.executable, "-m", "flame.drills", "nan", "--nproc=1", f"--keep={tmp_path}"]
-    process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a job in the background ignores
+    )
     pids = tmp_path / "undisturbed.pids"
     while not (pids.exists() and any(pids.iterdir())):  # until the job's rank is there
         assert process.poll() is None
