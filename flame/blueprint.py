@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from flame.checkpoint.structure import Part, Structure
+from flame.checkpoint.structure import Part, Structure, name_tensors
 from flame.errors import UserError
 
 
@@ -30,14 +30,7 @@ def read_trained(folder: Path) -> Structure:
 
 def describe(model: Any) -> Structure:
     """The tensors of a model of transformers, which may be on the meta device."""
-    names: dict[int, str] = {}
-    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
-    shared = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if names.setdefault(id(tensor), name) == name:
-            tensors[name] = (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
-        else:
-            shared[name] = names[id(tensor)]
+    tensors, shared, names = name_tensors(model)
     ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
     if any(name.endswith("rotary_emb.inv_freq") for name, _ in model.named_buffers()):
         ignored.add(r"rotary_emb\.inv_freq")  # once in every block of what was published; transformers drops it too

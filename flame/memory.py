@@ -7,7 +7,7 @@ from torchtitan.config import TORCH_DTYPE_MAP
 
 from flame.activation import Part, Parts, measure, shards
 from flame.models.causal_lm import ModelArgs
-from flame.parallel.layout import stages
+from flame.parallel.layout import stages, whole_model
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def stage_modules(blocks: int, layout: Any) -> list[list[str]]:
     """torchtitan's names of the modules of every pipeline stage; all in one without a pipeline."""
     if layout.pipeline_parallel_degree > 1:
         return stages(blocks, layout)
-    return [["tok_embeddings", *(f"layers.{i}" for i in range(blocks)), "norm", "output"]]
+    return [whole_model(blocks)]
 
 
 def stage_rank(stage: int, layout: Any) -> int:

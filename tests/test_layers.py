@@ -22,10 +22,10 @@ ROWS = (
     "models.reference.gsa models.reference.lightnet models.reference.delta_rule models.reference.mamba "
     "models.reference.rwkv checkpoint.dcp_writer checkpoint.weights parallel.region",
     "config data.lane models.llama models.fla models.init models.reference "
-    "parallel.tensor parallel.context parallel.pipeline parallel.layout quantize checkpoint.convert "
+    "parallel.tensor parallel.context parallel.pipeline parallel.layout checkpoint.convert "
     "checkpoint.dcp_reader",
     "input run data.loader checkpoint.export checkpoint.manager checkpoint.initial parallel.apply "
-    "models.neox models.falcon models.moe models.delta models.generic models.shrink",
+    "models.neox models.falcon models.moe models.delta models.generic models.shrink quantize",
     "plan metrics parallel.titan models.table data.inspect data.corpus data.bench",
     "preflight validation models.hf models.counterpart data.__main__",
     "models.causal_lm models.titan blueprint",

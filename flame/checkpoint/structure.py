@@ -9,6 +9,7 @@ from hashlib import sha256
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from flame.checkpoint.element import FLOATS, Box
 
@@ -91,6 +92,18 @@ class Structure:
     def ignores(self, name: str) -> bool:
         """Whether transformers leaves a tensor of this name aside."""
         return name not in self.tensors and any(re.search(pattern, name) for pattern in self.ignored)
+
+
+def name_tensors(model: Any) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, str], dict[int, str]]:
+    """The tensors of a torch module, the further names of tied ones, {name: tensor}, and {id: name} of all."""
+    names: dict[int, str] = {}
+    tensors, shared = {}, {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if names.setdefault(id(tensor), name) == name:
+            tensors[name] = (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+        else:
+            shared[name] = names[id(tensor)]
+    return tensors, shared, names
 
 
 def save_structure(structure: Structure, folder: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config, Qwen3MoeConfig
 
-from flame.checkpoint.structure import Part, Structure, whole
+from flame.checkpoint.structure import Part, Structure, name_tensors, whole
 from flame.errors import UserError
 
 RECORD = "torchtitan.json"  # beside a config.json: the model of torchtitan that is trained
@@ -117,13 +117,7 @@ def rename(published: Structure, name: str, args: Any) -> Structure:
     spec = _spec(name)
     with torch.device("meta"):
         model = spec.model_cls(args)
-    names: dict[int, str] = {}
-    tensors, shared = {}, {}
-    for key, tensor in model.state_dict(keep_vars=True).items():
-        if names.setdefault(id(tensor), key) == key:
-            tensors[key] = (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
-        else:
-            shared[key] = names[id(tensor)]
+    tensors, shared, _ = name_tensors(model)
     theirs = spec.state_dict_adapter(args, None).from_hf_map
     # Of no tensor: the other name is the one that is written.
     parts = {key: whole(key, ()) for key in published.shared}

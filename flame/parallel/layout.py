@@ -14,6 +14,11 @@ TENSOR, PIPELINE, CONTEXT = (f"--parallelism.{kind}_parallel_degree" for kind in
 ASYNC = "--parallelism.enable_async_tensor_parallel"
 
 
+def compiles_blocks(job_config: Any) -> bool:
+    """Whether torch.compile is asked for, and for the model."""
+    return job_config.compile.enable and "model" in job_config.compile.components
+
+
 def check(family: Family, config: Any, model: nn.Module, job_config: Any) -> None:
     """Refuse a layout that a model (transformers' own, on the meta device) cannot have. Raises UserError."""
     layout = job_config.parallelism
@@ -40,8 +45,8 @@ def check(family: Family, config: Any, model: nn.Module, job_config: Any) -> Non
 
 
 def _check_recomputation(job_config: Any) -> None:
-    mode, compiling = job_config.activation_checkpoint.mode, job_config.compile
-    if mode != "none" and compiling.enable and "model" in compiling.components:
+    mode = job_config.activation_checkpoint.mode
+    if mode != "none" and compiles_blocks(job_config):
         # torch 2.13 takes the mesh of a parameter for one of the tensors that a compiled block keeps for it.
         raise UserError(
             f"--activation_checkpoint.mode: found {mode}, must be none with --compile.enable and {TENSOR} "
@@ -50,8 +55,8 @@ def _check_recomputation(job_config: Any) -> None:
 
 
 def _check_async(job_config: Any) -> None:
-    compiling, layout = job_config.compile, job_config.parallelism
-    compiled = compiling.enable and "model" in compiling.components and compiling.backend == "inductor"
+    layout = job_config.parallelism
+    compiled = compiles_blocks(job_config) and job_config.compile.backend == "inductor"
     if layout.enable_async_tensor_parallel and not (compiled and layout.tensor_parallel_degree > 1):
         raise UserError(
             f"{ASYNC}: found true, which is a pass of torch.compile over tensor parallelism: needs {TENSOR} of 2 or "
@@ -121,13 +126,18 @@ def empty_stages(blocks: int, layout: Any) -> Iterator[str]:
         yield f"{error}".split(". ")[0]
         return
     names = [name for stage in found for name in stage]
-    whole = ["tok_embeddings", *(f"layers.{i}" for i in range(blocks)), "norm", "output"]
+    whole = whole_model(blocks)
     if names != whole:  # as module_fqns_per_model_part has them
         wrong = [name for name in whole if names.count(name) != 1] + [name for name in names if name not in whole]
         yield f"its stages must have {', '.join(whole)}, each once, in this order; see {(wrong or names)[0]}"
     for number, stage in enumerate(found, 1):
         if not any(name.startswith("layers.") for name in stage):
             yield f"stage {number} would have none of the model's {blocks} blocks"
+
+
+def whole_model(blocks: int) -> list[str]:
+    """torchtitan's names of all modules of a model, in their order."""
+    return ["tok_embeddings", *(f"layers.{i}" for i in range(blocks)), "norm", "output"]
 
 
 def stages(blocks: int, layout: Any) -> list[list[str]]:
