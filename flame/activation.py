@@ -21,6 +21,7 @@ from torchtitan.distributed.utils import get_train_context
 from torchtitan.tools.utils import device_type, set_default_dtype
 
 from flame.models.causal_lm import CausalLM, ModelArgs
+from flame.models.flops import EXPERTS_MET, experts_met
 from flame.models.hf import first_line
 from flame.parallel.apply import parallelize
 from flame.storage import Live
@@ -89,7 +90,7 @@ def measure(args: ModelArgs, job_config: Any, ranks: int, mode: str) -> Parts:
             _run(model, found, (batch, training.seq_len), precision, parallel_loss)
             guessed = ""
         except RuntimeError as error:  # of torch: shapes that depend on values, or an operator without a fake
-            if not hasattr(args.hf_config, "num_experts_per_tok"):
+            if not any(hasattr(args.hf_config, name) for name in EXPERTS_MET):
                 raise
             guessed = first_line(error)
             _guess(found, batch * training.seq_len // (tensor * context), args.hf_config, mode)
@@ -174,7 +175,7 @@ def _guess(parts: list[Part], tokens: int, config: Any, mode: str) -> None:
     for part in parts[1:-1]:
         features = 0.0
         for shape in part.shapes:
-            routed = getattr(config, "num_experts_per_tok", shape[0]) / shape[0] if len(shape) == 3 else 1.0
+            routed = (experts_met(config) or shape[0]) / shape[0] if len(shape) == 3 else 1.0
             features += routed * math.prod(shape[:-2]) * sum(shape[-2:])
         whole = round(size * tokens * features)
         part.saved = size * hidden if mode == "full" else whole

@@ -14,8 +14,9 @@ from torchtitan.tools.utils import device_module, device_type, get_peak_flops, s
 
 from flame.data.document import Bad
 from flame.data.source import Source, build_sources
-from flame.memory import Memory, estimate, measure_modes, stage_modules, stage_rank
+from flame.memory import Memory, estimate, measure_modes, stage_modules
 from flame.models.causal_lm import CausalLM
+from flame.parallel.schedule import stage_rank
 from flame.schedule import build_schedule
 from flame.spec import register
 

@@ -9,8 +9,10 @@ import torch.distributed as dist
 from torchtitan.tools.logging import logger
 
 from flame import stop
+from flame.checkpoint.chunk import DamagedError
 from flame.checkpoint.commit import complete_steps
-from flame.errors import EXHAUSTED, PREEMPTED
+from flame.checkpoint.structure import UnfaithfulError
+from flame.errors import EXHAUSTED, PREEMPTED, SaveError, UserError
 from flame.trainer import FlameTrainer
 from flame.verify import export_proven
 
@@ -50,12 +52,16 @@ def run_job(trainer_class: type[FlameTrainer], job_config: Any, signals: stop.Si
         except stop.Stopped as stopped:
             trainer.stopped = str(stopped)
             trainer.run.set_status("preempted", reason=f"{stopped}, before the export was done")
+        except (OSError, UserError, DamagedError, UnfaithfulError) as error:
+            said = f"step {trainer.step} is saved, but was not exported: {error}"
+            trainer.run.set_status("failed", reason=said)
+            raise SaveError(f"{said}; the same command tries that again") from None
     if trainer.stopped:
         _say_stopped(trainer)
         return PREEMPTED
     # One rank says it: torchrun ends all others as soon as one fails, and that one may still be exporting.
-    said = trainer.exhausted and job_config.data.exhausted_exit_code and trainer.run.writes
-    return EXHAUSTED if said else 0
+    failed = trainer.exhausted and job_config.data.exhausted_exit_code and trainer.run.writes
+    return EXHAUSTED if failed else 0
 
 
 def _abandon(trainer: FlameTrainer, number: int) -> None:

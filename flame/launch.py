@@ -73,7 +73,8 @@ def launch(argv: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
-    logging.getLogger("torch.distributed.elastic.multiprocessing").setLevel(logging.CRITICAL)
+    for name in ("multiprocessing", "multiprocessing.errors"):
+        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     SubprocessContext.start = lambda context: ranks.start(context)  # type: ignore
     try:
         main(["--signals_to_handle", "SIGHUP,SIGQUIT", *argv])

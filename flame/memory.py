@@ -7,6 +7,7 @@ from torchtitan.config import TORCH_DTYPE_MAP
 
 from flame.activation import Part, Parts, measure, shards
 from flame.models.causal_lm import ModelArgs
+from flame.parallel import schedule
 from flame.parallel.layout import stages, whole_model
 
 
@@ -35,14 +36,6 @@ def stage_modules(blocks: int, layout: Any) -> list[list[str]]:
     return [whole_model(blocks)]
 
 
-def stage_rank(stage: int, layout: Any) -> int:
-    """The pipeline rank of a stage, as torchtitan places it: round and round, or there and back in a V."""
-    degree = layout.pipeline_parallel_degree
-    if layout.pipeline_parallel_schedule in ("ZBVZeroBubble", "DualPipeV"):
-        return min(stage, 2 * degree - 1 - stage)
-    return stage % degree
-
-
 def measure_modes(args: ModelArgs, job_config: Any, ranks: int) -> dict[str, Parts]:
     """The parts under each activation checkpointing worth comparing: none, the job's own, and full."""
     ac = job_config.activation_checkpoint
@@ -64,7 +57,7 @@ def estimate(parts: Parts, job_config: Any, ranks: int) -> list[Memory]:
     for stage, names in enumerate(stage_modules(len(parts.blocks), layout)):
         known = {"tok_embeddings": parts.embedding, "output": parts.head}
         known |= {f"layers.{i}": block for i, block in enumerate(parts.blocks)}
-        held[stage_rank(stage, layout)].append([known[name] for name in names if name in known])
+        held[schedule.stage_rank(stage, layout)].append([known[name] for name in names if name in known])
     return [_of_rank(own, parts, rank, job_config, ranks) for rank, own in enumerate(held)]
 
 
@@ -77,7 +70,7 @@ def _of_rank(own: list[list[Part]], parts: Parts, rank: int, job_config: Any, ra
     parameters = sum(part.numel(divided) for part in flat)
     weights = size * parameters
     saved = sum(part.saved for part in flat)
-    microbatches = training.local_batch_size // layout.pipeline_parallel_microbatch_size if pipeline > 1 else 1
+    microbatches = schedule.microbatches(job_config) if pipeline > 1 else 1
     waiting = (_in_flight(layout, rank, microbatches, len(own)) - 1) * saved // len(own)
     fixed = 0
     if divided == 1 and layout.data_parallel_replicate_degree > 1:
@@ -120,9 +113,10 @@ def _in_flight(layout: Any, rank: int, microbatches: int, stages_here: int) -> i
     degree, every = layout.pipeline_parallel_degree, microbatches * stages_here
     if degree == 1:
         return 1
-    if layout.pipeline_parallel_schedule == "1F1B":
+    name = None if layout.pipeline_parallel_schedule_csv else schedule.find(layout).name
+    if name == "1F1B":
         return min(every, degree - rank)
-    if layout.pipeline_parallel_schedule == "Interleaved1F1B":
+    if name == "Interleaved1F1B":
         round_of = microbatches // max(1, microbatches // degree)
         return min(every, (stages_here - 1) * round_of + 2 * (degree - 1 - rank) + 1)
     return every

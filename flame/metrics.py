@@ -14,6 +14,8 @@ from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import NoColor, get_peak_flops
 
+from flame.agreement import Agreement
+from flame.checkpoint.proof import agree
 from flame.run import Run
 
 _FALLBACK_PEAK = 312e12  # torchtitan takes an unknown device for an A100
@@ -136,12 +138,14 @@ def build_metrics(job_config: Any, parallel_dims: Any, model_args: Any = None, t
 
 def _name_wandb_run(folder: Path) -> None:
     # torchtitan reads these variables. The id lives in the run folder, so a resumed run goes on in the same W&B run.
-    known = folder / "wandb_run_id"
-    if not known.exists() and os.environ.get("RANK", "0") == "0":
-        folder.mkdir(parents=True, exist_ok=True)
-        known.write_text(os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12])
-    if known.exists():
-        os.environ.setdefault("WANDB_RUN_ID", known.read_text())
+    def name() -> str:
+        known = folder / "wandb_run_id"
+        if not known.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            known.write_text(os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12])
+        return known.read_text()
+
+    os.environ.setdefault("WANDB_RUN_ID", agree(Agreement(), name))  # of a pipeline, the last stage logs
     os.environ.setdefault("WANDB_RESUME", "allow")
     os.environ.setdefault("WANDB_PROJECT", "flame")
     os.environ.setdefault("WANDB_RUN_NAME", folder.resolve().name)

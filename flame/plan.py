@@ -13,6 +13,7 @@ from flame.config import JobConfig
 from flame.data.skip import parse_skip
 from flame.errors import UserError
 from flame.input import check_data, check_model, validation_as_training
+from flame.parallel import schedule
 
 _FROM_1 = (
     *("training.steps", "training.local_batch_size", "training.seq_len", "training.context_len", "training.gc_freq"),
@@ -104,6 +105,9 @@ def _check_choices(config: JobConfig) -> None:
         raise UserError(f"--model.converters: found {min(unknown)}, must be among {', '.join(sorted(_CONVERTERS))}")
     if config.training.skip_nan_inf and config.optimizer.early_step_in_backward:
         raise UserError("--training.skip_nan_inf: --optimizer.early_step_in_backward updates before it can be known")
+    if config.compile.enable and "model" not in config.compile.components:
+        found = ", ".join(config.compile.components) or "nothing"
+        raise UserError(f"--compile.components: found {found}, must have model: nothing else of a job is compiled")
     ac = config.activation_checkpoint
     if ac.mode == "memory_budget" and not config.compile.enable:
         raise UserError("--activation_checkpoint.mode: memory_budget needs --compile.enable")
@@ -146,11 +150,15 @@ def _check_parallelism(config: JobConfig, world_size: int) -> int:
     inner = math.prod(degrees[f"{kind}_parallel_degree"] for kind in _INNER)
     data_parallel = world_size // inner
     replicas = p.data_parallel_replicate_degree
-    if replicas > 1 and replicas == data_parallel and inner > 1 and p.context_parallel_degree == 1:
+    ddp = replicas == data_parallel > 1 and p.context_parallel_degree == 1  # whose ranks FSDP2 shards over
+    if ddp and inner > 1:
         raise UserError(
             f"--parallelism.data_parallel_replicate_degree: found {replicas}, must be 1 beside tensor or pipeline "
             "parallelism: replicas that share no weights (DDP) go with no other layout; leave the ranks to FSDP"
         )
+    if config.optimizer.early_step_in_backward and (ddp or p.pipeline_parallel_degree > 1):
+        why = "each replica (DDP) would update with its own gradient" if ddp else "torchtitan has none for pipelines"
+        raise UserError(f"--optimizer.early_step_in_backward: found true, must be false: {why}")
     if p.pipeline_parallel_degree > 1:
         _check_microbatches(config)
     _check_experts(config, data_parallel // replicas)
@@ -196,6 +204,7 @@ def _check_microbatches(config: JobConfig) -> None:
         found = getattr(p, f"pipeline_parallel_{name}")
         if found is not None and found < low:
             raise UserError(f"--parallelism.pipeline_parallel_{name}: found {found}, must be {low} or more")
+    schedule.check(config)
 
 
 def _check_batch(config: JobConfig, data_parallel: int) -> None:
@@ -252,12 +261,20 @@ def _check_folders(config: JobConfig) -> None:
     for flag, path in (("job.dump_folder", config.job.dump_folder), ("checkpoint.folder", checkpoint.folder)):
         if "://" in path:
             raise UserError(f"--{flag}: found {path}, must be a folder of this machine's file system")
+    if os.path.normpath(checkpoint.folder) in ("hf", "model"):
+        raise UserError(f"--checkpoint.folder: found {checkpoint.folder}, where a run has its exports or its config")
+    every = checkpoint.keep_every if checkpoint.enable else 0
+    if every and (checkpoint.interval_type == "seconds" or every % checkpoint.interval):
+        raise UserError(
+            f"--checkpoint.keep_every: found {every}, must be a multiple of checkpoint.interval, in steps "
+            f"({checkpoint.interval} {checkpoint.interval_type}): no other checkpoints are there to keep"
+        )
     if checkpoint.create_seed_checkpoint and checkpoint.initial_load_path:
         raise UserError("--checkpoint.create_seed_checkpoint: --checkpoint.initial_load_path must not be set beside it")
     if unknown := set(checkpoint.exclude_from_loading) - set(_MAY_BE_LEFT_OUT):
         allowed = ", ".join(_MAY_BE_LEFT_OUT)
         raise UserError(f"--checkpoint.exclude_from_loading: found {min(unknown)}, must be among {allowed}")
-    start = choose(checkpoint, dump / checkpoint.folder, config.training.steps)
+    start = choose(config)
     if start.mode != "resume":
         check_left_out(checkpoint, dump)
     if start.mode == "init" and checkpoint.initial_load_in_hf:

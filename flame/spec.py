@@ -23,7 +23,7 @@ from flame.metrics import build_metrics
 from flame.models import titan
 from flame.models.causal_lm import CausalLM, ModelArgs
 from flame.models.counterpart import RECORD, rename
-from flame.models.hf import check_buildable, choose_attention, import_models, load_hf_config
+from flame.models.hf import check_buildable, check_lengths, choose_attention, import_models, load_hf_config
 from flame.models.loss import build_loss
 from flame.parallel import layout
 from flame.parallel.apply import parallelize
@@ -111,6 +111,7 @@ def _load_hf(job_config: Any, tokenizer: Any) -> dict[str, Any]:
         )
     choose_attention(hf_config, family, _compute_dtype(job_config))
     hf_model = check_buildable(hf_config, model.config, model.trust_remote_code)
+    check_lengths(hf_model, job_config)
     layout.check(family, hf_config, hf_model, job_config)
     quantize.adapt(job_config, family, hf_model)
     _check_same_model("model.config", json.loads(hf_config.to_json_string(use_diff=False)), job_config)

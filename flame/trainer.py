@@ -329,11 +329,13 @@ class FlameTrainer(torchtitan.train.Trainer):
         agree(self.ranks, self._record)
 
     def _record(self) -> None:
-        if self.step < self.job_config.training.steps:  # else nothing is trained, and what was recorded stays
+        trains = self.step < self.job_config.training.steps  # else what was recorded stays
+        if trains:
             self.run.rewind(self.step)
             self.run.start(to_toml(recorded(self.job_config)), self._device())
         self.run.set_status("running", start=self.checkpointer.origin)
-        self.model_parts[0].record(self.run.folder / "model", self.tokenizer.hf)
+        if trains or not (self.run.folder / "model").exists():
+            self.model_parts[0].record(self.run.folder / "model", self.tokenizer.hf)
 
     def batch_generator(self, data_iterable: Iterable[Batch]) -> Iterator[Batch]:
         """torchtitan's generator, which it asks for as soon as a checkpoint is loaded."""

@@ -17,7 +17,7 @@ from flame.checkpoint.convert import convert_hf_to_dcp
 from flame.checkpoint.report import REPORT, new_folder, sha256, write_report
 from flame.checkpoint.safetensors_file import Entry, find_files, read_headers
 from flame.checkpoint.structure import Structure, UnfaithfulError, check_structure
-from flame.checkpoint.weights import untied
+from flame.checkpoint.weights import check_ties, checksum, under_own_names
 from flame.errors import FULL, UserError
 from flame.verify import HOLDS
 
@@ -38,6 +38,8 @@ def convert(given: argparse.Namespace) -> str:
     if given.checkpoint.exists():
         raise UserError(f"--checkpoint {given.checkpoint}: exists already; name a folder that does not")
     folder = given.model[0] if len(given.model) == 1 and given.model[0].is_dir() else None
+    if absent := [str(path) for path in given.model if not path.exists()]:
+        raise UserError(f"--model {absent[0]}: there is no such folder or file; of a hub id, download it first")
     files = find_files(folder) if folder else given.model
     entries = read_headers(files)
     if not entries:
@@ -45,7 +47,7 @@ def convert(given: argparse.Namespace) -> str:
     structure = None
     checks: dict[str, Any] = {"bytes": "every tensor reads back as it was written", "structure": "not checked"}
     if folder and not given.no_verify:
-        structure = check(folder, entries)
+        structure, entries = check(folder, entries)
         checks["structure"] = HOLDS
     total = sum(entry.nbytes for entry in entries.values())
     bar = tqdm(total=total, unit="B", unit_scale=True, disable=None)
@@ -59,8 +61,8 @@ def convert(given: argparse.Namespace) -> str:
     return said
 
 
-def check(folder: Path, entries: dict[str, Entry]) -> Structure:
-    """The structure of the folder's config.json; takes away what transformers leaves aside of the tensors.
+def check(folder: Path, entries: dict[str, Entry]) -> tuple[Structure, dict[str, Entry]]:
+    """The structure of the folder's config.json, and the tensors without those that transformers leaves aside.
 
     Raises UserError and UnfaithfulError.
     """
@@ -72,12 +74,15 @@ def check(folder: Path, entries: dict[str, Entry]) -> Structure:
             f"--model {folder}: found no config.json to check the tensors against; --no_verify does without"
         )
     structure = read_structure(folder)
-    for name in [name for name in entries if structure.published.ignores(name)]:
-        del entries[name]
-    check_structure({name: (entry.dtype, entry.shape) for name, entry in entries.items()}, structure.published)
-    if complaints := list(untied(entries, structure.published)):
-        raise UnfaithfulError("\n  ".join(complaints))
-    return structure
+    published = structure.published
+    entries = {name: entry for name, entry in entries.items() if not published.ignores(name)}
+    entries = under_own_names(entries, published)
+    check_structure({name: (entry.dtype, entry.shape) for name, entry in entries.items()}, published)
+    try:
+        check_ties(f"--model {folder}", entries.keys(), published, lambda name: checksum(entries[name]))
+    except UserError as error:
+        raise UnfaithfulError(str(error)) from None
+    return structure, entries
 
 
 def main(argv: list[str]) -> int:

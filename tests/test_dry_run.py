@@ -94,6 +94,18 @@ def test_the_stages_have_all_parameters_and_their_ranks_all_of_these(tmp_path, s
     assert sum(rank.parameters for rank in estimate(measure(args, config, 2, "none"), config, 2)) == whole
 
 
+@pytest.mark.parametrize("schedule", ["1F1B", "Interleaved1F1B", "ZBVZeroBubble"])
+def test_a_schedule_goes_by_its_name_in_small_letters_too(tmp_path, schedule):
+    flag = "--parallelism.pipeline_parallel_schedule"
+    config, args = job(tmp_path, "llama", _DEGREE.format("pipeline", 2), f"{flag}={schedule}", num_hidden_layers=6)
+    parts = measure(args, config, 2, "none")
+    found = estimate(parts, config, 2)
+    config.parallelism.pipeline_parallel_schedule = schedule.lower()
+    assert estimate(parts, config, 2) == found
+    config.parallelism.pipeline_parallel_schedule_csv = "order.csv"  # which may keep all microbatches
+    assert (estimate(parts, config, 2)[0].activations > found[0].activations) == (schedule != "ZBVZeroBubble")
+
+
 def test_full_checkpointing_keeps_a_block_input_and_every_second_block_half_of_them(tmp_path):
     config, args = job(
         tmp_path, "llama", "--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option=2"

@@ -10,13 +10,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROWS = (
     "errors data.fast data.document data.packed data.retry",
-    "data.window data.jsonl data.megatron data.textfile checkpoint.element checkpoint.record checkpoint.report",
+    "data.window data.jsonl data.megatron data.textfile checkpoint.element checkpoint.record checkpoint.report "
+    "parallel.schedule",
     "legacy setting section log device schedule storage stop lock agreement checkpoint.chunk checkpoint.structure "
     "checkpoint.commit data.prefetch data.table "
     "models.family models.reference.precision models.reference.packing models.reference.delta_chunk",
     "data.source data.skip data.cursor data.order data.mixture data.tokenize data.pack data.ledger "
     "models.loss models.flops finite "
-    "checkpoint.dcp_file checkpoint.safetensors_file checkpoint.start checkpoint.proof checkpoint.writer "
+    "checkpoint.dcp_file checkpoint.safetensors_file checkpoint.proof checkpoint.writer "
     "models.reference.attention models.reference.convolution models.reference.linear_attention models.reference.norm "
     "models.reference.gate models.reference.hgrn models.reference.simple_gla models.reference.token_shift",
     "models.reference.gsa models.reference.lightnet models.reference.delta_rule models.reference.mamba "
@@ -24,10 +25,10 @@ ROWS = (
     "config data.lane models.llama models.fla models.init models.reference "
     "parallel.tensor parallel.context parallel.pipeline parallel.layout checkpoint.convert "
     "checkpoint.dcp_reader",
-    "input run data.loader checkpoint.export checkpoint.manager checkpoint.initial parallel.apply "
+    "input run data.loader checkpoint.export checkpoint.start parallel.apply "
     "models.neox models.falcon models.moe models.delta models.generic models.shrink quantize",
-    "plan metrics parallel.titan models.table data.inspect data.corpus data.bench",
-    "preflight validation models.hf models.counterpart data.__main__",
+    "plan metrics checkpoint.initial parallel.titan models.table data.inspect data.corpus data.bench",
+    "preflight validation checkpoint.manager models.hf models.counterpart data.__main__",
     "models.causal_lm models.titan blueprint",
     "spec models.audit models.listing activation",
     "trainer verify models.__main__ memory",

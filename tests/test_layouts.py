@@ -1,6 +1,7 @@
 """The same global batch gives the same loss and gradient norm in every layout, and however it is accumulated."""
 
 import importlib.util
+import inspect
 import re
 
 import pytest
@@ -9,12 +10,14 @@ import torch._inductor.config
 import torch.distributed as dist
 from torch.distributed._symmetric_memory import is_symm_mem_enabled_for_group
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 
 from flame.config import parse
 from flame.models.hf import check_buildable
 from flame.models.table import BY_MODEL_TYPE
 from flame.parallel.apply import overlap
 from flame.parallel.layout import ASYNC, empty_stages
+from flame.parallel.schedule import SCHEDULE, SCHEDULES
 from tests.launch import REPO
 from tests.layouts import LAYOUTS, MODELS, STEPS, differences, refusal, refusal_of, run
 from tests.models.small import OTHERS, SHIPPED, small
@@ -150,7 +153,7 @@ def test_a_type_whose_plan_says_more_than_heads_and_columns_is_refused(fields, w
     assert refusal(fields["model_type"], "fsdp2") is None
 
 
-SCHEDULES = ("Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble")
+LOOPED = ("Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
 ORDER = """0F0,0F1,2F0,2F1,2B0,2B1,0B0,0B1
 1F0,1F1,3F0,3F1,3B0,3B1,1B0,1B1
 """  # of rank 0 and rank 1: all forwards, then all backwards, of two microbatches
@@ -161,13 +164,13 @@ def test_every_schedule_of_a_pipeline_has_the_numbers_of_one_rank(tmp_path, monk
     monkeypatch.setitem(MODELS, "deep", {**MODELS["llama"], "num_hidden_layers": 6})
     (tmp_path / "order.csv").write_text(ORDER)
     ranks, flags = LAYOUTS["pp2"]
-    schedule, halves = "--parallelism.pipeline_parallel_schedule", "--parallelism.pipeline_parallel_microbatch_size=4"
-    for name in SCHEDULES:
-        monkeypatch.setitem(LAYOUTS, name, (ranks, [*flags, f"{schedule}={name}"]))
-    by_file = [f"{schedule}=Interleaved1F1B", f"{schedule}_csv={tmp_path}/order.csv", halves]
+    halves = "--parallelism.pipeline_parallel_microbatch_size=4"
+    for name in LOOPED:
+        monkeypatch.setitem(LAYOUTS, name, (ranks, [*flags, f"{SCHEDULE}={name}"]))
+    by_file = [f"{SCHEDULE}=Interleaved1F1B", f"{SCHEDULE}_csv={tmp_path}/order.csv", halves]
     monkeypatch.setitem(LAYOUTS, "csv", (ranks, [*flags, *by_file]))
-    runs = run(tmp_path, [("deep", name) for name in (*SCHEDULES, "csv")])
-    for name in (*SCHEDULES, "csv"):
+    runs = run(tmp_path, [("deep", name) for name in (*LOOPED, "csv")])
+    for name in (*LOOPED, "csv"):
         compare("deep", name, runs)
 
 
@@ -210,24 +213,81 @@ def test_training_moves_the_weights(name, quick):
         (f"{ASYNC} {COMPILED} --compile.backend=eager", "needs .*--compile.backend inductor"),
         ("--parallelism.tensor_parallel_degree=3", "must divide the model's num_attention_heads, 4"),
         ("--parallelism.tensor_parallel_degree=2 --training.seq_len=129", "--training.seq_len: found 129"),
-        (
-            "--parallelism.pipeline_parallel_degree=2 --parallelism.pipeline_parallel_schedule=foo",
-            "--parallelism.pipeline_parallel_schedule: Unknown schedule name 'foo'. The valid options are .*GPipe",
-        ),
-        (
-            "--parallelism.pipeline_parallel_degree=2 --parallelism.pipeline_parallel_schedule=DualPipeV",
-            "--parallelism.pipeline_parallel_schedule: DualPipeV needs a GPU",
-        ),
         ("--parallelism.pipeline_parallel_degree=4", "stage 1 would have none of the model's 2 blocks"),
         (
             "--parallelism.pipeline_parallel_degree=2 --parallelism.pipeline_parallel_layers_per_stage=1",
             "makes 4 stages, of which 1F1B needs one on each of 2 ranks",
+        ),
+        (
+            "--parallelism.pipeline_parallel_degree=2 --parallelism.pipeline_parallel_layers_per_stage=1 "
+            f"{SCHEDULE}=loopedbfs --parallelism.pipeline_parallel_last_stage_less_layers=0",
+            "makes 3 stages, of which LoopedBFS needs two or more on each of 2 ranks",
+        ),
+        *(
+            (
+                "--parallelism.pipeline_parallel_degree=2 --parallelism.pipeline_parallel_layers_per_stage=2 "
+                "--parallelism.pipeline_parallel_first_stage_less_layers=10 "
+                f"{SCHEDULE}={name.lower()}",
+                f"makes 7 stages, of which {name} needs two on each of 2 ranks",
+            )
+            for name in ("ZBVZeroBubble", "DualPipeV")
         ),
     ],
 )
 def test_a_layout_that_cannot_be_is_refused_in_one_line(flags, words):
     message = refusal_of("llama", flags.split())
     assert re.search(words, message) and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        (ORDER, None),
+        (ORDER.replace("2B0,2B1", "2I0,2I1,2W0,,2W1"), None),
+        (ORDER.replace("2B0,0B1", "(2B0;0B1)OVERLAP_F_B"), None),
+        ("hello,world\n", "cannot be read: Invalid action string: hello"),
+        ("", "has 0 rows, must have 2"),
+        (ORDER + ORDER, "has 4 rows, must have 2"),
+        (ORDER.replace("1B1", "1SEND_B1"), "has 1SEND_B1, must have no steps but F, B, I and W"),
+        (ORDER.replace("0B1", "1B1"), "has 1B1 in row 1, whose rank has the stages 0, 2"),
+        (ORDER.replace("3F1", "5F1"), "has 5F1 in row 2, whose rank has the stages 1, 3"),
+        (ORDER.replace("0F1", "0F2"), "has 0F2, and the job's microbatches are 0 to 1"),
+        (ORDER.replace("0F1", "0F"), "has 0F, and the job's microbatches are 0 to 1"),
+        (ORDER.replace("0F1", "0F0"), "has 0F0 twice"),
+        (ORDER.replace("1F1,", ""), "has no 1F1, and must have 2 microbatches"),
+        (ORDER.replace(",0B1", ""), "Invalid backward microbatches for stage 0"),
+        ("0B0," + ORDER.replace(",0B0", ""), "Running Full Backward for stage 0, microbatch 0 without first running"),
+        (ORDER.replace("0F0,0F1,2F0", "2F0,0F0,0F1"), "can't schedule sends/recvs"),
+    ],
+)
+def test_steps_that_are_not_those_of_the_job_are_refused(text, words, tmp_path, monkeypatch):
+    monkeypatch.setitem(MODELS, "deep", {**MODELS["llama"], "num_hidden_layers": 6})
+    (tmp_path / "order.csv").write_text(text)
+    flags = [*LAYOUTS["pp2"][1], f"{SCHEDULE}=Interleaved1F1B", f"{SCHEDULE}_csv={tmp_path}/order.csv"]
+    message = refusal_of("deep", [*flags, "--parallelism.pipeline_parallel_microbatch_size=4"])
+    assert message is None if words is None else words in message and "\n" not in message, message
+
+
+def test_a_backward_in_two_is_not_compiled(tmp_path):
+    (tmp_path / "order.csv").write_text("0F0,0F1,0B0,0I1,0W1\n1F0,1F1,1B0,1B1\n")
+    flags = [*LAYOUTS["pp2"][1], f"{SCHEDULE}_csv={tmp_path}/order.csv", "--compile.enable"]
+    message = refusal_of("llama", [*flags, "--parallelism.pipeline_parallel_microbatch_size=4"])
+    assert "--compile.enable: found true" in message and "(0I1)" in message
+
+
+def test_the_schedules_are_those_of_torch_and_ask_what_it_asks():
+    with pytest.raises(ValueError, match="'foo'") as unknown:
+        get_schedule_class("foo")
+    known = set(re.findall(r"'(\w+)'", str(unknown.value))) - {"foo", "PipelineScheduleSingle", "PipelineScheduleMulti"}
+    assert known == {schedule.name for schedule in SCHEDULES}
+    for schedule in SCHEDULES:
+        torchs = get_schedule_class(schedule.name)
+        code = inspect.getsource(torchs.__init__)
+        assert (schedule.stages == 1) == issubclass(torchs, PipelineScheduleSingle)
+        assert (schedule.stages == 2) == ("self.n_local_stages != 2" in code)
+        assert schedule.fills == ("n_microbatches < self._num_stages" in code)
+        assert schedule.rounds == ("n_microbatches % self.number_of_rounds" in code)
+        assert schedule.halves == ("_check_torch_compile_compatibility" in code)
 
 
 def test_asynchronous_tensor_parallelism_reaches_the_compiler(tmp_path, monkeypatch):

@@ -111,6 +111,9 @@ def test_a_job_that_can_train_passes(flags, ranks):
         ("--checkpoint.folder gs://bucket", ["--checkpoint.folder", "gs://bucket", "file system"]),
         ("--checkpoint.initial_load_path s3://bucket/step-5", ["--checkpoint.initial_load_path", "s3://bucket"]),
         ("--checkpoint.keep_every -1", ["--checkpoint.keep_every", "0 or more"]),
+        ("--checkpoint.keep_every 750", ["--checkpoint.keep_every", "multiple of checkpoint.interval", "(500 steps)"]),
+        ("--checkpoint.keep_every 500 --checkpoint.interval_type seconds", ["--checkpoint.keep_every", "500 seconds"]),
+        ("--checkpoint.folder hf/", ["--checkpoint.folder: found hf/", "where a run has its exports"]),
     ],
 )
 def test_what_could_not_train_is_refused_in_one_line(flags, words):
@@ -255,3 +258,69 @@ def test_nothing_is_written():
 
 def test_the_pretraining_job_passes():
     check(parse(["--job.config_file", str(ROOT / "configs/jobs/pretrain.toml")]), 8)
+
+
+_PIPELINE = "--parallelism.pipeline_parallel_degree 2"
+_SCHEDULE = f"{_PIPELINE} --parallelism.pipeline_parallel_schedule"
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (f"{_PIPELINE} --training.local_batch_size 1", ["local_batch_size: found 1", "2 or more", "1F1B", "2 stages"]),
+        (
+            f"{_PIPELINE} --training.local_batch_size 4 --parallelism.pipeline_parallel_microbatch_size 4",
+            ["local_batch_size: found 4", "8 or more", "pipeline_parallel_microbatch_size 4"],
+        ),
+        (f"{_SCHEDULE} dualpipev --training.local_batch_size 3", ["found 3", "4 or more", "DualPipeV", "4 stages"]),
+        (f"{_SCHEDULE} Interleaved1F1B --training.local_batch_size 5", ["found 5", "2 ranks", "4 or 6 would work"]),
+        (f"{_SCHEDULE} interleavedzerobubble --training.local_batch_size 7", ["found 7", "6 or 8 would work"]),
+        *(
+            (f"{_SCHEDULE} {name.lower()} --compile.enable", ["--compile.enable: found true", "must be false", name])
+            for name in ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
+        ),
+        *(
+            (f"{_SCHEDULE} {name}", [f"pipeline_parallel_schedule: found '{name}'", "must be one of 1F1B, GPipe, "])
+            for name in ("foo", "PipelineScheduleSingle", "pipelineschedulemulti")
+        ),
+        (f"{_PIPELINE} --optimizer.early_step_in_backward", ["early_step_in_backward: found true", "pipelines"]),
+        (
+            "--parallelism.data_parallel_replicate_degree 2 --optimizer.early_step_in_backward",
+            ["early_step_in_backward: found true", "DDP"],
+        ),
+    ],
+)
+@pytest.mark.parametrize("model", [MODEL, ["--model.name", "llama3"]])
+def test_a_schedule_and_an_optimizer_that_cannot_run_are_refused(flags, words, model):
+    message = refusal(flags, 2, model)
+    assert [word for word in words if word not in message] == [], message
+
+
+@pytest.mark.parametrize(
+    "flags, ranks",
+    [
+        (f"{_SCHEDULE} gpipe --training.local_batch_size 1", 2),
+        (f"{_SCHEDULE} Interleaved1F1B --training.local_batch_size 6", 2),
+        (f"{_SCHEDULE} LoopedBFS --training.local_batch_size 1 --compile.enable", 2),
+        (f"{_PIPELINE} --parallelism.pipeline_parallel_schedule_csv a.jsonl --training.local_batch_size 1", 2),
+        ("--optimizer.early_step_in_backward", 2),
+        ("--optimizer.early_step_in_backward --parallelism.data_parallel_replicate_degree 2", 4),
+        (
+            "--optimizer.early_step_in_backward --parallelism.data_parallel_replicate_degree 2 "
+            "--parallelism.context_parallel_degree 2",  # whose ranks share the weights
+            4,
+        ),
+        ("--compile.enable --compile.components model", 1),
+        ("--compile.components loss", 1),
+    ],
+)
+def test_what_other_schedules_and_layouts_can_do_passes(flags, ranks):
+    check(parse([*MODEL, *flags.split()]), ranks)
+
+
+@pytest.mark.parametrize("components, found", [(["loss"], "loss"), ([], "nothing")])
+def test_a_compiler_that_would_compile_nothing_is_refused(components, found):
+    config = parse([*MODEL, "--compile.enable"])
+    config.compile.components = components
+    with pytest.raises(UserError, match=f"--compile.components: found {found}, must have model"):
+        check(config, 1)

@@ -319,5 +319,5 @@ def test_a_learning_rate_that_breaks_the_weights_ends_in_one_line_and_exit_code_
         said = job.log.read_text()
         assert (code, status["status"]) == (1, "failed"), said
         assert said.count("flame: step") == 1 and report in said
-        assert "Traceback" not in said and "ChildFailedError" not in said
+        assert "Traceback" not in said and "ChildFailedError" not in said and "error file" not in said
         assert not (tmp_path / name / "checkpoint").exists()

@@ -160,11 +160,24 @@ def test_a_chosen_step_is_resumed_and_what_was_logged_after_it_is_moved_aside(ro
     assert (root / "chosen" / "checkpoint" / "replaced" / "step-4" / ".metadata").exists()
 
 
+def test_the_same_command_goes_on_from_where_it_went_back_to_and_another_goes_back_again(root, job):
+    back = ("--checkpoint.load_step=2", "--checkpoint.interval=1", "--lr_scheduler.total_steps=5")
+    train_each([job("back", "--checkpoint.interval=1")])
+    said = train_each([job("back", *back, steps=5), job("back", *back, steps=5)])
+    assert "This job is complete: step 5 of 5" in said and "load_step 2: this job went back to it before" in said
+    replaced = root / "back" / "checkpoint" / "replaced"
+    assert sorted(path.name for path in replaced.iterdir()) == ["step-3", "step-4"]
+    assert json.loads((root / "back" / "status.json").read_text())["start"]["load_step"] == 2
+    train_each([job("back", *back, "--optimizer.lr=1e-5", steps=5)])
+    assert (replaced / "step-5").exists() and metrics(root / "back")[-1]["lr"] < 1e-5
+
+
 def test_a_refused_resume_leaves_the_records_of_the_run_as_they_were(root, job):
     train_each([job("whole", steps=2)])
     files = ("config.toml", "status.json", "metrics.jsonl", "model/config.json")
     before = [(root / "whole" / name).read_text() for name in files]
-    for refused in (["--data.lanes=32"], [f"--model.config={root}/gla.json"]):
+    biased = write_config(root, "llama", "biased", attention_bias=True)
+    for refused in (["--data.lanes=32"], [f"--model.config={root}/gla.json"], [f"--model.config={biased}"]):
         done = train(*job("whole", *refused, steps=3))
         assert done.stderr.count("flame: --") == 1
         assert [(root / "whole" / name).read_text() for name in files] == before
@@ -172,8 +185,26 @@ def test_a_refused_resume_leaves_the_records_of_the_run_as_they_were(root, job):
 
 def test_a_job_asked_for_fewer_steps_than_it_has_done_is_complete(root, job):
     train_each([job("longer", steps=3)])
-    said = train_each([job("longer", steps=2)])
+    recorded = (root / "longer" / "model" / "config.json").read_bytes()
+    other = write_config(root, "llama", "other", rope_parameters={"rope_type": "default", "rope_theta": 77.0})
+    said = train_each([job("longer", f"--model.config={other}", steps=2)])
     assert "This job is complete: step 3 of 2" in said
+    assert (root / "longer" / "model" / "config.json").read_bytes() == recorded  # what was trained
+
+
+def test_a_job_that_cannot_be_exported_says_so_in_one_line_and_the_same_command_exports_it(root, job):
+    folder = root / "unexported"
+    folder.mkdir()
+    (folder / "hf").touch()  # in the way
+    flags = job("unexported", "--checkpoint.export", steps=2)
+    done = train(*flags)
+    status = json.loads((folder / "status.json").read_text())
+    assert (done.returncode, status["status"]) == (1, "failed")
+    assert status["reason"].startswith("step 2 is saved, but was not exported: ")
+    assert done.stderr.count("flame: step 2 is saved, but was not exported: ") == 1
+    (folder / "hf").unlink()
+    assert train(*flags).returncode == 0
+    assert (folder / "hf" / "step-2" / "conversion_report.json").exists()
 
 
 def test_the_profiler_runs_without_an_accelerator(root, job):
@@ -189,9 +220,9 @@ def test_a_new_learning_rate_takes_effect_on_resume(root, job):
 
 
 def test_tensorboard_and_wandb_are_written_and_a_resumed_run_goes_on_in_the_same_wandb_run(root, job):
-    logs = ("--metrics.enable_wandb", "--metrics.enable_tensorboard")
+    logs = ("--metrics.enable_wandb", "--metrics.enable_tensorboard", "--parallelism.pipeline_parallel_degree=2")
     for steps in (2, 4):
-        train_each([job("logged", *logs, steps=steps)], WANDB_MODE="offline")
+        train_each([job("logged", *logs, steps=steps)], ranks=2, WANDB_MODE="offline")
     folder = root / "logged"
     run_id = (folder / "wandb_run_id").read_text()
     runs = list(folder.glob("tb/*/wandb/offline-run-*"))

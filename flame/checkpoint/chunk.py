@@ -4,7 +4,6 @@
 """
 
 import io
-import math
 import pickle
 import struct
 import zipfile
@@ -18,6 +17,8 @@ import numpy as np
 from flame.checkpoint.element import SIZES, Box, as_bytes, is_adjacent, raw, read_box, reading
 from flame.checkpoint.record import read_pickle
 from flame.errors import UserError
+
+READ_BYTES = 4 << 20
 
 
 class DamagedError(ValueError):
@@ -43,7 +44,7 @@ class ChunkReader:
 
     def __init__(self, chunk: Chunk, name: str, dtype: str) -> None:
         self.chunk, self.name, self.dtype = chunk, name, dtype
-        self.crc, self.count, self.expected = 0, 0, None
+        self.crc, self.count = 0, 0
         try:
             with _Range(chunk) as view, zipfile.ZipFile(view) as archive:
                 folder = archive.namelist()[0].split("/")[0]
@@ -61,10 +62,10 @@ class ChunkReader:
             raise self._damaged(f"no file of torch.save ({type(error).__name__}: {error})") from None
         if sizes != chunk.sizes:
             raise self._damaged(f"a tensor of shape {sizes}, must be {chunk.sizes}")
-        self.start = chunk.start + memory.header_offset + 30 + name_length + extra_length + first * SIZES[dtype]
+        self.memory = chunk.start + memory.header_offset + 30 + name_length + extra_length
+        self.nbytes, self.expected = memory.file_size, memory.CRC
+        self.start = self.memory + first * SIZES[dtype]
         self.row_major = _is_row_major(sizes, self.strides)
-        if self.row_major and memory.file_size == math.prod(sizes) * SIZES[dtype]:
-            self.expected = memory.CRC
 
     def read(self, box: Box) -> np.ndarray:
         """The raw elements of a box of the tensor that lies in this chunk; boxes come in row-major order."""
@@ -79,9 +80,20 @@ class ChunkReader:
         return block
 
     def check(self) -> None:
-        """After the last box: raises DamagedError if the chunk was read whole, and is not what torch wrote."""
-        if self.count == math.prod(self.chunk.sizes) and self.expected not in (None, self.crc):
-            raise self._damaged(f"checksum {self.crc:08x}, must be {self.expected:08x}")
+        """Raises DamagedError if the chunk is not what torch wrote; it is read for that, unless all of it was."""
+        crc = self.crc if self.count * SIZES[self.dtype] == self.nbytes else self._read_crc()
+        if crc != self.expected:
+            raise self._damaged(f"checksum {crc:08x}, must be {self.expected:08x}")
+
+    def _read_crc(self) -> int:
+        crc, left = 0, self.nbytes
+        with reading(self.chunk.file), open(self.chunk.file, "rb", buffering=0) as stream:
+            stream.seek(self.memory)
+            while left:
+                if not (data := stream.read(min(left, READ_BYTES))):
+                    raise self._damaged("the end of the file")
+                crc, left = zlib.crc32(data, crc), left - len(data)
+        return crc
 
     def _map(self) -> np.ndarray:
         """The chunk by its strides: torch saves the memory of a transposed tensor as it is."""

@@ -9,7 +9,7 @@ from zlib import crc32
 
 import numpy as np
 
-from flame.checkpoint.dcp_file import BLOCK_BYTES, StoredTensor, read_blocks, read_tensors
+from flame.checkpoint.dcp_file import BLOCK_BYTES, StoredTensor, check_tensor, read_blocks, read_tensors
 from flame.checkpoint.element import FLOATS, SIZES, as_bytes, cast
 from flame.checkpoint.safetensors_file import Entry, check_file, lay_out, read_bytes, write_file
 from flame.checkpoint.structure import Found, Part, Structure, UnfaithfulError, whole
@@ -40,8 +40,13 @@ def convert_dcp_to_hf(
     stored = {name: tensors[part.tensor].dtype for name, part in parts.items()}
     wanted = {name: (dtype if dtype and stored[name] in FLOATS else stored[name], p.shape) for name, p in parts.items()}
 
+    checked: set[str] = set()
+
     def blocks(name: str) -> Iterator[np.ndarray]:
         part = parts[name]
+        if part.box != tensors[part.tensor].box and part.tensor not in checked:
+            check_tensor(part.tensor, tensors[part.tensor])
+            checked.add(part.tensor)
         head = prod(part.shape) // part.heads * SIZES[stored[name]] if part.heads else None
         for block in read_blocks(part.tensor, tensors[part.tensor], part.box, head or BLOCK_BYTES):
             if part.heads:  # a block is a head

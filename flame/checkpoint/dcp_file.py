@@ -24,6 +24,11 @@ class StoredTensor:
     shape: tuple[int, ...]
     chunks: tuple[Chunk, ...]
 
+    @property
+    def box(self) -> Box:
+        """All of it."""
+        return tuple((0, size) for size in self.shape)
+
 
 def read_tensors(checkpoint: Path) -> dict[str, StoredTensor]:
     """The model's tensors, sorted by name. Raises UserError if this is no complete checkpoint or holds no model."""
@@ -56,14 +61,21 @@ def read_blocks(
 ) -> Iterator[np.ndarray]:
     """A tensor's raw elements, or those of a box of it, in row-major order, at most `block_bytes` at a time.
 
-    Raises DamagedError if the chunks do not fill the tensor, a file is cut short, or a checksum is wrong.
+    Raises DamagedError if the chunks do not fill the tensor, a file is cut short, or a checksum is wrong; those of a
+    box that is not the whole are left to `check_tensor`.
     """
-    whole = tuple((0, size) for size in tensor.shape) if box is None else box
-    readers = [ChunkReader(chunk, name, tensor.dtype) for chunk in tensor.chunks if _overlap(chunk, whole) is not None]
-    for each in boxes(whole, max(1, block_bytes // SIZES[tensor.dtype])):
+    box = box or tensor.box
+    readers = [ChunkReader(chunk, name, tensor.dtype) for chunk in tensor.chunks if _overlap(chunk, box) is not None]
+    for each in boxes(box, max(1, block_bytes // SIZES[tensor.dtype])):
         yield _assemble(name, tensor, readers, each)
-    for reader in readers:
+    for reader in readers if box == tensor.box else ():
         reader.check()
+
+
+def check_tensor(name: str, tensor: StoredTensor) -> None:
+    """Read the chunks of a tensor. Raises DamagedError if one is not what torch wrote."""
+    for chunk in tensor.chunks:
+        ChunkReader(chunk, name, tensor.dtype).check()
 
 
 def _tensor(checkpoint: Path, name: str, entry: dict[str, Any], places: dict[Any, dict[str, Any]]) -> StoredTensor:

@@ -1,24 +1,29 @@
-"""What a run starts from if it resumes nothing: Hugging Face weights or a DCP checkpoint, checked before it starts."""
+"""What a run starts from, checked against its model: Hugging Face weights or a DCP checkpoint."""
 
 import os
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from torchtitan.protocols.state_dict_adapter import StateDictAdapter
 
-from flame.checkpoint.dcp_file import read_tensors
+from flame.checkpoint.dcp_file import StoredTensor, read_blocks, read_tensors
 from flame.checkpoint.dcp_reader import WeightReader
+from flame.checkpoint.element import as_bytes
 from flame.checkpoint.start import choose
 from flame.checkpoint.structure import Structure
-from flame.checkpoint.weights import Weights, check_initial, find_folder, read_weights
+from flame.checkpoint.weights import FLAG, Weights, check_found, check_ties, find_folder, read_weights
 
 
 class IdentityAdapter(StateDictAdapter):
     """Weights are read under the names that training has, as they are cut, so that conversion changes nothing."""
 
-    def __init__(self, weights: Weights | None, model_args: Any, hf_assets_path: str | None) -> None:
-        self.weights, self.hf_assets_path, self.fqn_to_index_mapping = weights, hf_assets_path, None
+    def __init__(
+        self, structure: Structure, weights: Weights | None, model_args: Any, hf_assets_path: str | None
+    ) -> None:
+        self.structure, self.weights = structure, weights  # of the model; what it starts from
+        self.hf_assets_path, self.fqn_to_index_mapping = hf_assets_path, None
 
     def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         parts = self.weights.structure.parts if self.weights else {}
@@ -40,15 +45,30 @@ def build_adapter(job_config: Any, structure: Structure) -> Any:
     downloaded by a dry run. Raises UserError.
     """
     checkpoint, source = job_config.checkpoint, job_config.checkpoint.initial_load_path
-    folder = Path(job_config.job.dump_folder, checkpoint.folder)
-    if not source or choose(checkpoint, folder, job_config.training.steps).mode != "init":
-        return partial(IdentityAdapter, None)
-    if not checkpoint.initial_load_in_hf:
-        if os.path.isdir(source):  # or DCP's own business, such as s3://
-            tensors = read_tensors(Path(source))
-            check_initial(Path(source), {name: (t.dtype, t.shape) for name, t in tensors.items()}, structure)
-        return partial(IdentityAdapter, None)
-    if job_config.job.dry_run and not os.path.isdir(source):
-        return partial(IdentityAdapter, None)
     grow = job_config.model.grow_vocab or bool(job_config.model.add_tokens)
-    return partial(IdentityAdapter, read_weights(find_folder(source), structure, grow=grow))
+    weights = None
+    if source and choose(job_config).mode == "init":
+        if not checkpoint.initial_load_in_hf:
+            hint = "; only Hugging Face weights grow (--checkpoint.initial_load_in_hf)" if grow else ""
+            check_checkpoint(FLAG, Path(source), structure, hint, ties=True)
+        elif os.path.isdir(source) or not job_config.job.dry_run:
+            weights = read_weights(find_folder(source), structure, grow=grow)
+    return partial(IdentityAdapter, structure, weights)
+
+
+def check_checkpoint(flag: str, checkpoint: Path, structure: Structure, hint: str = "", *, ties: bool) -> None:
+    """Refuse a DCP checkpoint whose tensors are not the model's: DCP leaves out what the model does not have.
+
+    ties: read those that the config ties, to see that they are the same. Raises UserError, in one line.
+    """
+    tensors, where = read_tensors(checkpoint), f"{flag} {checkpoint}"
+    check_found(where, {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}, structure, hint)
+    if ties:
+        check_ties(where, tensors.keys(), structure, lambda name: _checksum(name, tensors[name]))
+
+
+def _checksum(name: str, tensor: StoredTensor) -> str:
+    digest = xxhash.xxh3_128()
+    for block in read_blocks(name, tensor):
+        digest.update(as_bytes(block))
+    return digest.hexdigest()

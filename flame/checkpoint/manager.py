@@ -29,6 +29,7 @@ from flame.checkpoint.commit import (
     set_aside,
     survey,
 )
+from flame.checkpoint.initial import check_checkpoint
 from flame.checkpoint.proof import PATIENCE, agree, find_whole
 from flame.checkpoint.start import check_resumable, choose, compare, step_of
 from flame.checkpoint.writer import Writer
@@ -64,6 +65,8 @@ class CheckpointManager(TitanCheckpointManager):
 
     def save(self, curr_step: int, last_step: bool = False) -> None:
         """Save if a save is due. Raises SaveError, on all ranks, as --checkpoint.on_save_failure says."""
+        if last_step and self.enable and not self.load_only:
+            self._wait_out()
         try:
             super().save(curr_step, last_step)
         except CheckpointException as error:
@@ -76,7 +79,7 @@ class CheckpointManager(TitanCheckpointManager):
         """
         if not self.enable or self.load_only or step == 0:  # a run at step 0 starts again as it did
             return
-        self._async_wait()
+        self._wait_out()
         if not self._is_saved(step):
             logger.info(f"Saving a full checkpoint at step {step}.")
             states, path = self._flattened_model_states_sd(), self._create_checkpoint_id(step)
@@ -116,10 +119,7 @@ class CheckpointManager(TitanCheckpointManager):
 
     def close(self) -> None:
         if getattr(self, "save_future", None) is not None:
-            try:
-                self._async_wait()
-            except SaveError as error:  # what closes now has ended already, well or not
-                logger.error(str(error))
+            self._wait_out()  # what closes now has ended already, well or not
         super().close()
 
     def _facts(self, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -137,7 +137,7 @@ class CheckpointManager(TitanCheckpointManager):
 
     def _should_save(self, curr_step: int, last_step: bool = False) -> bool:
         if self.every_seconds and self.enable and not self.load_only and not last_step:
-            return self.due
+            return self.due or (curr_step == 1 and self.config.enable_first_step_checkpoint)
         return super()._should_save(curr_step, last_step)
 
     def _save_last_step(self, curr_step: int) -> None:
@@ -156,6 +156,13 @@ class CheckpointManager(TitanCheckpointManager):
         except CheckpointException as error:
             self.save_future = None
             self._settle(error)
+
+    def _wait_out(self) -> None:
+        """Wait for an async save whose failure is no reason not to save once more."""
+        try:
+            self._async_wait()
+        except SaveError as error:
+            logger.error(str(error))
 
     def _settle(self, error: CheckpointException, final: bool = False) -> None:
         """Clear up after a save that failed on all ranks, and go on if that was asked for and another save follows."""
@@ -196,17 +203,19 @@ class CheckpointManager(TitanCheckpointManager):
         A checkpoint is proven before any of it is loaded; one that is damaged is named, and the newest before it that
         is not is taken, unless a step was asked for.
         """
-        folder = Path(self.folder) if self.enable else Path()
-        last_step = self.states[TRAIN_STATE].job_config.training.steps
-        start = agree(self.ranks, lambda: choose(self.config, folder, last_step))
+        folder, job_config = Path(self.folder) if self.enable else Path(), self.states[TRAIN_STATE].job_config
+        last_step = job_config.training.steps
+        start = agree(self.ranks, lambda: choose(job_config))
         source, restored = "", []
         if start.mode == "resume":
             agree(self.ranks, lambda: self._name_broken(folder))
-            flag = "--checkpoint.load_step" if self.config.load_step >= 0 else "--checkpoint.folder"
+            flag = f"--checkpoint.{'load_step' if start.steps == (self.config.load_step,) else 'folder'}"
             path = find_whole(self.ranks, [folder / f"step-{step}" for step in start.steps], flag)
             number = step_of(path)
             if number > 0:
                 agree(self.ranks, lambda: check_resumable(path, last_step))
+            if self.sd_adapter is not None:  # of a model whose structure is known
+                agree(self.ranks, lambda: check_checkpoint(flag, path, self.sd_adapter.structure, ties=number == 0))
             source, restored = str(path), self._resume(path, number)
             if number < last_step:
                 agree(self.ranks, lambda: self._set_aside(folder, number))
@@ -214,6 +223,8 @@ class CheckpointManager(TitanCheckpointManager):
             agree(self.ranks, lambda: self._set_aside(folder))
             if start.mode == "init":
                 source, restored = self.initial_load_path, self._load_initial()
+                if (step := self.states[TRAIN_STATE].step) >= last_step:
+                    raise UserError(f"--training.steps: found {last_step}, must be more than {source}'s {step}")
         if self.enable and self.keep_latest_k and not self.load_only and dist.get_rank() == 0:
             for path in condemned(folder):
                 self.purge_queue.put(str(path))
@@ -279,16 +290,21 @@ class CheckpointManager(TitanCheckpointManager):
         trainer = self.states[TRAIN_STATE]
         self.origin = {"mode": mode, "source": source or None, "step": trainer.step, "tokens": trainer.tokens}
         self.origin["restored"] = restored
+        if self.config.load_step >= 0:
+            self.origin["load_step"] = self.config.load_step
         if dist.get_rank() != 0:
             return
         origin = f" from {source}" if source else ""
         what = ", ".join(restored) or "nothing, the weights are random"
         logger.info(f"start: {mode}{origin}, step {trainer.step}, {trainer.tokens:,} tokens; restored: {what}")
-        if mode == "resume":
+        if mode == "resume" and self.exclude_from_loading:
+            logger.info("--checkpoint.exclude_from_loading is for --checkpoint.initial_load_path: all was restored")
+        if mode == "resume" and self.config.load_step not in (-1, trainer.step):
+            logger.info(f"--checkpoint.load_step {self.config.load_step}: this job went back to it before, and goes on")
+        if mode == "resume" or (mode == "init" and not self.initial_load_in_hf):
             marker = read_marker(Path(source))
             if not marker:
                 logger.warning(f"{source} has no {MARKER}: no more than its names and sizes could be checked")
-            if self.exclude_from_loading:
-                logger.info("--checkpoint.exclude_from_loading is for --checkpoint.initial_load_path: all was restored")
-            for change in compare(marker["config"], self._settings()) if "config" in marker else ():
+            changes = compare(marker["config"], self._settings()) if "config" in marker else ()
+            for change in changes if len(restored) > 1 else ():  # of a model alone no setting is taken over
                 logger.info(f"changed since {Path(source).name}: {change}")

@@ -1,5 +1,6 @@
 """Where a job starts: the rules that are asked before it is launched and again on its ranks. Imports no torch."""
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any, Literal
 import tomli
 
 from flame.checkpoint.commit import complaint, is_resumable, is_unfinished, survey
+from flame.config import recorded, to_toml
 from flame.errors import UserError
 
 _NAMES = ("job.dump_folder", "job.config_file", "job.description", "checkpoint.folder")  # nothing of what is trained
@@ -23,12 +25,13 @@ class Start:
     steps: tuple[int, ...] = ()
 
 
-def choose(config: Any, folder: Path, last_step: int) -> Start:
-    """How a job with these settings of checkpoints ([checkpoint]) starts, whose own are in `folder`.
+def choose(job_config: Any) -> Start:
+    """How a job with these settings starts. A model alone, as last_save_model_only saves it, can be its last step only.
 
-    last_step: training.steps; a model alone, as last_save_model_only saves it, can be that step and no other.
     Raises UserError where what is asked for cannot be, or would leave out or overwrite what is there.
     """
+    config, last_step = job_config.checkpoint, job_config.training.steps
+    folder = Path(job_config.job.dump_folder, config.folder)
     asked, path = config.start, config.initial_load_path
     if not config.enable:
         if asked in ("resume", "init"):
@@ -39,7 +42,7 @@ def choose(config: Any, folder: Path, last_step: int) -> Start:
     found = survey(folder)
     steps = [step for step, reason in found.items() if reason is None]
     broken = {step: reason for step, reason in found.items() if reason}
-    if config.load_step >= 0:
+    if config.load_step >= 0 and not went_back(job_config):
         return _choose_step(config, folder, last_step, steps, broken)
     if asked == "init" and not path:
         raise UserError("--checkpoint.start: found init, but --checkpoint.initial_load_path is not set")
@@ -49,6 +52,7 @@ def choose(config: Any, folder: Path, last_step: int) -> Start:
         raise UserError(f"--checkpoint.start: found {asked}, but there is {folder}/step-{steps[-1]}; move it away")
     if later := [step for step in reversed(steps) if step > 0]:
         check_resumable(folder / f"step-{later[0]}", last_step)
+        _check_load_only(config, folder / f"step-{later[0]}", last_step)
         return Start("resume", tuple(later))
     if not _may_begin(config, folder, broken):
         reasons = "; ".join(f"step-{step}: {reason}" for step, reason in broken.items())
@@ -73,6 +77,26 @@ def check_resumable(checkpoint: Path, last_step: int) -> None:
             f"--checkpoint.last_save_model_only: {checkpoint} holds the model alone and cannot be resumed; go on "
             "from one before it with --checkpoint.load_step, or start another run from it with "
             "--checkpoint.initial_load_path"
+        )
+
+
+def went_back(job_config: Any) -> bool:
+    """Whether this very job, started before, went back to its checkpoint.load_step, from which it now goes on."""
+    run = Path(job_config.job.dump_folder)
+    try:
+        start = json.loads((run / "status.json").read_bytes())["start"]
+        again = (run / "config.toml").read_text() == to_toml(recorded(job_config))
+        return again and start["load_step"] == job_config.checkpoint.load_step
+    except (OSError, ValueError, KeyError, TypeError):  # no run folder as yet, or what is left of one
+        return False
+
+
+def _check_load_only(config: Any, checkpoint: Path, last_step: int) -> None:
+    if config.load_only and step_of(checkpoint) < last_step:
+        raise UserError(
+            "--checkpoint.load_only: found true, but --job.dump_folder has a run's own checkpoints, and its records "
+            "would give way to those of steps that are not saved; give another folder, and "
+            f"--checkpoint.initial_load_path {checkpoint}"
         )
 
 
@@ -118,6 +142,7 @@ def _choose_step(config: Any, folder: Path, last_step: int, steps: list[int], br
         raise UserError(f"--checkpoint.load_step: no whole step-{step} in {folder}{why}, {found}")
     if step > 0:
         check_resumable(folder / f"step-{step}", last_step)
+        _check_load_only(config, folder / f"step-{step}", last_step)
     return Start("resume", (step,))
 
 

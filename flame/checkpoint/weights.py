@@ -1,7 +1,7 @@
 """Hugging Face weights that a run starts from: where they are, and whether they are those of its model."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,33 +55,42 @@ def read_weights(folder: Path, structure: Structure, *, grow: bool = False) -> W
     published = structure.published
     entries = read_headers(find_files(folder, FLAG), FLAG)
     entries = {name: entry for name, entry in entries.items() if not published.ignores(name)}
-    for complaint in untied(entries, published):
-        raise UserError(f"{FLAG} {folder}: {complaint}")
+    entries = under_own_names(entries, published)
+    check_ties(f"{FLAG} {folder}", entries.keys(), published, lambda name: checksum(entries[name]))
     found = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
     smaller = published.before_growth(found)
     hint = "" if grow or compare(found, smaller) else "; --model.grow_vocab or --model.add_tokens starts from fewer ids"
-    check_initial(folder, found, smaller if grow else published, hint)
+    check_found(f"{FLAG} {folder}", found, smaller if grow else published, hint)
     return Weights(folder, {name: e for name, e in entries.items() if name in published.tensors}, structure)
 
 
-def untied(entries: Mapping[str, Entry], published: Structure) -> Iterator[str]:
-    """A complaint for each further name of a tied tensor that has other values: transformers would not tie it."""
-    for name in published.shared.keys() & entries.keys():
-        tensor = published.shared[name]
-        if tensor in entries and _checksum(entries[name]) != _checksum(entries[tensor]):
-            yield f"{name} is not {tensor}, which the config ties it to; set tie_word_embeddings to false"
+def under_own_names(entries: Mapping[str, Entry], published: Structure) -> dict[str, Entry]:
+    """The tensors of files, of which a tied one may be there under its further name alone."""
+    renamed = {name: tensor for name, tensor in published.shared.items() if tensor not in entries}
+    return {renamed.get(name, name): entry for name, entry in entries.items()}
 
 
-def _checksum(entry: Entry) -> str:
+def check_ties(where: str, names: Collection[str], structure: Structure, checksum: Callable[[str], str]) -> None:
+    """Raises UserError if a further name of a tied tensor has other values: transformers would not tie it."""
+    for name in structure.shared.keys() & names:
+        tensor = structure.shared[name]
+        if tensor in names and checksum(name) != checksum(tensor):
+            raise UserError(
+                f"{where}: {name} is not {tensor}, which the config ties it to; set tie_word_embeddings to false"
+            )
+
+
+def checksum(entry: Entry) -> str:
+    """A hash of a tensor in a file."""
     digest = xxhash.xxh3_128(f"{entry.dtype} {entry.shape}".encode())
     for piece in read_bytes(entry):
         digest.update(piece)
     return digest.hexdigest()
 
 
-def check_initial(folder: Path, found: Found, structure: Structure, hint: str = "") -> None:
+def check_found(where: str, found: Found, structure: Structure, hint: str = "") -> None:
     """Raises UserError, in one line with a hint, for tensors that are not those of the structure."""
     if complaints := compare(found, structure):
         more = f" and {len(complaints) - SHOWN} more" if len(complaints) > SHOWN else ""
         said = "; ".join(complaints[:SHOWN])
-        raise UserError(f"{FLAG} {folder}: not the tensors of --model.config's model: {said}{more}{hint}")
+        raise UserError(f"{where}: not the tensors of --model.config's model: {said}{more}{hint}")

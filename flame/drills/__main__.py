@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
                 print(f"  {'ok    ' if holds else 'FAILED'}  {claim}" + ("" if holds else f": {found}"), flush=True)
         except (RuntimeError, OSError) as error:
             print(f"flame: {name}: {error}", file=sys.stderr)
-            return 2
+            return 1 if failed else 2
         except KeyboardInterrupt:
             print(f"flame: {name}: interrupted; the runs are in {root}", file=sys.stderr)
             return INTERRUPTED

@@ -46,6 +46,7 @@ class Job:
             "--metrics.log_freq=1",
             f"--checkpoint.interval={INTERVAL}",
             "--checkpoint.no_export",
+            "--debug.deterministic",  # on GPUs: runs are compared to the last digit
             *flags,
         ]
         self.process: subprocess.Popen | None = None
@@ -69,9 +70,13 @@ class Job:
             )
 
     def end(self) -> int:
-        """Wait for the launcher; returns its exit code."""
+        """Wait for the launcher; returns its exit code. Raises RuntimeError if the job hangs, and ends it."""
         assert self.process is not None
-        return self.process.wait(PATIENCE)
+        try:
+            return self.process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise RuntimeError(f"a job was still running after {PATIENCE} s; see {self.log}") from None
 
     def run(self, fault: str = "FlameTrainer", *flags: str) -> int:
         """Start and end."""

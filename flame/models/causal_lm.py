@@ -13,6 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torchtitan.protocols import BaseModelArgs, ModelProtocol
 from transformers import PreTrainedConfig
+from transformers.utils.generic import is_flash_attention_requested
 
 from flame.checkpoint.export import record_assets
 from flame.models.family import Family
@@ -140,6 +141,9 @@ class CausalLM(ModelProtocol):
         setattr(self.backbone, self.family.blocks, Blocks(blocks))
         if "tok_embeddings" not in parts:
             setattr(self.backbone, self.family.embedding, None)
+            for name, child in list(self.backbone.named_children()):
+                if isinstance(child, nn.Dropout):  # GPT-NeoX's of the embeddings, which this stage is not given
+                    setattr(self.backbone, name, nn.Identity())
         if "norm" not in parts:
             setattr(self.backbone, self.family.norm, nn.Identity())  # transformers calls it whatever it is
         if "output" not in parts:
@@ -174,6 +178,8 @@ class CausalLM(ModelProtocol):
             packing = {"position_ids": positions}
             if self.family.packing == "mask":
                 packing["attention_mask"] = _same_document(positions)
+            elif is_flash_attention_requested(self.hf.config):  # takes no mask, and reads no positions of several rows
+                packing |= _varlen(_boundaries(positions) if cu_seqlens is None else cu_seqlens, shape[1])
         routed = self.family.router_loss if labels is not None and self._balances else None
         if routed is not None:
             packing["output_router_logits"] = True
@@ -234,6 +240,13 @@ def _same_document(positions: torch.Tensor) -> torch.Tensor:
     document = (positions == 0).cumsum(-1)
     same = document[:, :, None] == document[:, None, :]
     return same.tril()[:, None]
+
+
+def _varlen(cu_seqlens: torch.Tensor, row: int) -> dict[str, Any]:
+    """What transformers hands on to flash-attn, as FlashAttentionKwargs, of documents within rows of so many tokens."""
+    # The longest document may be overstated, at the price of empty blocks: a length that does not change with the batch
+    # neither waits for the GPU nor compiles anew.
+    return {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens, "max_length_q": row, "max_length_k": row}
 
 
 def _boundaries(positions: torch.Tensor) -> torch.Tensor:

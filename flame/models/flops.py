@@ -6,6 +6,8 @@ import torch.nn as nn
 
 from flame.models.family import Family
 
+EXPERTS_MET = ("num_experts_per_tok", "moe_topk", "top_k_experts")  # transformers' names for it in configs of mixtures
+
 
 def flops_per_token(family: Family, config: Any, weights: int, seq_len: int) -> int:
     """Training FLOPs a token: 6 for each weight that is multiplied, and three times the mixers' forward.
@@ -15,16 +17,24 @@ def flops_per_token(family: Family, config: Any, weights: int, seq_len: int) -> 
     return round(6 * weights + 3 * family.mixer_flops(config, seq_len))
 
 
+def experts_met(config: Any) -> int:
+    """The experts a token is sent to, 0 if its config does not say."""
+    return next((found for name in EXPERTS_MET if (found := getattr(config, name, None))), 0)
+
+
 def weights_met(model: nn.Module, config: Any, table: nn.Embedding | None) -> int:
     """The parameters of a model that a token is multiplied with.
 
     Without embeddings, as a lookup costs nothing, except `table`, the one a tied head multiplies with; of transformers'
-    experts, whose first dimension numbers them, only as many as a token is sent to.
+    experts, which are the first dimension of one parameter, only as many as a token is sent to.
     """
     looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) and m is not table}
+    convolved = {id(m.weight) for m in model.modules() if isinstance(m, nn.Conv1d)}
+    sent_to = experts_met(config)
     met = 0.0
-    for name, parameter in model.named_parameters():
-        routed = ".experts." in name and parameter.ndim == 3
-        share = config.num_experts_per_tok / len(parameter) if routed else 1.0
+    for parameter in model.parameters():
+        share = 1.0
+        if sent_to and parameter.ndim == 3 and id(parameter) not in convolved:
+            share = min(share, sent_to / len(parameter))  # experts that every token meets may be such a parameter too
         met += 0 if id(parameter) in looked_up else share * parameter.numel()
     return round(met)

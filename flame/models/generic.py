@@ -58,6 +58,8 @@ def read_family(hf: nn.Module, model_type: str, from_fla: bool) -> Family:
 def _cut(config: Any, name: str, blocks: nn.Module) -> Cut | str:
     """How the blocks of this name are divided by transformers' plan, or why they are not."""
     whole, none = f"{name}.*.", "and flame.models.table no row"
+    if getattr(config, "is_heterogeneous", False) and (differing := config.per_layer_attributes):
+        return f"its layers differ in {min(differing)}, {none}"
     plan = {key.removeprefix(whole): how for key, how in (config.base_model_tp_plan or {}).items() if whole in key}
     if not plan:
         return f"transformers has no plan for it (base_model_tp_plan), {none}"

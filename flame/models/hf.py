@@ -20,6 +20,7 @@ from flame.errors import UserError
 from flame.models import reference, table
 from flame.models.family import Family
 from flame.models.generic import read_family
+from flame.models.llama import each_layer
 
 logger = logging.getLogger("flame")
 VOCAB_MULTIPLE = 64  # a grown vocabulary is rounded up to this: tensor cores and TP like it
@@ -130,19 +131,47 @@ def check_buildable(config: PreTrainedConfig, source: str, trust_remote_code: bo
 def _check_types(config: PreTrainedConfig, source: str) -> None:
     """Refuse a number that is none, and heads and experts that do not fit; fla's configs take anything. UserError."""
     for name, usual in vars(type(config)()).items():
-        value = getattr(config, name, None)
+        value = vars(config).get(name)
         if type(usual) in (int, float) and value is not None and not isinstance(value, int | float):
             raise UserError(f"--model.config {source}: {name} is {value!r}, must be a number")
-    heads, shared = getattr(config, "num_attention_heads", None), getattr(config, "num_key_value_heads", None)
-    if heads and shared and heads % shared:
-        raise UserError(
-            f"--model.config {source}: num_key_value_heads {shared} must divide num_attention_heads {heads}"
-        )
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
-    if experts and experts < (chosen := getattr(config, "num_experts_per_tok", None) or 0):
-        raise UserError(
-            f"--model.config {source}: num_experts_per_tok {chosen} is more than the {experts} experts there are"
-        )
+    for layer in each_layer(config):
+        heads, shared = getattr(layer, "num_attention_heads", None), getattr(layer, "num_key_value_heads", None)
+        if heads and shared and heads % shared:
+            raise UserError(
+                f"--model.config {source}: num_key_value_heads {shared} must divide num_attention_heads {heads}"
+            )
+        experts = getattr(layer, "num_local_experts", None) or getattr(layer, "num_experts", None)
+        if experts and experts < (chosen := getattr(layer, "num_experts_per_tok", None) or 0):
+            raise UserError(
+                f"--model.config {source}: num_experts_per_tok {chosen} is more than the {experts} experts there are"
+            )
+
+
+def check_lengths(hf: PreTrainedModel, job_config: Any) -> None:
+    """Refuse rows, or with varlen pieces, longer than the table in which a model looks up positions. Raises UserError.
+
+    hf may be on the meta device.
+    """
+    limit = getattr(hf.config, "max_position_embeddings", None)  # which rotary positions, being computed, may exceed
+    tokens = hf.get_input_embeddings()
+    if limit is None or not any(_holds_positions(m, limit) for m in hf.base_model.modules() if m is not tokens):
+        return
+    sections = ("training", "validation") if job_config.validation.enable else ("training",)
+    asked = {f"{section}.seq_len": getattr(job_config, section).seq_len for section in sections}
+    if job_config.training.varlen:
+        asked = {"training.context_len": job_config.training.context_len}
+    for flag, length in asked.items():
+        if length > limit:
+            raise UserError(
+                f"--{flag}: found {length}, must be at most {limit}, the positions that this {hf.config.model_type} "
+                "has a table of (max_position_embeddings or n_positions of its config)"
+            )
+
+
+def _holds_positions(module: torch.nn.Module, limit: int) -> bool:
+    if isinstance(module, torch.nn.Embedding):
+        return module.num_embeddings == limit + getattr(module, "offset", 0)  # BioGPT's begin at the third row
+    return any(buffer.ndim > 1 and len(buffer) == limit for buffer in module.buffers(recurse=False))  # GPT-J's sines
 
 
 def build_hf(config: PreTrainedConfig, **options: Any) -> PreTrainedModel:

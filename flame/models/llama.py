@@ -10,14 +10,25 @@ from flame.models.family import Cut, Family, attention_flops
 
 def rotary_attention_flops(config: Any, seq_len: int) -> float:
     """Forward FLOPs a token of all attention layers of a config with transformers' names."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    width = config.num_attention_heads * head_dim
-    window = getattr(config, "sliding_window", None)
-    layers = getattr(config, "layer_types", None)  # where layers differ, each says whether the window is its own
-    if layers is None:
-        layers = ["full_attention" if window is None else "sliding_attention"] * config.num_hidden_layers
-    windows = [window if kind == "sliding_attention" else None for kind in layers]
-    return sum(attention_flops(width, seq_len, window) for window in windows)
+    # where layers differ, each says whether the window is its own
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return sum(
+        _layer_flops(layer, seq_len, kind == "sliding_attention")
+        for layer, kind in zip(each_layer(config), kinds, strict=False)
+    )
+
+
+def _layer_flops(layer: Any, seq_len: int, slides: bool) -> float:
+    head_dim = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+    window = getattr(layer, "sliding_window", None) if slides else None
+    return attention_flops(layer.num_attention_heads * head_dim, seq_len, window)
+
+
+def each_layer(config: Any) -> list[Any]:
+    """The config of each layer: Gemma 4's refuses to be asked for what its layers do not share."""
+    if getattr(config, "is_heterogeneous", False):
+        return list(config.per_layer_config)
+    return [config] * config.num_hidden_layers
 
 
 LLAMA = Family(

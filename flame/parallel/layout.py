@@ -5,10 +5,10 @@ from typing import Any
 
 import torch.nn as nn
 from torchtitan.distributed.pipeline_parallel import generate_llm_fqn_per_model_part
-from torchtitan.tools.utils import device_type
 
 from flame.errors import UserError
 from flame.models.family import Cut, Family
+from flame.parallel import schedule
 
 TENSOR, PIPELINE, CONTEXT = (f"--parallelism.{kind}_parallel_degree" for kind in ("tensor", "pipeline", "context"))
 ASYNC = "--parallelism.enable_async_tensor_parallel"
@@ -39,9 +39,10 @@ def check(family: Family, config: Any, model: nn.Module, job_config: Any) -> Non
                 )
     _check_async(job_config)
     if layout.pipeline_parallel_degree > 1:
-        _check_schedule(layout.pipeline_parallel_schedule)
         for reason in _stage_reasons(family, config, job_config):
             raise UserError(f"{PIPELINE}: found {layout.pipeline_parallel_degree}, must be 1: {reason}")
+        for complaint in schedule.complain(job_config, len(stages(config.num_hidden_layers, layout))):
+            raise UserError(complaint)
 
 
 def _check_recomputation(job_config: Any) -> None:
@@ -91,17 +92,6 @@ def _check_columns(family: Family, config: Any, model: Any, tensor: int) -> None
             raise UserError(f"{TENSOR}: found {tensor}, must divide the model's {name}, {size}")
 
 
-def _check_schedule(name: str) -> None:
-    from torch.distributed.pipelining.schedules import ScheduleDualPipeV, get_schedule_class
-
-    try:
-        schedule = get_schedule_class(name)
-    except ValueError as error:  # which has the names there are
-        raise UserError(f"--parallelism.pipeline_parallel_schedule: {error}") from None
-    if schedule is ScheduleDualPipeV and device_type == "cpu":
-        raise UserError(f"--parallelism.pipeline_parallel_schedule: {name} needs a GPU, and none is visible")
-
-
 def _stage_reasons(family: Family, config: Any, job_config: Any) -> Iterator[str]:
     """Why a model cannot be cut into the pipeline stages asked for."""
     layout = job_config.parallelism
@@ -142,20 +132,19 @@ def whole_model(blocks: int) -> list[str]:
 
 def stages(blocks: int, layout: Any) -> list[list[str]]:
     """The modules of each pipeline stage, as torchtitan's pipeline_llm chooses them. Raises ValueError."""
-    from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
-
-    single = issubclass(get_schedule_class(layout.pipeline_parallel_schedule), PipelineScheduleSingle)
+    chosen = schedule.find(layout)
     first, last = (getattr(layout, f"pipeline_parallel_{edge}_stage_less_layers") for edge in ("first", "last"))
     degree, named = layout.pipeline_parallel_degree, layout.module_fqns_per_model_part
-    size, number = layout.pipeline_parallel_layers_per_stage, degree * (1 if single else 2)
+    size, number = layout.pipeline_parallel_layers_per_stage, degree * (chosen.stages or 2)
     asked = ""
     if named is not None:
         asked, number = "module_fqns_per_model_part", len(named)
     elif size is not None:
         asked, number = f"pipeline_parallel_layers_per_stage {size}", -(-(blocks + first + last) // size)
-    if number < degree or number % degree or (number == degree) != single:
+    on_each, rest = divmod(number, degree)
+    if rest or (on_each != chosen.stages if chosen.stages else on_each < 2):
+        needed = {None: "two or more", 1: "one", 2: "two"}[chosen.stages]
         raise ValueError(
-            f"{asked} makes {number} stages, of which {layout.pipeline_parallel_schedule} needs "
-            f"{'one' if single else 'two or more'} on each of {degree} ranks"
+            f"{asked} makes {number} stages, of which {chosen.name} needs {needed} on each of {degree} ranks"
         )
     return named if named is not None else generate_llm_fqn_per_model_part(number, blocks, first, last)

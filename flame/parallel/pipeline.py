@@ -8,6 +8,8 @@ import torch.nn as nn
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.pipeline_parallel import pipeline_llm
 
+from flame.parallel.schedule import without_overlap
+
 
 class Split(nn.Module):
     """A model under the names that torchtitan splits by: it copies this for each stage and sets to None what is not."""
@@ -44,4 +46,5 @@ def pipeline(
     def parallelize_stage(split: Any, *args: Any) -> nn.Module:
         return parallelize(split.stage(), *args)
 
+    job_config = without_overlap(job_config)
     return pipeline_llm(Split(model), parallel_dims, job_config, device, model_args, parallelize_stage, loss)

@@ -14,8 +14,9 @@ from torchtitan.tools.utils import device_type
 
 from flame.config import world_size
 from flame.errors import UserError
+from flame.parallel import schedule
 from flame.parallel.apply import sum_without_scaling
-from flame.parallel.layout import ASYNC, CONTEXT, PIPELINE, TENSOR, compiles_blocks, empty_stages
+from flame.parallel.layout import ASYNC, CONTEXT, PIPELINE, TENSOR, compiles_blocks, empty_stages, stages
 from flame.parallel.region import change_output, move
 
 
@@ -68,13 +69,14 @@ def _complaints(spec: Any, args: Any, job_config: Any) -> Iterator[str]:
                 f"--{section}.seq_len: found {seq_len}, must be a multiple of {2 * tensor} (2 x tensor_parallel_degree)"
                 f" and at most training.seq_len {training.seq_len} for torchtitan's models"
             )
-    if (stages := layout.pipeline_parallel_degree) > 1:
-        if expert > 1 and layout.pipeline_parallel_schedule.lower() == "dualpipev":
-            yield "--parallelism.pipeline_parallel_schedule: found DualPipeV, must be another with experts divided"
+    if (degree := layout.pipeline_parallel_degree) > 1:
+        if expert > 1 and schedule.find(layout).name == "DualPipeV":
+            yield f"{schedule.SCHEDULE}: found DualPipeV, must be another with experts divided"
         if spec.pipelining_fn is None:
-            yield f"{PIPELINE}: found {stages}, must be 1: torchtitan cannot divide {model.name} into stages"
+            yield f"{PIPELINE}: found {degree}, must be 1: torchtitan cannot divide {model.name} into stages"
         for reason in empty_stages(args.n_layers, layout):
-            yield f"{PIPELINE}: found {stages}, must be 1: {reason}"
+            yield f"{PIPELINE}: found {degree}, must be 1: {reason}"
+        yield from schedule.complain(job_config, len(stages(args.n_layers, layout)))
 
 
 def has_experts(args: Any) -> bool:
@@ -119,7 +121,7 @@ def _attend_to_parts(model: nn.Module) -> None:
             module.forward = partial(run, module.forward)
 
 
-def pipeline(pipelining_fn: Callable, *args: Any) -> Any:
+def pipeline(pipelining_fn: Callable, model: nn.Module, parallel_dims: Any, job_config: Any, *args: Any) -> Any:
     """torchtitan's own `pipelining_fn` of a model, and a mend of torch 2.13: before the first step a stage runs on
     memory nobody has filled, to learn the shapes of what it is handed, and its routers count that as tokens."""
 
@@ -127,12 +129,12 @@ def pipeline(pipelining_fn: Callable, *args: Any) -> Any:
         with kept_counts(stage):
             return prepare(*args, **options)
 
-    schedule, *rest = pipelining_fn(*args)
-    for stage in getattr(schedule, "_stages", None) or [schedule._stage]:
+    made, *rest = pipelining_fn(model, parallel_dims, schedule.without_overlap(job_config), *args)
+    for stage in getattr(made, "_stages", None) or [made._stage]:
         for name in ("_prepare_forward_infra", "_prepare_backward_infra"):
             if prepare := getattr(stage, name, None):  # the second is newer than torch 2.11
                 setattr(stage, name, partial(run, prepare, stage.submod))
-    return (schedule, *rest)
+    return (made, *rest)
 
 
 @contextlib.contextmanager

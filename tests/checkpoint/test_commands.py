@@ -87,7 +87,7 @@ def test_an_unknown_flag_or_type_exits_with_2(capsys):
     "argv, said",
     [
         (["--model={run}/model"], r"--model .*model: found no weights, must hold model\.safetensors or its index"),
-        (["--model={run}/absent.safetensors"], r"absent\.safetensors: cannot be read \(No such file"),
+        (["--model={run}/absent.safetensors"], r"absent\.safetensors: there is no such folder or file"),
         (["--model={run}/model/config.json"], r"config\.json: not a whole safetensors file"),
         (["--model", "{run}/one.safetensors", "{run}/two.safetensors"], r"--model: a is in .*one.* and in .*two"),
         (["--model={run}/none.safetensors"], r"holds no tensors"),

@@ -7,8 +7,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
 
-from flame.checkpoint.chunk import DamagedError
-from flame.checkpoint.dcp_file import read_blocks, read_tensors
+from flame.checkpoint.chunk import ChunkReader, DamagedError
+from flame.checkpoint.dcp_file import check_tensor, read_blocks, read_tensors
 from flame.errors import UserError
 
 TENSORS = {
@@ -92,6 +92,21 @@ def test_a_changed_byte_of_a_tensor_is_found(tmp_path):
     with pytest.raises(DamagedError, match=r"found checksum .* where large should be"):
         content("large", stored["large"])
     assert content("matrix", stored["matrix"]) == TENSORS["matrix"].numpy().tobytes()
+
+
+@pytest.mark.parametrize("name", sorted(TENSORS.keys() - {"empty"}))
+def test_a_changed_byte_is_found_in_whatever_memory_a_tensor_lay(name, tmp_path):
+    checkpoint = save(tmp_path / "step-3")
+    tensor = read_tensors(checkpoint)[name]
+    (chunk,) = tensor.chunks
+    data = bytearray(chunk.file.read_bytes())
+    check_tensor(name, tensor)
+    data[ChunkReader(chunk, name, tensor.dtype).start] ^= 1
+    chunk.file.write_bytes(data)
+    with pytest.raises(DamagedError, match="found checksum"):
+        content(name, tensor)
+    with pytest.raises(DamagedError, match="found checksum"):
+        check_tensor(name, tensor)
 
 
 @pytest.mark.parametrize("kept", [0, 100, 1500])

@@ -7,6 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from flame.blueprint import read_trained
+from flame.checkpoint.chunk import DamagedError
+from flame.checkpoint.dcp_file import read_tensors
 from flame.checkpoint.export import export_checkpoint
 from flame.checkpoint.report import REPORT, new_folder, read_report, sha256
 from tests.checkpoint.models import save_run
@@ -150,3 +153,16 @@ def test_an_export_whose_proof_fails_leaves_what_was_there_and_nothing_else(run,
     with pytest.raises(ValueError, match="another model"):
         export(run, tmp_path / "hf", prove=fail)
     assert [path.name for path in tmp_path.rglob("*")] == ["hf", "mine.safetensors"]
+
+
+def test_a_changed_byte_is_found_in_a_tensor_that_is_published_in_parts(tmp_path):
+    save_run(tmp_path, "mixtral")
+    checkpoint, parts = tmp_path / "checkpoint" / "step-1", read_trained(tmp_path / "model").parts
+    cut = {name: t for name, t in read_tensors(checkpoint).items() if name.endswith("experts.gate_up_proj")}
+    chunk = next(iter(cut.values())).chunks[0]
+    data = bytearray(chunk.file.read_bytes())
+    data[chunk.start + chunk.length // 2] ^= 1
+    chunk.file.write_bytes(data)
+    with pytest.raises(DamagedError, match=r"found checksum .*experts.gate_up_proj should be"):
+        export(tmp_path, tmp_path / "hf", parts=parts)
+    assert not (tmp_path / "hf").exists()

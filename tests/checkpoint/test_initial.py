@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from flame.blueprint import describe
 from flame.checkpoint.dcp_reader import WeightReader
 from flame.checkpoint.export import export_checkpoint
+from flame.checkpoint.initial import check_checkpoint
 from flame.checkpoint.safetensors_file import READ_BYTES, find_files
 from flame.checkpoint.structure import Structure
 from flame.checkpoint.weights import find_folder, read_weights
@@ -126,6 +127,19 @@ def test_a_dcp_checkpoint_of_another_model_is_refused_by_name_too(hf, tmp_path, 
     assert main([*job, f"--checkpoint.initial_load_path={tmp_path}/step-3"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith("step-3: not the tensors of --model.config's model: missing: model.norm.weight")
+
+
+def test_a_checkpoint_with_more_than_the_model_has_is_refused_and_so_is_a_head_that_the_config_ties(tmp_path):
+    for name, tied in (("untied", False), ("tied", True)):
+        model, _ = build(tmp_path, "llama", tie_word_embeddings=tied)
+        dcp.save(model.state_dict(), checkpoint_id=str(tmp_path / name), no_dist=True)
+    structure = structure_of(tmp_path / "llama.json")
+    check_checkpoint("--checkpoint.folder", tmp_path / "tied", structure, ties=True)
+    with pytest.raises(UserError, match=r"^--checkpoint.folder .*untied: lm_head.weight is not model.embed_tokens."):
+        check_checkpoint("--checkpoint.folder", tmp_path / "untied", structure, ties=True)
+    smaller = structure_of(tmp_path / "llama.json", num_hidden_layers=1, tie_word_embeddings=False)
+    with pytest.raises(UserError, match=r"not the tensors .*: unexpected: model.layers.1.* and \d+ more$"):
+        check_checkpoint("--checkpoint.folder", tmp_path / "untied", smaller, ties=False)
 
 
 def test_old_names_that_transformers_leaves_aside_are_left_aside(tmp_path):

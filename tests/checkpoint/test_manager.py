@@ -87,6 +87,17 @@ def test_the_newest_stay_and_so_do_milestones(settings, kept, tmp_path):
     assert all(folder.exists() for folder in others)
 
 
+@pytest.mark.parametrize("settings", [{"enable": False}, {"load_only": True}])
+def test_a_job_that_saves_nothing_ends_like_any_other(settings, tmp_path):
+    Job(tmp_path, **settings).run(3)
+    assert not (tmp_path / "checkpoint").exists()
+
+
+def test_a_first_step_is_saved_too_when_saves_are_counted_in_seconds(tmp_path):
+    Job(tmp_path, interval_type="seconds", enable_first_step_checkpoint=True).run(3)
+    assert steps(tmp_path) == [1, 3]
+
+
 def test_a_step_0_that_a_user_began_with_is_neither_counted_nor_deleted(tmp_path):
     Job(tmp_path).run(2)
     shutil.copytree(tmp_path / "checkpoint" / "step-2", tmp_path / "checkpoint" / "step-0")
@@ -186,12 +197,12 @@ def test_a_damaged_checkpoint_that_is_the_only_one_is_no_way_back_to_the_beginni
         Job(tmp_path).run(4)
 
 
-def test_a_job_that_only_loads_moves_nothing(tmp_path):
+def test_a_job_that_only_loads_is_none_of_the_folder_it_loads_from(tmp_path):
     Job(tmp_path).run(4)
-    job = Job(tmp_path, load_step=2, load_only=True)
-    assert job.manager.load(2)
+    for step in (2, -1):
+        with pytest.raises(UserError, match=r"^--checkpoint.load_only: found true.* --checkpoint.initial_load_path .*"):
+            Job(tmp_path, load_step=step, load_only=True).run(6)
     assert steps(tmp_path) == [2, 4]
-    job.manager.close()
 
 
 def test_a_damaged_initial_checkpoint_is_refused(tmp_path):
@@ -253,6 +264,20 @@ def test_a_save_that_fails_may_be_gone_without_until_the_next(mode, tmp_path, di
     FullDisk(tmp_path, async_mode=mode, on_save_failure="continue").fill(disk).run(8)
     assert steps(tmp_path) == [2, 6, 8] and not any(survey(tmp_path / "checkpoint").values())
     assert sum("step-4 could not be saved" in line for line in log.messages) == 1
+
+
+def test_an_async_save_that_failed_does_not_keep_a_stop_from_saving(tmp_path, disk, log):
+    job = Job(tmp_path, async_mode="async")
+    job.manager.load(-1)
+    job.trainer.step = 2
+    disk(1000)
+    job.manager.save(2)
+    assert job.manager.save_future.exception()
+    disk(resource.RLIM_INFINITY)
+    job.trainer.step = 3
+    job.manager.save_full(3)
+    job.manager.close()
+    assert steps(tmp_path) == [3] and any("step-2 could not be saved" in line for line in log.messages)
 
 
 def test_the_last_save_is_not_gone_without(tmp_path, disk):

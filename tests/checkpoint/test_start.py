@@ -9,7 +9,7 @@ import torch
 from flame.checkpoint.commit import METADATA, SavedFile, write_marker
 from flame.checkpoint.start import check_left_out, choose, compare
 from flame.errors import UserError
-from flame.section import Checkpoint
+from flame.section import Checkpoint, JobConfig
 from tests.checkpoint.managed import Job
 from tests.checkpoint.test_commit import DATA, flip, truncate
 
@@ -99,7 +99,9 @@ def test_a_job_starts_as_the_table_says_or_not_at_all(state, mode, with_path, do
 
 
 def chosen(folder, **settings):
-    return choose(Checkpoint(**settings), folder, last_step=1000)
+    config = JobConfig(checkpoint=Checkpoint(**settings, folder=folder.name))
+    config.job.dump_folder, config.training.steps = str(folder.parent), 1000
+    return choose(config)
 
 
 def mark(folder, *steps, resumable=True):

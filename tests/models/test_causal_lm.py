@@ -1,16 +1,18 @@
+import itertools
 import json
 
 import pytest
 import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, modeling_flash_attention_utils
 
 from flame.errors import UserError
 from flame.models.causal_lm import CausalLM, ModelArgs, _same_document
 from flame.models.hf import load_hf_config
 from flame.models.init import Unit, init_weights
 from flame.models.loss import linear_cross_entropy
-from tests.models.small import fields_of
+from flame.models.reference import attention
+from tests.models.small import OTHERS, distinct, fields_of, small
 from tests.tiny import CONFIGS, write_config
 
 FAMILIES = sorted(CONFIGS)
@@ -150,6 +152,44 @@ def test_packed_documents_give_the_loss_of_each_alone(name, tmp_path):
     assert (leaking[:, 70:] - alone[:, 70:]).abs().max() > 1e-2
 
 
+@pytest.fixture
+def flash_attn(monkeypatch):
+    """flash-attn as transformers would find it installed; its functions are flame's references of them."""
+    functions = (attention.flash_attn_func, attention.flash_attn_varlen_func, None, None, None)
+    monkeypatch.setattr(modeling_flash_attention_utils, "_lazy_imports", lambda *_, **__: functions)
+    monkeypatch.setattr(modeling_flash_attention_utils, "_loaded_implementation", None)
+
+
+def packed_gradients(model, tokens, labels, **packing):
+    model.zero_grad()
+    loss = model(tokens, labels=labels, **packing)
+    loss.backward()
+    return loss.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("name", [n for n in (*distinct(), *OTHERS) if small(n)[0].packing == "positions"])
+def test_flash_attn_keeps_the_documents_of_several_rows_apart(name, flash_attn):
+    args = ModelArgs().bind(*small(name, initializer_range=0.2))
+    model = CausalLM(args)
+    model.init_weights()
+    tokens, labels = torch.randint(0, 320, (2, 2, 64), generator=torch.Generator().manual_seed(0)).unbind()
+    cuts = [0, 20, 64, 70, 128]  # documents begin within both rows, and the rows' own ends part two
+    positions = torch.cat([torch.arange(b - a) for a, b in itertools.pairwise(cuts)]).view(2, 64)
+    packing = {"positions": positions, "cu_seqlens": torch.tensor(cuts, dtype=torch.int32)}
+    assert model.hf.config._attn_implementation == "sdpa"
+    expected = packed_gradients(model, tokens, labels, **packing)
+
+    model.hf.config._attn_implementation = "flash_attention_2"
+    for given in (packing, {"positions": positions}):  # a pipeline's stage is not given the boundaries
+        # other orders of the same fp32 sums
+        torch.testing.assert_close(packed_gradients(model, tokens, labels, **given), expected, rtol=1e-4, atol=1e-4)
+    for i, block in list(model.layers.items()):
+        model.layers.register_module(i, checkpoint_wrapper(block))
+    torch.testing.assert_close(packed_gradients(model, tokens, labels, **packing), expected, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        assert (model(tokens) - model(tokens, **packing)).abs().max() > 1e-2  # rows whose documents see each other
+
+
 # What some families add -----------------------------------------------------------------------------------------------
 
 
@@ -220,3 +260,12 @@ def test_falcons_mask_lets_no_token_see_another_document_or_the_future(tmp_path)
         [0, 0, 1, 1, 0],
         [0, 0, 1, 1, 1],
     ]
+
+
+def test_a_pipelines_last_stage_drops_nothing_out_of_what_it_is_given(tmp_path):
+    model = build(write_config(tmp_path, "gpt_neox", hidden_dropout=0.5)).train()
+    model.keep({"norm", "output"}, {"1": model.layers["1"]})
+    given, seen = torch.ones(2, 16, 64), []
+    model.layers["1"].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model(given, labels=torch.zeros(2, 16, dtype=torch.long))
+    assert torch.equal(seen[0], given)

@@ -5,12 +5,17 @@ real forward; attention on transformers' eager path; and each recurrence, which 
 references partly elementwise, on its definition written out here for one token as matrix products.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import JetMoeConfig, JetMoeForCausalLM
 
 from flame.metrics import known_peak_flops
 from flame.models.causal_lm import CausalLM, ModelArgs
+from flame.models.flops import weights_met
 from tests.models.small import OTHERS, WITHOUT_ROW, distinct, small
 
 ATEN = torch.ops.aten
@@ -149,6 +154,25 @@ def test_experts_a_token_is_not_sent_to_cost_nothing():
     (small_count, less), (large_count, more) = (args.get_nparams_and_flops(model, SEQ) for args, model in (few, many))
     assert large_count > 2 * small_count
     assert more == pytest.approx(less, rel=0.05)  # the router is wider
+
+
+def test_experts_count_as_met_wherever_a_model_has_them():
+    sizes, met = {"hidden_size": 64, "intermediate_size": 96, "num_key_value_heads": 2, "kv_channels": 16}, []
+    for experts in (4, 16):  # of the MLP and of attention, neither under the name `experts` alone
+        config = JetMoeConfig(
+            **sizes, vocab_size=320, num_hidden_layers=2, num_local_experts=experts, num_experts_per_tok=2
+        )
+        with torch.device("meta"):
+            model = JetMoeForCausalLM(config)
+        met.append(weights_met(model, config, None))
+        unknown = SimpleNamespace(num_experts_per_tok=None)  # as DeepSeek-V2's is, unless it is given
+        assert weights_met(model, unknown, model.get_input_embeddings()) == sum(p.numel() for p in model.parameters())
+    assert met[1] - met[0] == 2 * 2 * 12 * 64  # two layers' two routers are wider
+
+
+def test_a_convolution_is_no_expert():
+    model = nn.Sequential(nn.Conv1d(64, 64, 4, groups=64, bias=False))
+    assert weights_met(model, SimpleNamespace(num_experts_per_tok=2), None) == 64 * 4
 
 
 def test_the_peak_of_a_device_is_known_or_none():

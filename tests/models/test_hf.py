@@ -1,0 +1,57 @@
+"""Configs that transformers takes and a run would fall over, and those that only look like it."""
+
+import re
+
+import pytest
+import torch
+
+from flame.config import parse
+from flame.errors import UserError
+from flame.models.hf import check_buildable, check_lengths, read_config
+from flame.models.llama import rotary_attention_flops
+from tests.models.small import OTHERS, distinct, fields_of, small
+
+LEARNED = {
+    "gpt2": fields_of("gpt2", n_positions=64),
+    "biogpt": {**OTHERS["qwen2"], "model_type": "biogpt", "max_position_embeddings": 64},
+    "gptj": {**fields_of("gpt2", n_positions=64, rotary_dim=8), "model_type": "gptj"},
+}
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_rows_longer_than_a_table_of_positions_are_refused_and_those_as_long_run(name):
+    model = check_buildable(read_config(LEARNED[name], name)[1], name)
+    check_lengths(model, parse(["--training.seq_len=64"]))
+    for flags, flag, found in (
+        (["--training.seq_len=65"], "training.seq_len", 65),
+        (["--training.seq_len=64", "--validation.enable", "--validation.seq_len=80"], "validation.seq_len", 80),
+        (["--training.seq_len=99", "--training.varlen"], "training.context_len", 99),
+    ):
+        with pytest.raises(UserError, match=rf"^--{re.escape(flag)}: found {found}, must be at most 64, .* {name} "):
+            check_lengths(model, parse(flags))
+    check_lengths(model, parse(["--training.seq_len=99", "--training.varlen", "--training.context_len=64"]))
+
+    real = type(model)(model.config).eval()
+    real(input_ids=torch.ones(1, 64, dtype=torch.long), use_cache=False)
+    with pytest.raises((IndexError, RuntimeError), match=r"out of (range|bounds)"):  # what the refusal spares a run
+        real(input_ids=torch.ones(1, 65, dtype=torch.long), use_cache=False)
+
+
+@pytest.mark.parametrize("name", [*distinct(), *OTHERS])
+def test_no_table_of_tokens_is_taken_for_one_of_positions(name):
+    config = small(name, max_position_embeddings=320)[1]  # as many as tokens
+    check_lengths(check_buildable(config, name), parse(["--training.seq_len=2048"]))
+
+
+GEMMA4 = {"head_dim": 16, "global_head_dim": 32, "vocab_size_per_layer_input": 320, "hidden_size_per_layer_input": 16}
+
+
+@pytest.mark.parametrize("model_type", ["gemma4_text", "gemma4_unified_text"])
+def test_a_config_whose_layers_differ_is_read_layer_by_layer(model_type):
+    fields = {**OTHERS["qwen2"], **GEMMA4, "model_type": model_type, "sliding_window": 8}
+    family, config = read_config(fields, model_type)
+    # the first block slides over 8 tokens with heads of 16, the last sees all with heads of 32
+    assert rotary_attention_flops(config, 64) == 4 * 4 * 16 * (8 - 64 / 128) + 4 * 4 * 32 * 32
+    assert isinstance(family.cut, str) and "its layers differ in head_dim" in family.cut
+    with pytest.raises(UserError, match=r"num_key_value_heads 3 must divide num_attention_heads 4"):
+        read_config(fields | {"num_key_value_heads": 3}, model_type)
