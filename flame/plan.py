@@ -65,14 +65,20 @@ def _check_ranges(config: JobConfig) -> None:
                 raise UserError(f"--{path}: found {value}, must be {allowed}")
     parse_skip(config.data.skip)
     _check_wall_time(config.training.max_wall_time)
-    training, profiling = config.training, config.profiling
+    training, profiling, checkpoint = config.training, config.profiling, config.checkpoint
     if config.lr_scheduler.total_steps is not None and config.lr_scheduler.total_steps < training.steps:
         raise UserError(
             f"--lr_scheduler.total_steps: found {config.lr_scheduler.total_steps}, must be at least training.steps "
             f"{training.steps}; beyond its end the learning rate would be negative"
         )
-    if config.checkpoint.keep_latest_k == 1:
+    if checkpoint.keep_latest_k == 1:
         raise UserError("--checkpoint.keep_latest_k: found 1, must be 0 (keep all) or 2 or more")
+    every = checkpoint.keep_every if checkpoint.enable else 0
+    if every and (checkpoint.interval_type == "seconds" or every % checkpoint.interval):
+        raise UserError(
+            f"--checkpoint.keep_every: found {every}, must be a multiple of checkpoint.interval, in steps "
+            f"({checkpoint.interval} {checkpoint.interval_type}): no other checkpoints are there to keep"
+        )
     if training.context_len is not None and training.context_len > training.seq_len:
         raise UserError(
             f"--training.context_len: found {training.context_len}, must be at most training.seq_len {training.seq_len}"
@@ -263,12 +269,6 @@ def _check_folders(config: JobConfig) -> None:
             raise UserError(f"--{flag}: found {path}, must be a folder of this machine's file system")
     if os.path.normpath(checkpoint.folder) in ("hf", "model"):
         raise UserError(f"--checkpoint.folder: found {checkpoint.folder}, where a run has its exports or its config")
-    every = checkpoint.keep_every if checkpoint.enable else 0
-    if every and (checkpoint.interval_type == "seconds" or every % checkpoint.interval):
-        raise UserError(
-            f"--checkpoint.keep_every: found {every}, must be a multiple of checkpoint.interval, in steps "
-            f"({checkpoint.interval} {checkpoint.interval_type}): no other checkpoints are there to keep"
-        )
     if checkpoint.create_seed_checkpoint and checkpoint.initial_load_path:
         raise UserError("--checkpoint.create_seed_checkpoint: --checkpoint.initial_load_path must not be set beside it")
     if unknown := set(checkpoint.exclude_from_loading) - set(_MAY_BE_LEFT_OUT):

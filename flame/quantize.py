@@ -8,7 +8,6 @@ from transformers import PreTrainedModel
 
 from flame.errors import UserError
 from flame.models.family import Family
-from flame.parallel.layout import compiles_blocks
 
 
 def check(job_config: Any) -> None:
@@ -34,7 +33,7 @@ def check(job_config: Any) -> None:
                 "--quantize.linear.float8.enable_fsdp_float8_all_gather: found true, must be false beside "
                 f"--quantize.linear.float8.recipe_name {float8.recipe_name}"
             )
-        if not has_cuda_capability(8, 9) and (compiles_blocks(job_config) or not float8.emulate):
+        if not has_cuda_capability(8, 9) and (job_config.compile.enable or not float8.emulate):
             raise UserError(
                 f"{flag}, which needs a GPU of compute capability 8.9 (H100, L40, RTX 40) or more; elsewhere "
                 "--quantize.linear.float8.emulate without --compile.enable"

@@ -17,7 +17,7 @@ from flame.checkpoint.convert import convert_hf_to_dcp
 from flame.checkpoint.report import REPORT, new_folder, sha256, write_report
 from flame.checkpoint.safetensors_file import Entry, find_files, read_headers
 from flame.checkpoint.structure import Structure, UnfaithfulError, check_structure
-from flame.checkpoint.weights import check_ties, checksum, under_own_names
+from flame.checkpoint.weights import checksum, under_own_names, untied
 from flame.errors import FULL, UserError
 from flame.verify import HOLDS
 
@@ -78,10 +78,8 @@ def check(folder: Path, entries: dict[str, Entry]) -> tuple[Structure, dict[str,
     entries = {name: entry for name, entry in entries.items() if not published.ignores(name)}
     entries = under_own_names(entries, published)
     check_structure({name: (entry.dtype, entry.shape) for name, entry in entries.items()}, published)
-    try:
-        check_ties(f"--model {folder}", entries.keys(), published, lambda name: checksum(entries[name]))
-    except UserError as error:
-        raise UnfaithfulError(str(error)) from None
+    for complaint in untied(entries.keys(), published, lambda name: checksum(entries[name])):
+        raise UnfaithfulError(f"--model {folder}: {complaint}")
     return structure, entries
 
 

@@ -209,7 +209,6 @@ def test_training_moves_the_weights(name, quick):
         (f"{COMPILED} --activation_checkpoint.mode=full", "activation_checkpoint.mode: found full, must be none with"),
         (f"{ASYNC} --compile.enable", "needs --parallelism.tensor_parallel_degree of 2 or more"),
         (f"{ASYNC} --parallelism.tensor_parallel_degree=2", "needs .*--compile.enable"),
-        (f"{ASYNC} {COMPILED} --compile.components=loss", "needs .*model in --compile.components"),
         (f"{ASYNC} {COMPILED} --compile.backend=eager", "needs .*--compile.backend inductor"),
         ("--parallelism.tensor_parallel_degree=3", "must divide the model's num_attention_heads, 4"),
         ("--parallelism.tensor_parallel_degree=2 --training.seq_len=129", "--training.seq_len: found 129"),

@@ -14,11 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from flame.checkpoint.element import SIZES, Box, as_bytes, is_adjacent, raw, read_box, reading
+from flame.checkpoint.element import READ_BYTES, SIZES, Box, as_bytes, is_adjacent, raw, read_box, reading
 from flame.checkpoint.record import read_pickle
 from flame.errors import UserError
-
-READ_BYTES = 4 << 20
 
 
 class DamagedError(ValueError):

@@ -9,8 +9,8 @@ from zlib import crc32
 
 import numpy as np
 
-from flame.checkpoint.dcp_file import BLOCK_BYTES, StoredTensor, check_tensor, read_blocks, read_tensors
-from flame.checkpoint.element import FLOATS, SIZES, as_bytes, cast
+from flame.checkpoint.dcp_file import StoredTensor, check_tensor, read_blocks, read_tensors
+from flame.checkpoint.element import FLOATS, READ_BYTES, SIZES, as_bytes, cast
 from flame.checkpoint.safetensors_file import Entry, check_file, lay_out, read_bytes, write_file
 from flame.checkpoint.structure import Found, Part, Structure, UnfaithfulError, whole
 
@@ -48,7 +48,7 @@ def convert_dcp_to_hf(
             check_tensor(part.tensor, tensors[part.tensor])
             checked.add(part.tensor)
         head = prod(part.shape) // part.heads * SIZES[stored[name]] if part.heads else None
-        for block in read_blocks(part.tensor, tensors[part.tensor], part.box, head or BLOCK_BYTES):
+        for block in read_blocks(part.tensor, tensors[part.tensor], part.box, head or READ_BYTES):
             if part.heads:  # a block is a head
                 block = np.concatenate([block[::2], block[1::2]])
             written = cast(block, stored[name], wanted[name][0])

@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 
 from flame.checkpoint.chunk import Chunk, ChunkReader, DamagedError
-from flame.checkpoint.element import CODES, SIZES, Box, boxes, raw
+from flame.checkpoint.element import CODES, READ_BYTES, SIZES, Box, boxes, raw
 from flame.checkpoint.record import read_pickle
 from flame.errors import UserError
 
 _NOT_MODEL = ("optimizer.", "lr_scheduler.", "dataloader.", "train_state.")  # torchtitan's; the model has no prefix
-BLOCK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ def read_tensors(checkpoint: Path) -> dict[str, StoredTensor]:
 
 
 def read_blocks(
-    name: str, tensor: StoredTensor, box: Box | None = None, block_bytes: int = BLOCK_BYTES
+    name: str, tensor: StoredTensor, box: Box | None = None, block_bytes: int = READ_BYTES
 ) -> Iterator[np.ndarray]:
     """A tensor's raw elements, or those of a box of it, in row-major order, at most `block_bytes` at a time.
 

@@ -17,8 +17,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.futures import Future
 
-from flame.checkpoint.element import SIZES, Box, as_bytes, boxes, read_box
-from flame.checkpoint.safetensors_file import READ_BYTES, Entry
+from flame.checkpoint.element import READ_BYTES, SIZES, Box, as_bytes, boxes, read_box
+from flame.checkpoint.safetensors_file import Entry
 from flame.checkpoint.weights import Weights
 from flame.errors import UserError
 

@@ -13,7 +13,8 @@ from flame.checkpoint.dcp_reader import WeightReader
 from flame.checkpoint.element import as_bytes
 from flame.checkpoint.start import choose
 from flame.checkpoint.structure import Structure
-from flame.checkpoint.weights import FLAG, Weights, check_found, check_ties, find_folder, read_weights
+from flame.checkpoint.weights import FLAG, Weights, check_found, find_folder, read_weights, untied
+from flame.errors import UserError
 
 
 class IdentityAdapter(StateDictAdapter):
@@ -64,7 +65,8 @@ def check_checkpoint(flag: str, checkpoint: Path, structure: Structure, hint: st
     tensors, where = read_tensors(checkpoint), f"{flag} {checkpoint}"
     check_found(where, {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}, structure, hint)
     if ties:
-        check_ties(where, tensors.keys(), structure, lambda name: _checksum(name, tensors[name]))
+        for complaint in untied(tensors.keys(), structure, lambda name: _checksum(name, tensors[name])):
+            raise UserError(f"{where}: {complaint}")
 
 
 def _checksum(name: str, tensor: StoredTensor) -> str:

@@ -65,7 +65,7 @@ class CheckpointManager(TitanCheckpointManager):
 
     def save(self, curr_step: int, last_step: bool = False) -> None:
         """Save if a save is due. Raises SaveError, on all ranks, as --checkpoint.on_save_failure says."""
-        if last_step and self.enable and not self.load_only:
+        if last_step:
             self._wait_out()
         try:
             super().save(curr_step, last_step)
@@ -118,8 +118,7 @@ class CheckpointManager(TitanCheckpointManager):
         return None
 
     def close(self) -> None:
-        if getattr(self, "save_future", None) is not None:
-            self._wait_out()  # what closes now has ended already, well or not
+        self._wait_out()  # what closes now has ended already, well or not
         super().close()
 
     def _facts(self, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -158,7 +157,9 @@ class CheckpointManager(TitanCheckpointManager):
             self._settle(error)
 
     def _wait_out(self) -> None:
-        """Wait for an async save whose failure is no reason not to save once more."""
+        """Wait for an async save, if one is under way, whose failure is no reason not to save once more."""
+        if getattr(self, "save_future", None) is None:  # torchtitan's has none without checkpoint.enable
+            return
         try:
             self._async_wait()
         except SaveError as error:

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from flame.checkpoint.element import CODES, NAMES, SIZES, as_bytes
+from flame.checkpoint.element import CODES, NAMES, READ_BYTES, SIZES, as_bytes
 from flame.checkpoint.structure import UnfaithfulError
 from flame.errors import UserError
 
 HEADER_BYTES = 100 << 20  # what the safetensors library reads at most
-READ_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)

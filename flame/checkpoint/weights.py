@@ -1,7 +1,7 @@
 """Hugging Face weights that a run starts from: where they are, and whether they are those of its model."""
 
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,7 +56,8 @@ def read_weights(folder: Path, structure: Structure, *, grow: bool = False) -> W
     entries = read_headers(find_files(folder, FLAG), FLAG)
     entries = {name: entry for name, entry in entries.items() if not published.ignores(name)}
     entries = under_own_names(entries, published)
-    check_ties(f"{FLAG} {folder}", entries.keys(), published, lambda name: checksum(entries[name]))
+    for complaint in untied(entries.keys(), published, lambda name: checksum(entries[name])):
+        raise UserError(f"{FLAG} {folder}: {complaint}")
     found = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
     smaller = published.before_growth(found)
     hint = "" if grow or compare(found, smaller) else "; --model.grow_vocab or --model.add_tokens starts from fewer ids"
@@ -66,18 +67,17 @@ def read_weights(folder: Path, structure: Structure, *, grow: bool = False) -> W
 
 def under_own_names(entries: Mapping[str, Entry], published: Structure) -> dict[str, Entry]:
     """The tensors of files, of which a tied one may be there under its further name alone."""
-    renamed = {name: tensor for name, tensor in published.shared.items() if tensor not in entries}
+    further = {tensor: name for name, tensor in published.shared.items() if name in entries and tensor not in entries}
+    renamed = {name: tensor for tensor, name in further.items()}  # one of them; `untied` compares the others with it
     return {renamed.get(name, name): entry for name, entry in entries.items()}
 
 
-def check_ties(where: str, names: Collection[str], structure: Structure, checksum: Callable[[str], str]) -> None:
-    """Raises UserError if a further name of a tied tensor has other values: transformers would not tie it."""
-    for name in structure.shared.keys() & names:
+def untied(names: Collection[str], structure: Structure, checksum: Callable[[str], str]) -> Iterator[str]:
+    """What is wrong where a further name of a tied tensor has other values: transformers would not tie it."""
+    for name in sorted(structure.shared.keys() & names):
         tensor = structure.shared[name]
         if tensor in names and checksum(name) != checksum(tensor):
-            raise UserError(
-                f"{where}: {name} is not {tensor}, which the config ties it to; set tie_word_embeddings to false"
-            )
+            yield f"{name} is not {tensor}, which the config ties it to; set tie_word_embeddings to false"
 
 
 def checksum(entry: Entry) -> str:

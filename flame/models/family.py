@@ -83,6 +83,13 @@ def layouts(family: Family) -> tuple[str, ...]:
     return ("FSDP2", "HSDP", "DDP", *cut, *(("PP",) if family.stages is True and family.fused_loss else ()))
 
 
+def each_layer(config: Any) -> list[Any]:
+    """The config of each layer: Gemma 4's refuses to be asked for what its layers do not share."""
+    if getattr(config, "is_heterogeneous", False):
+        return list(config.per_layer_config)
+    return [config] * config.num_hidden_layers
+
+
 def attention_flops(width: int, seq_len: int, window: int | None = None, value_width: int | None = None) -> float:
     """Forward FLOPs a token of one layer of causal softmax attention: QK^T and AV, 2 FLOPs a MAC.
 

@@ -18,9 +18,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from flame.errors import UserError
 from flame.models import reference, table
-from flame.models.family import Family
+from flame.models.family import Family, each_layer
+from flame.models.flops import experts_met
 from flame.models.generic import read_family
-from flame.models.llama import each_layer
 
 logger = logging.getLogger("flame")
 VOCAB_MULTIPLE = 64  # a grown vocabulary is rounded up to this: tensor cores and TP like it
@@ -141,9 +141,9 @@ def _check_types(config: PreTrainedConfig, source: str) -> None:
                 f"--model.config {source}: num_key_value_heads {shared} must divide num_attention_heads {heads}"
             )
         experts = getattr(layer, "num_local_experts", None) or getattr(layer, "num_experts", None)
-        if experts and experts < (chosen := getattr(layer, "num_experts_per_tok", None) or 0):
+        if experts and experts < (chosen := experts_met(layer)):
             raise UserError(
-                f"--model.config {source}: num_experts_per_tok {chosen} is more than the {experts} experts there are"
+                f"--model.config {source}: experts of a token: {chosen} is more than the {experts} experts there are"
             )
 
 

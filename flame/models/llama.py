@@ -5,7 +5,7 @@
 from dataclasses import replace
 from typing import Any
 
-from flame.models.family import Cut, Family, attention_flops
+from flame.models.family import Cut, Family, attention_flops, each_layer
 
 
 def rotary_attention_flops(config: Any, seq_len: int) -> float:
@@ -22,13 +22,6 @@ def _layer_flops(layer: Any, seq_len: int, slides: bool) -> float:
     head_dim = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
     window = getattr(layer, "sliding_window", None) if slides else None
     return attention_flops(layer.num_attention_heads * head_dim, seq_len, window)
-
-
-def each_layer(config: Any) -> list[Any]:
-    """The config of each layer: Gemma 4's refuses to be asked for what its layers do not share."""
-    if getattr(config, "is_heterogeneous", False):
-        return list(config.per_layer_config)
-    return [config] * config.num_hidden_layers
 
 
 LLAMA = Family(

@@ -84,6 +84,10 @@ def adopt(model_cls: type, description: dict[str, Any], published: PreTrainedCon
     """
 
     class Titan(model_cls):
+        # flame.models.causal_lm's names for them.
+        embedding = property(lambda self: self.tok_embeddings)
+        head = property(lambda self: self.output)
+
         def forward(
             self,
             tokens: torch.Tensor,

@@ -16,7 +16,6 @@ from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list, apply_
 from torchtitan.tools.utils import device_type
 
 from flame.parallel.context import divide_heads, divide_sequences
-from flame.parallel.layout import compiles_blocks
 from flame.parallel.tensor import apply_tensor_parallel, divide_activations
 
 
@@ -30,7 +29,7 @@ def parallelize(model: Any, parallel_dims: ParallelDims, job_config: Any) -> nn.
             model.head.gather = job_config.parallelism.disable_loss_parallel
         if job_config.parallelism.enable_async_tensor_parallel:
             overlap(parallel_dims.get_mesh("tp"), job_config)
-    compiled = compiles_blocks(job_config)
+    compiled = job_config.compile.enable
     if job_config.activation_checkpoint.mode != "none":
         apply_ac(
             model,

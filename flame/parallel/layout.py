@@ -14,11 +14,6 @@ TENSOR, PIPELINE, CONTEXT = (f"--parallelism.{kind}_parallel_degree" for kind in
 ASYNC = "--parallelism.enable_async_tensor_parallel"
 
 
-def compiles_blocks(job_config: Any) -> bool:
-    """Whether torch.compile is asked for, and for the model."""
-    return job_config.compile.enable and "model" in job_config.compile.components
-
-
 def check(family: Family, config: Any, model: nn.Module, job_config: Any) -> None:
     """Refuse a layout that a model (transformers' own, on the meta device) cannot have. Raises UserError."""
     layout = job_config.parallelism
@@ -47,7 +42,7 @@ def check(family: Family, config: Any, model: nn.Module, job_config: Any) -> Non
 
 def _check_recomputation(job_config: Any) -> None:
     mode = job_config.activation_checkpoint.mode
-    if mode != "none" and compiles_blocks(job_config):
+    if mode != "none" and job_config.compile.enable:
         # torch 2.13 takes the mesh of a parameter for one of the tensors that a compiled block keeps for it.
         raise UserError(
             f"--activation_checkpoint.mode: found {mode}, must be none with --compile.enable and {TENSOR} "
@@ -57,11 +52,11 @@ def _check_recomputation(job_config: Any) -> None:
 
 def _check_async(job_config: Any) -> None:
     layout = job_config.parallelism
-    compiled = compiles_blocks(job_config) and job_config.compile.backend == "inductor"
+    compiled = job_config.compile.enable and job_config.compile.backend == "inductor"
     if layout.enable_async_tensor_parallel and not (compiled and layout.tensor_parallel_degree > 1):
         raise UserError(
             f"{ASYNC}: found true, which is a pass of torch.compile over tensor parallelism: needs {TENSOR} of 2 or "
-            "more, --compile.enable, model in --compile.components and --compile.backend inductor"
+            "more, --compile.enable and --compile.backend inductor"
         )
 
 

@@ -16,7 +16,7 @@ from flame.config import world_size
 from flame.errors import UserError
 from flame.parallel import schedule
 from flame.parallel.apply import sum_without_scaling
-from flame.parallel.layout import ASYNC, CONTEXT, PIPELINE, TENSOR, compiles_blocks, empty_stages, stages
+from flame.parallel.layout import ASYNC, CONTEXT, PIPELINE, TENSOR, empty_stages, stages
 from flame.parallel.region import change_output, move
 
 
@@ -52,7 +52,7 @@ def _complaints(spec: Any, args: Any, job_config: Any) -> Iterator[str]:
         yield f"--parallelism.expert_parallel_degree: found {expert}, must divide the experts of {name}, {experts}"
     if expert > 1 and job_config.optimizer.early_step_in_backward:
         yield "--optimizer.early_step_in_backward: found true, must be false where experts are divided"
-    if tensor > 1 and compiles_blocks(job_config):
+    if tensor > 1 and job_config.compile.enable:
         yield f"{TENSOR}: found {tensor}, must be 1 with --compile.enable for torchtitan's models in this version"
     for size in ("n_heads", "n_kv_heads", "vocab_size"):
         if (getattr(args, size, None) or 0) % tensor:

@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flame.blueprint import describe
 from flame.checkpoint.dcp_reader import WeightReader
+from flame.checkpoint.element import READ_BYTES
 from flame.checkpoint.export import export_checkpoint
 from flame.checkpoint.initial import check_checkpoint
-from flame.checkpoint.safetensors_file import READ_BYTES, find_files
+from flame.checkpoint.safetensors_file import find_files
 from flame.checkpoint.structure import Structure
 from flame.checkpoint.weights import find_folder, read_weights
 from flame.data.inspect import replay

@@ -34,6 +34,15 @@ def test_a_tied_tensor_that_is_there_twice_must_be_the_same(tmp_path):
     assert list(read_weights(tmp_path, TIED).entries) == ["embed"]
 
 
+def test_further_names_of_a_tied_tensor_that_is_not_there_itself_are_compared_too(tmp_path):
+    twice = Structure(TIED.tensors, shared={"head": "embed", "decoder": "embed"})
+    save_file({"head": TABLE, "decoder": TABLE.clone()}, tmp_path / "model.safetensors")
+    assert list(read_weights(tmp_path, twice).entries) == ["embed"]
+    save_file({"head": TABLE, "decoder": TABLE + 1}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"(head|decoder) is not embed, which the config ties it to"):
+        read_weights(tmp_path, twice)
+
+
 def test_bytes_before_the_first_are_not_read(tmp_path):
     header = json.dumps({"embed": {"dtype": "F32", "shape": [4], "data_offsets": [-16, 0]}}).encode()
     (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
