@@ -4,6 +4,7 @@ The run is the real one: the rank's own shapes, the same tensor and context para
 autocast, forward and backward, on the device of this machine. All storages that are alive are counted.
 """
 
+import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -18,12 +19,13 @@ from torch.distributed.tensor import DTensor
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.utils import get_train_context
+from torchtitan.protocols.train_spec import TrainSpec
 from torchtitan.tools.utils import device_type, set_default_dtype
 
-from flame.models.causal_lm import CausalLM, ModelArgs
+from flame.models.causal_lm import ModelArgs
 from flame.models.flops import EXPERTS_MET, experts_met
 from flame.models.hf import first_line
-from flame.parallel.apply import parallelize
+from flame.parallel.titan import has_experts
 from flame.storage import Live
 
 
@@ -41,9 +43,21 @@ class Part:
     saved: int = 0
     backward: int = 0
 
-    def numel(self, shards: int = 1) -> int:
-        """Parameters of the first of so many FSDP ranks, which has the most: the first dimension is divided."""
-        return sum(-(-shape[0] // shards) * math.prod(shape[1:]) for shape in self.shapes)
+    def numel(self, shards: int = 1, expert: int = 1) -> int:
+        """Parameters of the first of so many FSDP ranks, which has the most: the first dimension is divided.
+
+        expert: the degree of expert parallelism, which divides the experts before FSDP2 does; torchtitan has FSDP2 take
+        their second dimension where there are more ranks than experts.
+        """
+        total = 0
+        for shape in self.shapes:
+            sizes, divided, over = list(shape), 0, shards
+            if expert > 1 and len(shape) == 3:
+                sizes[0] //= expert
+                divided, over = int(shards > shape[0]), max(1, shards // expert)
+            sizes[divided] = -(-sizes[divided] // over)
+            total += math.prod(sizes)
+        return total
 
 
 @dataclass(frozen=True)
@@ -62,8 +76,11 @@ def shards(layout: Any, ranks: int) -> int:
     return ranks // math.prod(outer)
 
 
-def measure(args: ModelArgs, job_config: Any, ranks: int, mode: str) -> Parts:
+def measure(spec: TrainSpec, job_config: Any, ranks: int, mode: str) -> Parts:
     """The parts of a model on a rank of `ranks`, with an activation checkpointing mode; selective only by op."""
+    args = copy.copy(spec.model_args[job_config.model.flavor])
+    if hasattr(args, "attn_type"):  # torchtitan's; its masks depend on values, and keep no more for the backward
+        args.attn_type = "sdpa"
     training, layout = job_config.training, job_config.parallelism
     tensor, context = layout.tensor_parallel_degree, layout.context_parallel_degree
     pipeline, sharded = layout.pipeline_parallel_degree, shards(layout, ranks) > 1
@@ -75,12 +92,13 @@ def measure(args: ModelArgs, job_config: Any, ranks: int, mode: str) -> Parts:
     )
     dtype = low if sharded else TORCH_DTYPE_MAP[training.dtype]
     with _fake_ranks(tensor * context), torch.device("meta"), set_default_dtype(dtype):
-        model = CausalLM(args)
+        model: Any = spec.model_cls(args)
         kinds = [repr(block) for block in model.layers.values()]
         firsts = {kind: str(kinds.index(kind)) for kind in dict.fromkeys(kinds)}
-        model.keep({"tok_embeddings", "norm", "output"}, {i: model.layers[i] for i in firsts.values()})
-        parallelize(model, _Inner(1, 1, context, tensor, 1, 1, 1, tensor * context), config)
-        found = _parts(model, list(firsts.values()))
+        for number in model.layers.keys() - set(firsts.values()):
+            del model.layers[number]
+        spec.parallelize_fn(model, _Inner(1, 1, context, tensor, 1, 1, 1, tensor * context), config)
+        found = _parts(model)
         batch = training.local_batch_size if pipeline == 1 else layout.pipeline_parallel_microbatch_size
         # As torchtitan's maybe_enable_amp.
         by_autocast = not sharded and tensor * pipeline == 1 and low != torch.float32
@@ -90,10 +108,11 @@ def measure(args: ModelArgs, job_config: Any, ranks: int, mode: str) -> Parts:
             _run(model, found, (batch, training.seq_len), precision, parallel_loss)
             guessed = ""
         except RuntimeError as error:  # of torch: shapes that depend on values, or an operator without a fake
-            if not any(hasattr(args.hf_config, name) for name in EXPERTS_MET):
+            if (met := _experts_met(args)) is None:
                 raise
             guessed = first_line(error)
-            _guess(found, batch * training.seq_len // (tensor * context), args.hf_config, mode)
+            width = model.embedding.weight.shape[1]
+            _guess(found, batch * training.seq_len // (tensor * context), width, met, mode)
     embedding, *blocks, head = found
     return Parts(embedding, [dict(zip(firsts, blocks, strict=True))[kind] for kind in kinds], head, guessed)
 
@@ -119,18 +138,24 @@ def _fake_ranks(count: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _parts(model: CausalLM, blocks: list[str]) -> list[Part]:
-    """A Part each for the embedding, some blocks, and everything else, the head's."""
-    inside = f"{model.prefix}.{model.family.blocks}."
-    prefixes = [f"{model.prefix}.{model.family.embedding}.", *(f"{inside}{i}." for i in blocks), ""]
-    owned: dict[str, list[torch.Tensor]] = {prefix: [] for prefix in prefixes}
-    for name, parameter in model.named_parameters():
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        owned[next(prefix for prefix in prefixes if name.startswith(prefix))].append(local)
-    return [Part(tuple(p.shape for p in own), sum(p.nbytes for p in own)) for own in owned.values()]
+def _experts_met(args: Any) -> int | None:
+    """The experts a token is sent to, 0 if that is not said; None for models that have no experts."""
+    if not isinstance(args, ModelArgs):
+        return args.moe_args.top_k if has_experts(args) else None
+    return experts_met(args.hf_config) if any(hasattr(args.hf_config, name) for name in EXPERTS_MET) else None
 
 
-def _run(model: CausalLM, parts: list[Part], shape: tuple[int, int], precision: Any, parallel_loss: Any) -> None:
+def _parts(model: Any) -> list[Part]:
+    """A Part each for the embedding, the blocks, and everything else, the head's."""
+    owners = [model.embedding, *model.layers.values()]
+    owned: list[list[torch.Tensor]] = [list(owner.parameters()) for owner in owners]
+    counted = {id(parameter) for own in owned for parameter in own}
+    owned.append([parameter for parameter in model.parameters() if id(parameter) not in counted])
+    local = [[p.to_local() if isinstance(p, DTensor) else p for p in own] for own in owned]
+    return [Part(tuple(p.shape for p in own), sum(p.nbytes for p in own)) for own in local]
+
+
+def _run(model: Any, parts: list[Part], shape: tuple[int, int], precision: Any, parallel_loss: Any) -> None:
     """One forward and backward without values, which fills in `parts`, in their order."""
     live, start = Live(), 0
 
@@ -169,13 +194,13 @@ def _run(model: CausalLM, parts: list[Part], shape: tuple[int, int], precision: 
             leave_backward(parts[0])
 
 
-def _guess(parts: list[Part], tokens: int, config: Any, mode: str) -> None:
+def _guess(parts: list[Part], tokens: int, width: int, met: int, mode: str) -> None:
     """For models whose shapes depend on values, as those of routed experts: what each weight takes in and gives out."""
-    hidden, size = tokens * config.hidden_size, parts[0].gradients // parts[0].numel()
+    hidden, size = tokens * width, parts[0].gradients // parts[0].numel()
     for part in parts[1:-1]:
         features = 0.0
         for shape in part.shapes:
-            routed = (experts_met(config) or shape[0]) / shape[0] if len(shape) == 3 else 1.0
+            routed = (met or shape[0]) / shape[0] if len(shape) == 3 else 1.0
             features += routed * math.prod(shape[:-2]) * sum(shape[-2:])
         whole = round(size * tokens * features)
         part.saved = size * hidden if mode == "full" else whole

@@ -15,7 +15,6 @@ from torchtitan.tools.utils import device_module, device_type, get_peak_flops, s
 from flame.data.document import Bad
 from flame.data.source import Source, build_sources
 from flame.memory import Memory, estimate, measure_modes, stage_modules
-from flame.models.causal_lm import CausalLM
 from flame.parallel.schedule import stage_rank
 from flame.schedule import build_schedule
 from flame.spec import register
@@ -34,12 +33,13 @@ def describe(job_config: Any, ranks: int) -> str:
     job_config.training.streaming |= not HF_HUB_OFFLINE
     register(job_config)
     spec = get_train_spec(job_config.model.name)
-    args = spec.model_args[job_config.model.flavor]
+    args: Any = spec.model_args[job_config.model.flavor]
     tokenizer = spec.build_tokenizer_fn(job_config)
+    args.update_from_config(job_config)
     with torch.device("meta"), set_default_dtype(TORCH_DTYPE_MAP[job_config.training.dtype]):
-        model = CausalLM(args)
+        model: Any = spec.model_cls(args)
     parameters, flops = args.get_nparams_and_flops(model, job_config.training.seq_len)
-    modes = measure_modes(args, job_config, ranks)
+    modes = measure_modes(spec, job_config, ranks)
     memory = {mode: estimate(parts, job_config, ranks) for mode, parts in modes.items()}
     sections = [
         _job(job_config, ranks, args, parameters, flops),
@@ -54,7 +54,7 @@ def describe(job_config: Any, ranks: int) -> str:
 
 
 def _job(job_config: Any, ranks: int, args: Any, parameters: int, flops: int) -> str:
-    layout, training = job_config.parallelism, job_config.training
+    model, layout, training = job_config.model, job_config.parallelism, job_config.training
     tokens = _tokens(job_config, ranks)
     degrees = {
         "data": f"{_data_parallel(layout, ranks)}",
@@ -63,8 +63,11 @@ def _job(job_config: Any, ranks: int, args: Any, parameters: int, flops: int) ->
         "context": layout.context_parallel_degree,
         "pipeline": layout.pipeline_parallel_degree,
     }
+    if layout.expert_parallel_degree > 1:
+        degrees["expert (within data)"] = layout.expert_parallel_degree
+    own = f"torchtitan's {model.name} {model.flavor}"
     rows = [
-        ("model", f"{job_config.model.config} ({args.hf_config.model_type})"),
+        ("model", f"{model.config} ({args.hf_config.model_type})" if model.name == "auto" else own),
         ("parameters", f"{parameters:,}"),
         ("FLOPs per token", f"{flops:,}"),
         ("ranks", f"{ranks:,}: " + ", ".join(f"{name} {degree}" for name, degree in degrees.items())),
@@ -94,10 +97,10 @@ def _memory(memory: dict[str, list[Memory]], job_config: Any) -> str:
     return _table(rows, f"memory of the fullest rank, run on {device_type} (its peak is less than the sum)")
 
 
-def _notes(guessed: str, model: CausalLM, job_config: Any) -> Iterator[str]:
+def _notes(guessed: str, model: Any, job_config: Any) -> Iterator[str]:
     if guessed:
         yield f"  activations are a rough guess, as a block cannot be run without values ({guessed})"
-    elif model.family.from_fla and device_type == "cpu":
+    elif device_type == "cpu" and job_config.model.name == "auto" and model.family.from_fla:
         yield "  activations are those of the CPU's references; fla's kernels on a GPU keep less"
     if job_config.activation_checkpoint.mode == "memory_budget":
         yield "  activation_checkpoint.mode memory_budget lies between the two columns"
@@ -105,7 +108,7 @@ def _notes(guessed: str, model: CausalLM, job_config: Any) -> Iterator[str]:
         yield "  what compile and model.converters save is not counted"
 
 
-def _stages(model: CausalLM, memory: dict[str, list[Memory]], job_config: Any) -> str:
+def _stages(model: Any, memory: dict[str, list[Memory]], job_config: Any) -> str:
     layout, mode = job_config.parallelism, job_config.activation_checkpoint.mode
     ranks = memory.get(mode, memory["none"])
     rows: list[Row] = [("stage", "rank", "blocks", "with", "parameters", "on a rank", "peak of the rank")]
@@ -121,7 +124,7 @@ def _stages(model: CausalLM, memory: dict[str, list[Memory]], job_config: Any) -
     return _table(rows, "pipeline stages", left=4)
 
 
-def count_stage(model: CausalLM, names: Iterable[str]) -> int:
+def count_stage(model: Any, names: Iterable[str]) -> int:
     """Parameters of a pipeline stage of a whole model, by torchtitan's names of its modules."""
     parts = {"tok_embeddings": model.embedding, "norm": model.norm, "output": model.head}
     parts |= {f"layers.{i}": block for i, block in model.layers.items()}

@@ -4,9 +4,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.protocols.train_spec import TrainSpec
 
 from flame.activation import Part, Parts, measure, shards
-from flame.models.causal_lm import ModelArgs
 from flame.parallel import schedule
 from flame.parallel.layout import stages, whole_model
 
@@ -36,12 +36,12 @@ def stage_modules(blocks: int, layout: Any) -> list[list[str]]:
     return [whole_model(blocks)]
 
 
-def measure_modes(args: ModelArgs, job_config: Any, ranks: int) -> dict[str, Parts]:
+def measure_modes(spec: TrainSpec, job_config: Any, ranks: int) -> dict[str, Parts]:
     """The parts under each activation checkpointing worth comparing: none, the job's own, and full."""
     ac = job_config.activation_checkpoint
-    found = {mode: measure(args, job_config, ranks, mode) for mode in ("none", "full")}
+    found = {mode: measure(spec, job_config, ranks, mode) for mode in ("none", "full")}
     if ac.mode == "selective" and ac.selective_ac_option == "op":
-        found["selective"] = measure(args, job_config, ranks, "selective")
+        found["selective"] = measure(spec, job_config, ranks, "selective")
     elif ac.mode == "selective":  # every so many blocks as a whole
         every = int(ac.selective_ac_option) or 1
         pairs = zip(found["none"].blocks, found["full"].blocks, strict=True)
@@ -66,8 +66,8 @@ def _of_rank(own: list[list[Part]], parts: Parts, rank: int, job_config: Any, ra
     training, layout = job_config.training, job_config.parallelism
     pipeline, divided = layout.pipeline_parallel_degree, shards(layout, ranks)
     flat = [part for stage in own for part in stage]
-    size = TORCH_DTYPE_MAP[training.dtype].itemsize
-    parameters = sum(part.numel(divided) for part in flat)
+    size, expert = TORCH_DTYPE_MAP[training.dtype].itemsize, layout.expert_parallel_degree
+    parameters = sum(part.numel(divided, expert) for part in flat)
     weights = size * parameters
     saved = sum(part.saved for part in flat)
     microbatches = schedule.microbatches(job_config) if pipeline > 1 else 1
@@ -89,7 +89,7 @@ def _of_rank(own: list[list[Part]], parts: Parts, rank: int, job_config: Any, ra
         live += part.saved
     for part, (_, backward) in reversed(list(zip(flat, moved, strict=True))):
         peaks.append(live + part.backward + backward)
-        live += (0 if several else size * part.numel(divided)) - part.saved
+        live += (0 if several else size * part.numel(divided, expert)) - part.saved
     return Memory(
         parameters=parameters,
         weights=weights,
@@ -129,14 +129,14 @@ def _moved(flat: list[Part], job_config: Any, microbatches: int) -> list[tuple[i
         TORCH_DTYPE_MAP[name].itemsize for name in (training.mixed_precision_param, training.mixed_precision_reduce)
     )
     pipeline, policy = layout.pipeline_parallel_degree, layout.fsdp_reshard_after_forward
-    whole = [low * part.numel() for part in flat]
+    gathered = [part.numel(expert=layout.expert_parallel_degree) for part in flat]
+    whole, reduced = [low * numel for numel in gathered], [wide * numel for numel in gathered]
     if policy == "never" or (policy == "default" and pipeline > 1):
         held = sum(whole)
         # Between microbatches a pipeline keeps whole gradients, and reduces them behind the last one.
-        summed = sum(wide * part.numel() for part in flat) if pipeline > 1 and microbatches > 1 else 0
-        return [(held + summed, held + summed + wide * part.numel()) for part in flat]
+        summed = sum(reduced) if pipeline > 1 and microbatches > 1 else 0
+        return [(held + summed, held + summed + own) for own in reduced]
     ahead, behind = [*whole[1:], 0], [0, *whole[:-1]]  # the next part is gathered while one is computed
     return [
-        (one + after, one + before + wide * part.numel())
-        for one, after, before, part in zip(whole, ahead, behind, flat, strict=True)
+        (one + after, one + before + own) for one, after, before, own in zip(whole, ahead, behind, reduced, strict=True)
     ]

@@ -12,15 +12,14 @@ import torch.distributed as dist
 import torch.testing._internal.distributed.fake_pg
 from torch.distributed.tensor import DTensor
 from torchtitan.distributed import ParallelDims
-from torchtitan.protocols.train_spec import _extra_train_specs
+from torchtitan.protocols.train_spec import _extra_train_specs, get_train_spec
 
 from flame.activation import measure
 from flame.config import parse
 from flame.dry_run import count_stage, describe
 from flame.memory import estimate, measure_modes, stage_modules
-from flame.models.causal_lm import CausalLM, ModelArgs
-from flame.models.hf import read_config, read_fields
-from flame.parallel.apply import parallelize
+from flame.plan import check
+from flame.spec import register
 from tests.launch import REPO, SMALL, environment
 from tests.tiny import write_config
 
@@ -34,12 +33,21 @@ def no_spec_is_left():
 
 
 def job(folder, model, *flags, **changes):
-    path = write_config(folder, model, **changes)
-    family, config = read_config(read_fields(str(path)), str(path))
-    return parse([f"--model.config={path}", *SMALL, *flags]), ModelArgs().bind(family, config)
+    """The config and TrainSpec of a tiny model, or of a flavor of torchtitan's, as "qwen3 debugmodel"."""
+    name, _, flavor = model.partition(" ")
+    own = [f"--model.name={name}", f"--model.flavor={flavor}"]
+    config = parse([*(own if flavor else [f"--model.config={write_config(folder, model, **changes)}"]), *SMALL, *flags])
+    _extra_train_specs.clear()
+    register(config)
+    return config, get_train_spec(config.model.name)
 
 
-def sharded_parameters(config, args, ranks):
+def build(config, spec):
+    with torch.device("meta"):
+        return spec.model_cls(spec.model_args[config.model.flavor])
+
+
+def sharded_parameters(config, spec, ranks):
     """Parameters that the first rank of `ranks` really has, after flame's own parallelisms."""
     layout = config.parallelism
     dist.init_process_group("fake", rank=0, world_size=ranks, store=dist.HashStore())
@@ -49,10 +57,9 @@ def sharded_parameters(config, args, ranks):
             layout.data_parallel_shard_degree,
             layout.context_parallel_degree,
             layout.tensor_parallel_degree,
-            *(1, 1, 1, ranks),
+            *(1, layout.expert_parallel_degree, layout.expert_tensor_parallel_degree, ranks),
         )
-        with torch.device("meta"):
-            model = parallelize(CausalLM(args), dims, config)
+        model = spec.parallelize_fn(build(config, spec), dims, config)
         local = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
         return sum(p.numel() for p in local)
     finally:
@@ -68,6 +75,10 @@ def sharded_parameters(config, args, ranks):
         ("llama", 4, {"data_parallel_replicate": 2}),
         ("gla", 6, {"tensor": 2}),
         ("gpt_neox", 3, {}),
+        ("llama3 debugmodel", 6, {"tensor": 2}),
+        ("qwen3 debugmodel_moe", 4, {"expert": 2}),  # 64 experts
+        ("qwen3 debugmodel_moe", 8, {"tensor": 2, "expert": 2, "expert_tensor": 2}),
+        ("qwen3 debugmodel_moe", 128, {"expert": 4}),  # more ranks than experts
     ],
 )
 def test_a_rank_has_as_many_parameters_as_after_really_sharding(tmp_path, model, ranks, degrees):
@@ -75,30 +86,29 @@ def test_a_rank_has_as_many_parameters_as_after_really_sharding(tmp_path, model,
         f"--parallelism.{kind}_degree={d}" if kind.startswith("data") else _DEGREE.format(kind, d)
         for kind, d in degrees.items()
     ]
-    config, args = job(tmp_path, model, *flags, num_key_value_heads=4)
-    (memory,) = estimate(measure(args, config, ranks, "none"), config, ranks)
-    assert memory.parameters == sharded_parameters(config, args, ranks)
+    config, spec = job(tmp_path, model, *flags, num_key_value_heads=4)
+    (memory,) = estimate(measure(spec, config, ranks, "none"), config, ranks)
+    assert memory.parameters == sharded_parameters(config, spec, ranks)
     assert memory.weights == 4 * memory.parameters and memory.optimizer == 2 * memory.weights
 
 
 @pytest.mark.parametrize("schedule, stages", [("1F1B", 2), ("Interleaved1F1B", 4), ("ZBVZeroBubble", 4)])
 def test_the_stages_have_all_parameters_and_their_ranks_all_of_these(tmp_path, schedule, stages):
     flags = [_DEGREE.format("pipeline", 2), f"--parallelism.pipeline_parallel_schedule={schedule}"]
-    config, args = job(tmp_path, "llama", *flags, num_hidden_layers=6)
-    with torch.device("meta"):
-        model = CausalLM(args)
+    config, spec = job(tmp_path, "llama", *flags, num_hidden_layers=6)
+    model = build(config, spec)
     names = stage_modules(6, config.parallelism)
     whole = sum(p.numel() for p in model.parameters())
     assert len(names) == stages
     assert sum(count_stage(model, each) for each in names) == whole
-    assert sum(rank.parameters for rank in estimate(measure(args, config, 2, "none"), config, 2)) == whole
+    assert sum(rank.parameters for rank in estimate(measure(spec, config, 2, "none"), config, 2)) == whole
 
 
 @pytest.mark.parametrize("schedule", ["1F1B", "Interleaved1F1B", "ZBVZeroBubble"])
 def test_a_schedule_goes_by_its_name_in_small_letters_too(tmp_path, schedule):
     flag = "--parallelism.pipeline_parallel_schedule"
-    config, args = job(tmp_path, "llama", _DEGREE.format("pipeline", 2), f"{flag}={schedule}", num_hidden_layers=6)
-    parts = measure(args, config, 2, "none")
+    config, spec = job(tmp_path, "llama", _DEGREE.format("pipeline", 2), f"{flag}={schedule}", num_hidden_layers=6)
+    parts = measure(spec, config, 2, "none")
     found = estimate(parts, config, 2)
     config.parallelism.pipeline_parallel_schedule = schedule.lower()
     assert estimate(parts, config, 2) == found
@@ -107,10 +117,10 @@ def test_a_schedule_goes_by_its_name_in_small_letters_too(tmp_path, schedule):
 
 
 def test_full_checkpointing_keeps_a_block_input_and_every_second_block_half_of_them(tmp_path):
-    config, args = job(
+    config, spec = job(
         tmp_path, "llama", "--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option=2"
     )
-    modes = measure_modes(args, config, 1)
+    modes = measure_modes(spec, config, 1)
     assert list(modes) == ["none", "selective", "full"]
     none, half, full = ([block.saved for block in parts.blocks] for parts in modes.values())
     hidden = 8 * 128 * 64 * 4  # batch, seq, hidden, float32
@@ -119,8 +129,8 @@ def test_full_checkpointing_keeps_a_block_input_and_every_second_block_half_of_t
 
 
 def test_a_pipeline_holds_activations_of_more_microbatches_on_its_first_rank(tmp_path):
-    config, args = job(tmp_path, "llama", _DEGREE.format("pipeline", 2), num_hidden_layers=6)
-    first, last = estimate(measure(args, config, 2, "none"), config, 2)
+    config, spec = job(tmp_path, "llama", _DEGREE.format("pipeline", 2), num_hidden_layers=6)
+    first, last = estimate(measure(spec, config, 2, "none"), config, 2)
     assert first.activations > 1.5 * last.activations > 0
     assert (first.head, first.parameters) < (last.head, last.parameters)
 
@@ -128,8 +138,8 @@ def test_a_pipeline_holds_activations_of_more_microbatches_on_its_first_rank(tmp
 def test_tensor_parallel_ranks_share_the_activations(tmp_path):
     saved = {}
     for degree in (1, 2):
-        config, args = job(tmp_path, "llama", _DEGREE.format("tensor", degree))
-        saved[degree] = measure(args, config, degree, "none").blocks[0].saved
+        config, spec = job(tmp_path, "llama", _DEGREE.format("tensor", degree))
+        saved[degree] = measure(spec, config, degree, "none").blocks[0].saved
     assert 0.45 < saved[2] / saved[1] < 0.7
 
 
@@ -155,6 +165,45 @@ def test_the_page_has_the_numbers_of_the_job(tmp_path):
     start, last = (re.search(rf"(\d+) ([\d.e-]+) {what}", page) for what in ("start of decay", "last"))
     assert int(start[1]) == 82 and float(start[2]) < 1e-3 and float(last[2]) < 1e-4
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "model, flags, found",
+    [
+        (
+            "llama3 debugmodel",
+            ["--parallelism.pipeline_parallel_degree=2"],
+            "peak of the rank 0 0 0 to 2 tok_embeddings",
+        ),
+        ("llama3 debugmodel_flex_attn", ["--training.varlen"], "torchtitan's llama3 debugmodel_flex_attn"),
+        ("deepseek_v3 debugmodel", ["--parallelism.expert_parallel_degree=2"], "pipeline 1, expert (within data) 2"),
+        ("llama4 debugmodel", ["--parallelism.tensor_parallel_degree=2"], "activations are a rough guess"),
+    ],
+)
+def test_the_page_of_a_model_of_torchtitan(tmp_path, monkeypatch, model, flags, found):
+    monkeypatch.setenv("NGPU", "4")
+    name, flavor = model.split()
+    config = parse([*SMALL, f"--model.name={name}", f"--model.flavor={flavor}", *flags])
+    check(config, 4)
+    page = " ".join(describe(config, 4).split())
+    args = get_train_spec(name).model_args[flavor]
+    with torch.device("meta"):
+        parameters, flops = args.get_nparams_and_flops(get_train_spec(name).model_cls(args), config.training.seq_len)
+    assert found in page and f"parameters {parameters:,} FLOPs per token {flops:,} ranks" in page
+
+
+def test_torchtitans_llama_takes_what_transformers_takes(tmp_path):
+    """Of the same sizes, blocks of either keep as much for the backward, but for fused or copied pieces."""
+    config, spec = job(tmp_path, "llama3 debugmodel")
+    args = spec.model_args["debugmodel"]
+    theirs = measure(spec, config, 1, "none")
+    config, spec = job(
+        *(tmp_path, "llama"), hidden_size=args.dim, intermediate_size=768, num_attention_heads=args.n_heads,
+        num_key_value_heads=args.n_heads, num_hidden_layers=args.n_layers, vocab_size=args.vocab_size,
+    )  # fmt: skip
+    ours = measure(spec, config, 1, "none")
+    assert [sorted(part.shapes) for part in theirs.blocks] == [sorted(part.shapes) for part in ours.blocks]
+    assert theirs.blocks[0].saved == pytest.approx(ours.blocks[0].saved, rel=0.2)
 
 
 WEIGH = """
@@ -218,4 +267,4 @@ def test_the_estimate_is_within_a_tenth_of_what_a_run_takes():
         env=environment(), capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     ratios = [float(line.split()[-3]) for line in done.stdout.splitlines()[1:]]
-    assert len(ratios) == 3 and all(0.9 <= ratio <= 1.1 for ratio in ratios), done.stdout + done.stderr
+    assert len(ratios) == 4 and all(0.9 <= ratio <= 1.1 for ratio in ratios), done.stdout + done.stderr

@@ -70,6 +70,7 @@ LAYOUTS = {  # name: (ranks, flags)
     "fsdp2_pp2": (4, [*_batch(4), f"{_PP}2"]),
     "pp2_tp2": (4, [*_batch(8), f"{_PP}2", f"{_TP}2"]),
     "fsdp4_ep2": (4, [*_batch(2), f"{_EP}2"]),
+    "fsdp8_ep2": (8, [*_batch(1), f"{_EP}2"]),  # more ranks than experts
     "fsdp4_ep4": (4, [*_batch(2), f"{_EP}4"]),
     "hsdp2x2_ep2": (4, [*_batch(2), f"{_DP}2", f"{_EP}2"]),
     "fsdp2_tp2_ep2_etp2": (4, [*_batch(4), f"{_TP}2", f"{_EP}2", f"{_ETP}2"]),
@@ -231,7 +232,6 @@ def loaded(*more, name="llama3", flavor="tiny", ranks=1, monkeypatch=None):
         (["--training.varlen"], "--training.varlen: must be false for llama3 tiny, whose attention cannot"),
         (["--model.flavor=tiny_mask"], "--training.varlen: must be true for llama3 tiny_mask"),
         (["--training.varlen", "--model.flavor=debugmodel_varlen_attn"], "varlen attention needs a GPU"),
-        (["--job.dry_run"], "--dry_run: --model.name is llama3"),
         (["--training.seq_len=63"], "--training.seq_len: found 63, must be a multiple of 2"),
         (
             ["--validation.enable", "--validation.dataset=stdlib", "--validation.seq_len=128"],
@@ -250,6 +250,10 @@ def loaded(*more, name="llama3", flavor="tiny", ranks=1, monkeypatch=None):
         (
             ["--model.name=llama4", f"{_EP}2", "--optimizer.early_step_in_backward"],
             "early_step_in_backward: found true",
+        ),
+        (
+            ["--model.name=deepseek_v3", "--training.varlen", "--model.flavor=tiny_mask", f"{_EP}2", "--data.lanes=48"],
+            "expert_parallel_degree: found 2, leaves 24 ranks to share .* their size of 32 is not",
         ),
         (["--model.name=llama4", f"{_EP}3"], "expert_parallel_degree: found 3, must divide the ranks .* found 8"),
         (["--model.name=llama4", f"{_EP}2", f"{_TP}2"], "expert_tensor_parallel_degree: found 1, must be 2"),
@@ -271,7 +275,7 @@ def test_what_cannot_be_right_is_refused_in_one_line(more, words, monkeypatch):
     name, flavor = given.pop("model.name", "llama3"), given.pop("model.flavor", "tiny")
     rest = [flag for flag in more if not flag.startswith(("--model.name", "--model.flavor"))]
     with pytest.raises(UserError, match=words) as refusal:
-        loaded(*rest, name=name, flavor=flavor, ranks=8, monkeypatch=monkeypatch)
+        loaded(*rest, name=name, flavor=flavor, ranks=int(given.get("data.lanes", 8)), monkeypatch=monkeypatch)
     assert "\n" not in str(refusal.value)
 
 

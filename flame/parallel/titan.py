@@ -1,6 +1,7 @@
 """The layouts of torchtitan's own models: which of them are right, and what is mended so that they are."""
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -52,6 +53,12 @@ def _complaints(spec: Any, args: Any, job_config: Any) -> Iterator[str]:
         yield f"--parallelism.expert_parallel_degree: found {expert}, must divide the experts of {name}, {experts}"
     if expert > 1 and job_config.optimizer.early_step_in_backward:
         yield "--optimizer.early_step_in_backward: found true, must be false where experts are divided"
+    sharded = ranks // (layout.data_parallel_replicate_degree * tensor * layout.pipeline_parallel_degree)
+    if expert > 1 and sharded > experts and (uneven := _uneven(spec, args, job_config, sharded // expert)):
+        yield (
+            f"--parallelism.expert_parallel_degree: found {expert}, leaves {sharded // expert} ranks to share the "
+            f"experts of a rank, which torch divides only evenly, and their size of {uneven} is not"
+        )
     if tensor > 1 and job_config.compile.enable:
         yield f"{TENSOR}: found {tensor}, must be 1 with --compile.enable for torchtitan's models in this version"
     for size in ("n_heads", "n_kv_heads", "vocab_size"):
@@ -77,6 +84,18 @@ def _complaints(spec: Any, args: Any, job_config: Any) -> Iterator[str]:
         for reason in empty_stages(args.n_layers, layout):
             yield f"{PIPELINE}: found {degree}, must be 1: {reason}"
         yield from schedule.complain(job_config, len(stages(args.n_layers, layout)))
+
+
+def _uneven(spec: Any, args: Any, job_config: Any, over: int) -> int | None:
+    """A size of experts that cannot be divided by `over`: where there are more ranks than experts, FSDP2 takes the
+    second dimension."""
+    args, tensor = copy.deepcopy(args), job_config.parallelism.tensor_parallel_degree
+    args.moe_args.use_grouped_mm = False  # which torchtitan warns of where it is not to be had
+    args.update_from_config(job_config)
+    with torch.device("meta"):
+        named = [(name, p) for name, p in spec.model_cls(args).named_parameters() if p.ndim == 3]
+    sizes = (p.shape[1] // (1 if name.endswith("w2") else tensor) for name, p in named)
+    return next((size for size in sizes if size % over), None)
 
 
 def has_experts(args: Any) -> bool:

@@ -23,13 +23,17 @@ _LLAMA = {
     "vocab_size": 8192,
 }
 _GLA = {"model_type": "gla", "hidden_size": 512, "num_hidden_layers": 6, "num_heads": 4, "vocab_size": 8192}
-CASES = {  # name: (ranks, model, flags)
+CASES = {  # name: (ranks, transformers' or fla's config, flags)
     "llama, 1 rank": (1, _LLAMA, ["--training.local_batch_size=4"]),
     "gla, 1 rank": (1, _GLA, ["--training.local_batch_size=1"]),
     "llama, FSDP2 on 2 ranks, full AC": (
         2,
         _LLAMA | {"num_hidden_layers": 10},
         ["--training.local_batch_size=4", "--activation_checkpoint.mode=full"],
+    ),
+    "torchtitan's llama3, FSDP2 on 2 ranks": (
+        *(2, None),
+        ["--model.name=llama3", "--model.flavor=debugmodel", "--training.local_batch_size=16"],
     ),
 }
 _COMMON = ["--training.seq_len=256", "--training.steps=3", "--training.mixed_precision_param=float32",
@@ -57,8 +61,7 @@ def run_rank(flags: list[str]) -> None:
 
     config = parse(flags)
     register(config)
-    args = get_train_spec(config.model.name).model_args[config.model.flavor]
-    parts = measure_modes(args, config, world_size())[config.activation_checkpoint.mode]
+    parts = measure_modes(get_train_spec(config.model.name), config, world_size())[config.activation_checkpoint.mode]
     estimated = max(rank.peak for rank in estimate(parts, config, world_size()))
     peak = before = resident()
     done = threading.Event()
@@ -78,12 +81,14 @@ def run_rank(flags: list[str]) -> None:
     print("MEASURED", json.dumps([estimated, peak - before]))
 
 
-def compare(ranks: int, model: dict, flags: list[str]) -> tuple[int, int]:
+def compare(ranks: int, model: dict | None, flags: list[str]) -> tuple[int, int]:
     """Estimated and measured bytes of a case."""
     with tempfile.TemporaryDirectory() as folder:
-        config = Path(folder, "model.json")
-        config.write_text(json.dumps(model))
-        job = [f"--model.config={config}", f"--job.dump_folder={folder}/run", *_COMMON, *flags]
+        if model:
+            config = Path(folder, "model.json")
+            config.write_text(json.dumps(model))
+            flags = [f"--model.config={config}", *flags]
+        job = [f"--job.dump_folder={folder}/run", *_COMMON, *flags]
         command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}",
                    "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", __file__, *job]  # fmt: skip
         # Freed blocks go back to the system at once: what is measured is what is in use.
@@ -95,12 +100,12 @@ def compare(ranks: int, model: dict, flags: list[str]) -> tuple[int, int]:
 
 
 def main() -> None:
-    print(f"{'case':36} {'estimate MiB':>12} {'measured MiB':>12} {'ratio':>6} {'load':>5} {'s':>5}")
+    print(f"{'case':40} {'estimate MiB':>12} {'measured MiB':>12} {'ratio':>6} {'load':>5} {'s':>5}")
     for name, case in CASES.items():
         begin = time.monotonic()
         estimated, measured = compare(*case)
         took = time.monotonic() - begin
-        print(f"{name:36} {estimated / 2**20:12.1f} {measured / 2**20:12.1f} {estimated / measured:6.2f} "
+        print(f"{name:40} {estimated / 2**20:12.1f} {measured / 2**20:12.1f} {estimated / measured:6.2f} "
               f"{os.getloadavg()[0]:5.1f} {took:5.0f}", flush=True)  # fmt: skip
 
 
