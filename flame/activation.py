@@ -79,6 +79,7 @@ def shards(layout: Any, ranks: int) -> int:
 def measure(spec: TrainSpec, job_config: Any, ranks: int, mode: str) -> Parts:
     """The parts of a model on a rank of `ranks`, with an activation checkpointing mode; selective only by op."""
     args = copy.copy(spec.model_args[job_config.model.flavor])
+    args.update_from_config(job_config)
     if hasattr(args, "attn_type"):  # torchtitan's; its masks depend on values, and keep no more for the backward
         args.attn_type = "sdpa"
     training, layout = job_config.training, job_config.parallelism
@@ -98,21 +99,30 @@ def measure(spec: TrainSpec, job_config: Any, ranks: int, mode: str) -> Parts:
         for number in model.layers.keys() - set(firsts.values()):
             del model.layers[number]
         spec.parallelize_fn(model, _Inner(1, 1, context, tensor, 1, 1, 1, tensor * context), config)
-        found = _parts(model)
+        found = _parts(model, layout.expert_parallel_degree)
         batch = training.local_batch_size if pipeline == 1 else layout.pipeline_parallel_microbatch_size
         # As torchtitan's maybe_enable_amp.
         by_autocast = not sharded and tensor * pipeline == 1 and low != torch.float32
         precision = torch.autocast(device_type, low) if by_autocast else nullcontext()
         parallel_loss = get_train_context(tensor > 1 and not layout.disable_loss_parallel)
-        try:
-            _run(model, found, (batch, training.seq_len), precision, parallel_loss)
-            guessed = ""
-        except RuntimeError as error:  # of torch: shapes that depend on values, or an operator without a fake
-            if (met := _experts_met(args)) is None:
-                raise
-            guessed = first_line(error)
-            width = model.embedding.weight.shape[1]
-            _guess(found, batch * training.seq_len // (tensor * context), width, met, mode)
+        fake, shape = FakeTensorMode(allow_non_fake_inputs=True), (batch, training.seq_len)
+        with fake:
+            model.to_empty(device=device_type)
+        run = partial(_run, model, found, shape, fake, precision, parallel_loss)
+        guessed = "other ranks send it tokens" if layout.expert_parallel_degree > 1 else ""
+        if not guessed:
+            try:
+                run()
+            except RuntimeError as error:  # of torch: shapes that depend on values, or an operator without a fake
+                if _experts_met(args) is None:
+                    raise
+                guessed = first_line(error)
+        if guessed:
+            for block in model.layers.values():
+                block.forward = _pass_on
+            model.eval().zero_grad()  # in eval: no balance of experts that were not run
+            run()
+            _guess(model, found, batch * training.seq_len // context, tensor, _experts_met(args) or 0, mode)
     embedding, *blocks, head = found
     return Parts(embedding, [dict(zip(firsts, blocks, strict=True))[kind] for kind in kinds], head, guessed)
 
@@ -145,17 +155,30 @@ def _experts_met(args: Any) -> int | None:
     return experts_met(args.hf_config) if any(hasattr(args.hf_config, name) for name in EXPERTS_MET) else None
 
 
-def _parts(model: Any) -> list[Part]:
+def _parts(model: Any, expert: int) -> list[Part]:
     """A Part each for the embedding, the blocks, and everything else, the head's."""
     owners = [model.embedding, *model.layers.values()]
     owned: list[list[torch.Tensor]] = [list(owner.parameters()) for owner in owners]
     counted = {id(parameter) for own in owned for parameter in own}
     owned.append([parameter for parameter in model.parameters() if id(parameter) not in counted])
-    local = [[p.to_local() if isinstance(p, DTensor) else p for p in own] for own in owned]
-    return [Part(tuple(p.shape for p in own), sum(p.nbytes for p in own)) for own in local]
+    local = [[_local(p) for p in own] for own in owned]
+    return [
+        Part(tuple(p.shape for p in own), sum(p.nbytes // (expert if p.ndim == 3 else 1) for p in own)) for own in local
+    ]
 
 
-def _run(model: Any, parts: list[Part], shape: tuple[int, int], precision: Any, parallel_loss: Any) -> None:
+def _local(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def _pass_on(hidden: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    """The forward of a block that cannot be run."""
+    return hidden.clone()
+
+
+def _run(
+    model: Any, parts: list[Part], shape: tuple[int, int], fake: FakeTensorMode, precision: Any, parallel_loss: Any
+) -> None:
     """One forward and backward without values, which fills in `parts`, in their order."""
     live, start = Live(), 0
 
@@ -180,30 +203,39 @@ def _run(model: Any, parts: list[Part], shape: tuple[int, int], precision: Any, 
         cross(len(parts) - 2, output[0] if isinstance(output, tuple) else output)
 
     blocks = list(model.layers.values())
-    for number, block in enumerate(blocks):
+    hooks = [
         block.register_forward_pre_hook(partial(enter_block, number), with_kwargs=True)
-    blocks[-1].register_forward_hook(leave_blocks)
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device_type):
-        model.to_empty(device=device_type).train()
-        tokens = torch.zeros(shape, dtype=torch.int64)
-        with live, parallel_loss():
-            with precision:
-                loss = model(tokens, labels=tokens)
-            leave_forward(parts[-1])
-            loss.backward()
-            leave_backward(parts[0])
+        for number, block in enumerate(blocks)
+    ]
+    hooks.append(blocks[-1].register_forward_hook(leave_blocks))
+    try:
+        with fake, torch.device(device_type):
+            tokens = torch.zeros(shape, dtype=torch.int64)
+            with live, parallel_loss():
+                with precision:
+                    loss = model(tokens, labels=tokens)
+                leave_forward(parts[-1])
+                loss.backward()
+                leave_backward(parts[0])
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
-def _guess(parts: list[Part], tokens: int, width: int, met: int, mode: str) -> None:
-    """For models whose shapes depend on values, as those of routed experts: what each weight takes in and gives out."""
-    hidden, size = tokens * width, parts[0].gradients // parts[0].numel()
-    for part in parts[1:-1]:
-        features = 0.0
-        for shape in part.shapes:
+def _guess(model: Any, parts: list[Part], tokens: int, tensor: int, met: int, mode: str) -> None:
+    """For blocks whose shapes depend on values, as those of routed experts: what each weight takes in and gives out.
+
+    Of `tokens` of the sequences, of which a rank of `tensor` has a part where it has whole weights.
+    """
+    size = parts[0].gradients // parts[0].numel()
+    for part, block in zip(parts[1:-1], model.layers.values(), strict=True):
+        whole = 0.0
+        for parameter in block.parameters():
+            shape = _local(parameter).shape
+            cut = isinstance(parameter, DTensor) and parameter.placements[0].is_shard()
             routed = (met or shape[0]) / shape[0] if len(shape) == 3 else 1.0
-            features += routed * math.prod(shape[:-2]) * sum(shape[-2:])
-        whole = round(size * tokens * features)
-        part.saved = size * hidden if mode == "full" else whole
-        part.forward, part.backward = whole, whole + part.gradients
-    for part in (parts[0], parts[-1]):
-        part.saved, part.backward = size * hidden, part.gradients + size * hidden
+            features = routed * math.prod(shape[:-2]) * sum(shape[-2:])
+            whole += size * features * (tokens if cut else tokens / tensor)
+        part.forward = round(whole)
+        part.saved = size * tokens * model.embedding.weight.shape[1] // tensor if mode == "full" else part.forward
+        part.backward = part.forward + part.gradients

@@ -99,7 +99,7 @@ def _memory(memory: dict[str, list[Memory]], job_config: Any) -> str:
 
 def _notes(guessed: str, model: Any, job_config: Any) -> Iterator[str]:
     if guessed:
-        yield f"  activations are a rough guess, as a block cannot be run without values ({guessed})"
+        yield f"  activations, so the peak too, are a rough guess: a block cannot be run without values ({guessed})"
     elif device_type == "cpu" and job_config.model.name == "auto" and model.family.from_fla:
         yield "  activations are those of the CPU's references; fla's kernels on a GPU keep less"
     if job_config.activation_checkpoint.mode == "memory_budget":

@@ -23,6 +23,8 @@ class Live(TorchDispatchMode):
         return self.now
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if DTensor in types:  # comes back as what it does to the local tensors
+            return NotImplemented
         result = function(*args, **(kwargs or {}))
         given = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if _is_plain(x)}
         for tensor in filter(_is_plain, tree_leaves(result)):

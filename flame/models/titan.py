@@ -56,6 +56,8 @@ def load(job_config: Any, tokenizer: Any) -> dict[str, Any]:
         published.bos_token_id, published.eos_token_id = tokenizer.bos_id, tokenizer.eos_id
     if experts := getattr(args, "moe_args", None):  # torch's grouped matrix product computes in bfloat16 alone
         experts.use_grouped_mm &= has_cuda_capability(9, 0) and training.mixed_precision_param == "bfloat16"
+    if getattr(args, "enable_weight_tying", False):
+        args.get_nparams_and_flops = partial(_count_tied, args)
     if device_type == "cpu":
         _enable_cpu()
     return {
@@ -65,6 +67,13 @@ def load(job_config: Any, tokenizer: Any) -> dict[str, Any]:
         "pipelining_fn": spec.pipelining_fn and partial(parallel.pipeline, spec.pipelining_fn),
         "build_optimizers_fn": spec.build_optimizers_fn,
     }
+
+
+def _count_tied(args: Any, model: Any, seq_len: int) -> tuple[int, int]:
+    """Mend of torchtitan 0.2.2: of an embedding that is the head as well it counts neither."""
+    parameters, flops = type(args).get_nparams_and_flops(args, model, seq_len)
+    tied = model.tok_embeddings.weight.numel()
+    return parameters + tied, flops + 6 * tied
 
 
 def build(name: str, args: Any) -> nn.Module:

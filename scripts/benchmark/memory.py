@@ -31,9 +31,18 @@ CASES = {  # name: (ranks, transformers' or fla's config, flags)
         _LLAMA | {"num_hidden_layers": 10},
         ["--training.local_batch_size=4", "--activation_checkpoint.mode=full"],
     ),
-    "torchtitan's llama3, FSDP2 on 2 ranks": (
+    "llama, TP on 2 ranks": (
+        *(2, _LLAMA),
+        ["--training.local_batch_size=8", "--parallelism.tensor_parallel_degree=2"],
+    ),
+    "torchtitan's llama3, TP on 2 ranks": (
         *(2, None),
-        ["--model.name=llama3", "--model.flavor=debugmodel", "--training.local_batch_size=16"],
+        [
+            "--model.name=llama3",
+            "--model.flavor=debugmodel",
+            "--training.local_batch_size=48",
+            "--parallelism.tensor_parallel_degree=2",
+        ],
     ),
 }
 _COMMON = ["--training.seq_len=256", "--training.steps=3", "--training.mixed_precision_param=float32",
