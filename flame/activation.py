@@ -171,9 +171,9 @@ def _local(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
-def _pass_on(hidden: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+def _pass_on(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
     """The forward of a block that cannot be run."""
-    return hidden.clone()
+    return hidden_states.clone()
 
 
 def _run(
