@@ -48,7 +48,7 @@ def describe(job_config: Any, ranks: int) -> str:
         _data(build_sources(job_config.training, job_config.data), tokenizer, _tokens(job_config, ranks)),
         _rates(job_config),
         _disk(parameters, job_config),
-        _time(flops * _tokens(job_config, ranks), ranks),
+        _time(flops * _tokens(job_config, ranks), ranks, job_config.job.mfu),
     ]
     return "\n\n".join(sections)
 
@@ -192,13 +192,13 @@ def _disk(parameters: int, job_config: Any) -> str:
     return _table(rows, "on disk")
 
 
-def _time(flops: int, ranks: int) -> str:
+def _time(flops: int, ranks: int, given: float | None) -> str:
     name = device_module.get_device_name() if device_type != "cpu" else "H100"
     peak = get_peak_flops(name) if device_type != "cpu" else 989e12
     rows = [("MFU", "hours", "days")]
-    for mfu in _MFU:
+    for mfu in _MFU if given is None else (given,):
         hours = flops / (ranks * peak * mfu) / 3600
-        rows.append((f"{mfu:.0%}", f"{hours:,.2f}", f"{hours / 24:,.2f}"))
+        rows.append((f"{100 * mfu:.3g}%", f"{hours:,.2f}", f"{hours / 24:,.2f}"))
     example = "" if device_type != "cpu" else ", as an example"
     return _table(rows, f"time on {ranks:,} {name}{example} ({peak / 1e12:,.0f} TFLOPS each)")
 

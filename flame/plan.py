@@ -55,6 +55,7 @@ def _check_ranges(config: JobConfig) -> None:
         (_BELOW_1, lambda v: 0 <= v < 1, "0 or more and below 1"),
         (_UP_TO_1, lambda v: 0 <= v <= 1, "from 0 to 1"),
         (_ABOVE_0, lambda v: 0 < v < math.inf, "more than 0, and finite"),
+        (("job.mfu",), lambda v: 0 < v <= 1, "more than 0 and at most 1"),
         (("checkpoint.load_step",), lambda v: v >= -1, "-1 (the newest) or a step"),
         (("data.exhausted_exit_code",), lambda v: v in (0, 1), "0 or 1"),
     )

@@ -17,6 +17,9 @@ class Job(titan.Job):
     well. Needs no accelerator, makes no folder and downloads no data.
     """
 
+    mfu: float | None = None
+    """The model FLOPs utilization at which the dry run tells the time; not set, 0.3, 0.4 and 0.5"""
+
 
 @dataclass
 class Model(titan.Model):

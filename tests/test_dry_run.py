@@ -255,10 +255,15 @@ def dry_run(folder, *flags, ranks=1):
 
 
 def test_llama_70b_on_1024_ranks_takes_little_time_and_memory_and_leaves_nothing(tmp_path):
-    flags = (_DEGREE.format("tensor", 8), _DEGREE.format("pipeline", 4), "--training.seq_len=4096")
+    flags = (_DEGREE.format("tensor", 8), _DEGREE.format("pipeline", 4), "--training.seq_len=4096", "--job.mfu=0.45")
     done, seconds, memory = dry_run(tmp_path, f"--model.config={REPO / 'configs/llama2_70B.json'}", *flags, ranks=1024)
     assert (done.returncode, done.stderr) == (0, "")
     assert "68,976,648,192" in done.stdout and "1,024: data 32" in done.stdout
+    flops, tokens = (
+        int(re.search(rf"{row} +([\d,]+)", done.stdout)[1].replace(",", "")) for row in ("FLOPs per token", "tokens ")
+    )
+    if not torch.cuda.is_available():  # the example's peak
+        assert re.search(rf"45% +{flops * tokens / (1024 * 989e12 * 0.45) / 3600:.2f} ", done.stdout)
     assert seconds < 15 and memory < 2 * 2**30
     assert os.listdir(tmp_path) == []
 

@@ -80,6 +80,7 @@ def test_a_job_that_can_train_passes(flags, ranks):
         ("--training.num_workers -1", ["num_workers", "0 or more"]),
         ("--training.prefetch_factor 0", ["prefetch_factor", "1 or more"]),
         ("--checkpoint.keep_latest_k 1", ["--checkpoint.keep_latest_k", "0 (keep all) or 2"]),
+        ("--job.mfu 40", ["--job.mfu", "found 40", "more than 0 and at most 1"]),
         ("--checkpoint.load_step -2", ["--checkpoint.load_step", "found -2"]),
         ("--training.context_len 65 --training.seq_len 64", ["--training.context_len", "65", "64"]),
         ("--profiling.enable_profiling --profiling.profile_freq 2", ["--profiling.profile_freq", "4 or more"]),
