@@ -25,6 +25,7 @@ from torchtitan.tools.utils import device_type, set_default_dtype
 from flame.models.causal_lm import ModelArgs
 from flame.models.flops import EXPERTS_MET, experts_met
 from flame.models.hf import first_line
+from flame.parallel.layout import shards
 from flame.parallel.titan import has_experts
 from flame.storage import Live
 
@@ -70,12 +71,6 @@ class Parts:
     guessed: str = ""
 
 
-def shards(layout: Any, ranks: int) -> int:
-    """The ranks of `ranks` over which FSDP2 divides each parameter; 1: there is no FSDP2."""
-    outer = (layout.data_parallel_replicate_degree, layout.pipeline_parallel_degree, layout.tensor_parallel_degree)
-    return ranks // math.prod(outer)
-
-
 def measure(spec: TrainSpec, job_config: Any, ranks: int, mode: str) -> Parts:
     """The parts of a model on a rank of `ranks`, with an activation checkpointing mode; selective only by op."""
     args = copy.copy(spec.model_args[job_config.model.flavor])
@@ -109,20 +104,23 @@ def measure(spec: TrainSpec, job_config: Any, ranks: int, mode: str) -> Parts:
         with fake:
             model.to_empty(device=device_type)
         run = partial(_run, model, found, shape, fake, precision, parallel_loss)
-        guessed = "other ranks send it tokens" if layout.expert_parallel_degree > 1 else ""
+        met, guessed = _experts_met(args), "other ranks send it tokens" if layout.expert_parallel_degree > 1 else ""
         if not guessed:
             try:
                 run()
             except RuntimeError as error:  # of torch: shapes that depend on values, or an operator without a fake
-                if _experts_met(args) is None:
+                if met is None:
                     raise
                 guessed = first_line(error)
         if guessed:
             for block in model.layers.values():
                 block.forward = _pass_on
-            model.eval().zero_grad()  # in eval: no balance of experts that were not run
+            model.eval()  # no balance of experts that were not run
             run()
-            _guess(model, found, batch * training.seq_len // context, tensor, _experts_met(args) or 0, mode)
+        if tensor > 1:  # again: DTensor finds out what an operator makes with tensors of its own, and remembers
+            run()
+        if guessed:
+            _guess(model, found, batch * training.seq_len // context, tensor, met or 0, mode)
     embedding, *blocks, head = found
     return Parts(embedding, [dict(zip(firsts, blocks, strict=True))[kind] for kind in kinds], head, guessed)
 
@@ -181,6 +179,7 @@ def _run(
 ) -> None:
     """One forward and backward without values, which fills in `parts`, in their order."""
     live, start = Live(), 0
+    model.zero_grad()
 
     def leave_forward(part: Part) -> None:
         nonlocal start

@@ -6,9 +6,9 @@ from typing import Any
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.protocols.train_spec import TrainSpec
 
-from flame.activation import Part, Parts, measure, shards
+from flame.activation import Part, Parts, measure
 from flame.parallel import schedule
-from flame.parallel.layout import stages, whole_model
+from flame.parallel.layout import data_parallel, shards, stages, whole_model
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,8 @@ def _of_rank(own: list[list[Part]], parts: Parts, rank: int, job_config: Any, ra
 
 
 def _accumulates(job_config: Any, ranks: int) -> bool:
-    layout, training = job_config.parallelism, job_config.training
-    inner = layout.tensor_parallel_degree * layout.context_parallel_degree * layout.pipeline_parallel_degree
-    return training.global_batch_size > training.local_batch_size * (ranks // inner)
+    training = job_config.training
+    return training.global_batch_size > training.local_batch_size * data_parallel(job_config.parallelism, ranks)
 
 
 def _in_flight(layout: Any, rank: int, microbatches: int, stages_here: int) -> int:

@@ -26,8 +26,8 @@ class Live(TorchDispatchMode):
         if DTensor in types:  # comes back as what it does to the local tensors
             return NotImplemented
         result = function(*args, **(kwargs or {}))
-        given = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if _is_plain(x)}
-        for tensor in filter(_is_plain, tree_leaves(result)):
+        given = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)}
+        for tensor in filter(torch.is_tensor, tree_leaves(result)):
             storage = tensor.untyped_storage()
             if id(storage) not in given | self._seen:
                 self._seen.add(id(storage))
@@ -39,7 +39,3 @@ class Live(TorchDispatchMode):
     def _forget(self, key: int, size: int) -> None:
         self._seen.discard(key)
         self.now -= size
-
-
-def _is_plain(x: Any) -> bool:
-    return isinstance(x, torch.Tensor) and not isinstance(x, DTensor)

@@ -143,9 +143,10 @@ def test_tensor_parallel_ranks_share_activations_and_logits(tmp_path, model):
         config, spec = job(tmp_path, model, _DEGREE.format("tensor", degree))
         parts[degree] = measure(spec, config, degree, "none")
     one, two = parts[1], parts[2]
-    assert 0.45 < two.blocks[0].saved / one.blocks[0].saved < 0.75  # whole rows between the regions
+    assert 0.45 < two.blocks[0].saved / one.blocks[0].saved < 0.7
     assert 0.3 < two.head.saved / one.head.saved < 0.6
-    assert 0.4 < two.blocks[0].backward / one.blocks[0].backward < 0.85
+    assert 0.4 < two.blocks[0].backward / one.blocks[0].backward < 0.7
+    assert measure(spec, config, 2, "none") == two  # whatever this process ran before
 
 
 def test_only_blocks_are_guessed_where_tokens_choose_their_experts(tmp_path):

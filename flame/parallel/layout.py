@@ -120,6 +120,16 @@ def empty_stages(blocks: int, layout: Any) -> Iterator[str]:
             yield f"stage {number} would have none of the model's {blocks} blocks"
 
 
+def data_parallel(layout: Any, ranks: int) -> int:
+    """The ranks of `ranks` that read data of their own."""
+    return ranks // (layout.tensor_parallel_degree * layout.context_parallel_degree * layout.pipeline_parallel_degree)
+
+
+def shards(layout: Any, ranks: int) -> int:
+    """The ranks of `ranks` over which FSDP2 divides each parameter; 1: there is no FSDP2."""
+    return data_parallel(layout, ranks) * layout.context_parallel_degree // layout.data_parallel_replicate_degree
+
+
 def whole_model(blocks: int) -> list[str]:
     """torchtitan's names of all modules of a model, in their order."""
     return ["tok_embeddings", *(f"layers.{i}" for i in range(blocks)), "norm", "output"]

@@ -17,7 +17,7 @@ from flame.config import world_size
 from flame.errors import UserError
 from flame.parallel import schedule
 from flame.parallel.apply import sum_without_scaling
-from flame.parallel.layout import ASYNC, CONTEXT, PIPELINE, TENSOR, empty_stages, stages
+from flame.parallel.layout import ASYNC, CONTEXT, PIPELINE, TENSOR, empty_stages, shards, stages
 from flame.parallel.region import change_output, move
 
 
@@ -53,7 +53,7 @@ def _complaints(spec: Any, args: Any, job_config: Any) -> Iterator[str]:
         yield f"--parallelism.expert_parallel_degree: found {expert}, must divide the experts of {name}, {experts}"
     if expert > 1 and job_config.optimizer.early_step_in_backward:
         yield "--optimizer.early_step_in_backward: found true, must be false where experts are divided"
-    sharded = ranks // (layout.data_parallel_replicate_degree * tensor * layout.pipeline_parallel_degree)
+    sharded = shards(layout, ranks)
     if expert > 1 and sharded > experts and (uneven := _uneven(spec, args, job_config, sharded // expert)):
         yield (
             f"--parallelism.expert_parallel_degree: found {expert}, leaves {sharded // expert} ranks to share the "

@@ -23,6 +23,7 @@ _LLAMA = {
     "vocab_size": 8192,
 }
 _GLA = {"model_type": "gla", "hidden_size": 512, "num_hidden_layers": 6, "num_heads": 4, "vocab_size": 8192}
+_TP = "--parallelism.tensor_parallel_degree=2"
 CASES = {  # name: (ranks, transformers' or fla's config, flags)
     "llama, 1 rank": (1, _LLAMA, ["--training.local_batch_size=4"]),
     "gla, 1 rank": (1, _GLA, ["--training.local_batch_size=1"]),
@@ -31,18 +32,11 @@ CASES = {  # name: (ranks, transformers' or fla's config, flags)
         _LLAMA | {"num_hidden_layers": 10},
         ["--training.local_batch_size=4", "--activation_checkpoint.mode=full"],
     ),
-    "llama, TP on 2 ranks": (
-        *(2, _LLAMA),
-        ["--training.local_batch_size=8", "--parallelism.tensor_parallel_degree=2"],
-    ),
+    "llama, TP on 2 ranks": (2, _LLAMA, ["--training.local_batch_size=8", _TP]),
     "torchtitan's llama3, TP on 2 ranks": (
-        *(2, None),
-        [
-            "--model.name=llama3",
-            "--model.flavor=debugmodel",
-            "--training.local_batch_size=48",
-            "--parallelism.tensor_parallel_degree=2",
-        ],
+        2,
+        None,
+        ["--model.name=llama3", "--model.flavor=debugmodel", "--training.local_batch_size=48", _TP],
     ),
 }
 _COMMON = ["--training.seq_len=256", "--training.steps=3", "--training.mixed_precision_param=float32",
