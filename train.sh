@@ -61,6 +61,6 @@ if ((NNODE > 1)); then
   fi
 fi
 
-exec "$python" -m flame.launch --nnodes "$NNODE" --nproc_per_node "$NGPU" "${rendezvous[@]}" \
+exec "$python" -m flame.runtime.launch --nnodes "$NNODE" --nproc_per_node "$NGPU" "${rendezvous[@]}" \
   --rdzv_endpoint "${MASTER_ADDR:-localhost}:${MASTER_PORT:-$port}" \
   --local-ranks-filter "${LOG_RANK:-0}" --role rank --tee 3 -m flame.train "$@"

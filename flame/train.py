@@ -7,10 +7,10 @@ from pathlib import Path
 from pkgutil import resolve_name
 
 from flame.errors import FAILED, REFUSED, NonFiniteError, SaveError, UserError
-from flame.stop import Signals, end_at_once, leave
+from flame.runtime.stop import Signals, end_at_once, leave
 
 
-def main(argv: list[str], trainer: str = "flame.trainer:FlameTrainer") -> int:
+def main(argv: list[str], trainer: str = "flame.training.trainer:FlameTrainer") -> int:
     """Run the job that `argv` describes on this rank, with the class that `trainer` names; returns the exit code."""
     signals = Signals(leave, end_at_once)
     signals.listen()  # before the seconds that imports take
@@ -22,16 +22,16 @@ def main(argv: list[str], trainer: str = "flame.trainer:FlameTrainer") -> int:
 
 def train(argv: list[str], signals: Signals, trainer: str) -> int:
     """What `main` does, once signals are listened to."""
-    from flame import device, log
+    from flame.runtime import device, log
 
     log.configure()
     device.choose()  # before the imports below, which import torchtitan, which reads the device
-    from flame.config import parse, world_size
-    from flame.dry_run import describe
-    from flame.job import run_job
-    from flame.lock import hold
-    from flame.plan import check
-    from flame.spec import register
+    from flame.config.parser import parse, world_size
+    from flame.dry_run.summary import describe
+    from flame.preflight.validate import check
+    from flame.runtime.lock import hold
+    from flame.training.job import run_job
+    from flame.training.train_spec import register
 
     try:
         config = parse(argv)

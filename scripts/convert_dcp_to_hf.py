@@ -20,15 +20,15 @@ from typing import Any
 import tomli
 from tqdm import tqdm
 
-from flame.checkpoint.chunk import DamagedError
 from flame.checkpoint.commit import complaint, complete_steps
-from flame.checkpoint.dcp_file import read_tensors
-from flame.checkpoint.element import FLOATS, SIZES
-from flame.checkpoint.export import export_checkpoint
-from flame.checkpoint.report import REPORT
+from flame.checkpoint.dtypes import FLOATS, SIZES
 from flame.checkpoint.structure import Found, UnfaithfulError, check_structure, load_structure, save_structure
+from flame.convert.chunk import DamagedError
+from flame.convert.dcp_file import read_tensors
+from flame.convert.export import export_checkpoint
+from flame.convert.report import REPORT
+from flame.convert.verify import HOLDS, too_large
 from flame.errors import FULL, UserError
-from flame.verify import HOLDS, too_large
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -81,11 +81,11 @@ def check_json(recorded: Path) -> None:
 
 
 class Model:
-    """What the config says of the model, found out by flame.verify in a process of its own while tensors are copied."""
+    """What the config says of the model, found by flame.convert.verify in its own process while tensors are copied."""
 
     def __init__(self, found: Found, assets: Path, verified: bool, module: str) -> None:
         self.found, self.assets, self.verified = found, assets, verified
-        self.verify = [sys.executable, "-m", "flame.verify", "--import", module]
+        self.verify = [sys.executable, "-m", "flame.convert.verify", "--import", module]
         self.structure = load_structure(assets)
         self.building: subprocess.Popen[str] | None = None
 
@@ -150,7 +150,7 @@ class Model:
         output, said = process.communicate()
         if process.returncode == 0:
             return output
-        message = said.rpartition("flame: ")[2].strip() or "flame.verify was ended"
+        message = said.rpartition("flame: ")[2].strip() or "flame.convert.verify was ended"
         for flag, ours in (("--model.config", "--config"), ("--model.tokenizer_path", "--tokenizer")):
             message = message.replace(flag, ours)
         raise (UserError if process.returncode == 2 else UnfaithfulError)(message)

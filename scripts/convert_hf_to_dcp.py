@@ -12,14 +12,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from flame.blueprint import read_structure
-from flame.checkpoint.convert import convert_hf_to_dcp
-from flame.checkpoint.report import REPORT, new_folder, sha256, write_report
-from flame.checkpoint.safetensors_file import Entry, find_files, read_headers
 from flame.checkpoint.structure import Structure, UnfaithfulError, check_structure
-from flame.checkpoint.weights import checksum, under_own_names, untied
+from flame.convert.conversion import convert_hf_to_dcp
+from flame.convert.hf_weights import checksum, under_own_names, untied
+from flame.convert.model_structure import read_structure
+from flame.convert.report import REPORT, new_folder, sha256, write_report
+from flame.convert.safetensors_file import Entry, find_files, read_headers
+from flame.convert.verify import HOLDS
 from flame.errors import FULL, UserError
-from flame.verify import HOLDS
 
 TITAN = "torchtitan.json"  # beside the config.json of what was trained as one of torchtitan's models
 
@@ -66,7 +66,7 @@ def check(folder: Path, entries: dict[str, Entry]) -> tuple[Structure, dict[str,
 
     Raises UserError and UnfaithfulError.
     """
-    from flame import device
+    from flame.runtime import device
 
     device.choose()  # before the import of torchtitan, which reads the device
     if not (folder / "config.json").is_file():

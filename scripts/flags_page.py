@@ -10,17 +10,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from flame import legacy
-from flame.section import JobConfig
-from flame.setting import describe
+from flame.config import legacy
+from flame.config.schema import JobConfig
+from flame.config.setting import describe
 
 PAGE = Path(__file__).parents[1] / "docs" / "flags.md"
 INTRODUCTION = """# Flags
 
-Written by `python scripts/flags_page.py` from `flame/section.py`, torchtitan 0.2.2 and `flame/legacy.py`; change it
-there. Every flag is a TOML key as well: `--training.steps 100` is `steps = 100` under `[training]` of the file given
-by `--job.config_file`. A flag overrides the TOML, the TOML overrides the default. `--flag value` and `--flag=value` are
-the same, so are `-` and `_`; a switch is turned on by `--section.name` and off by `--section.no_name`; a list is `a,b`.
+Written by `python scripts/flags_page.py` from `flame/config/schema.py`, torchtitan 0.2.2 and
+`flame/config/legacy.py`; change it there. Every flag is a TOML key as well: `--training.steps 100` is `steps = 100`
+under `[training]` of the file given by `--job.config_file`. A flag overrides the TOML, the TOML overrides the
+default. `--flag value` and `--flag=value` are the same, so are `-` and `_`; a switch is turned on by `--section.name`
+and off by `--section.no_name`; a list is `a,b`.
 """
 
 

@@ -4,10 +4,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from flame.input import TITAN
 from flame.models.family import Family, layouts
 from flame.models.table import BY_MODEL_TYPE
-from flame.parallel.titan import has_experts, has_right_masks
+from flame.preflight.inputs import TITAN
+from flame.titan.parallelize import has_experts, has_right_masks
 
 PAGE = Path(__file__).parents[1] / "docs" / "parallelism.md"
 MARKS = ("<!-- families -->\n", "<!-- /families -->\n")  # the table lies between them

@@ -15,7 +15,7 @@ os.environ.update(
     HYPOTHESIS_STORAGE_DIRECTORY=os.path.join(_HOME, "hypothesis"),
 )
 
-from flame import device  # noqa: E402 - after the environment is set
+from flame.runtime import device  # noqa: E402
 
 device.choose()
 

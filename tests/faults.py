@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from flame.errors import NonFiniteError
-from flame.finite import name_state
-from flame.trainer import FlameTrainer
+from flame.training.nonfinite import name_state
+from flame.training.trainer import FlameTrainer
 
 
 class Poisoned(FlameTrainer):

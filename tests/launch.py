@@ -41,7 +41,7 @@ def train(*flags: str, ranks: int = 1, **env: str) -> "subprocess.CompletedProce
 
 
 def train_each(
-    jobs: Sequence[Sequence[str]], ranks: int = 1, trainer: str = "flame.trainer:FlameTrainer", **env: str
+    jobs: Sequence[Sequence[str]], ranks: int = 1, trainer: str = "flame.training.trainer:FlameTrainer", **env: str
 ) -> str:
     """Run several jobs one after the other in one launch, which pays for the imports once; returns the log."""
     command = torchrun("-m", "tests.launch", trainer, json.dumps([list(job) for job in jobs]), ranks=ranks)
@@ -63,7 +63,7 @@ def trajectory(folder: Path) -> list[tuple[Any, ...]]:
 
 
 def _run_jobs(trainer: str, jobs: list[list[str]]) -> None:
-    from flame import device, log
+    from flame.runtime import device, log
 
     log.configure()
     device.choose()
@@ -72,9 +72,9 @@ def _run_jobs(trainer: str, jobs: list[list[str]]) -> None:
     import torchtitan.train
     from torchtitan.protocols import train_spec
 
-    from flame.config import parse, world_size
-    from flame.plan import check
-    from flame.spec import register
+    from flame.config.parser import parse, world_size
+    from flame.preflight.validate import check
+    from flame.training.train_spec import register
 
     module, _, name = trainer.partition(":")
     trainer_class = getattr(importlib.import_module(module), name)

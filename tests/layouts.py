@@ -121,7 +121,7 @@ def refusal_of(name: str, flags: list[str]) -> str | None:
 
 @functools.cache
 def _parsed(*flags: str) -> Any:
-    from flame.config import parse
+    from flame.config.parser import parse
 
     return parse([*SMALL, *flags])
 

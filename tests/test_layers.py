@@ -1,184 +1,77 @@
-"""flame's imports go one way: a module imports flame's modules only from rows above its own."""
+"""The rooms of flame/ and what each may import; imports inside functions count too."""
 
 import ast
 from collections.abc import Iterator
-from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-ROWS = (
-    "errors data.fast data.document data.packed data.retry",
-    "data.window data.jsonl data.megatron data.textfile checkpoint.element checkpoint.record checkpoint.report "
-    "parallel.schedule",
-    "legacy setting section log device schedule storage stop lock agreement checkpoint.chunk checkpoint.structure "
-    "checkpoint.commit data.prefetch data.table "
-    "models.family models.reference.precision models.reference.packing models.reference.delta_chunk",
-    "data.source data.skip data.cursor data.order data.mixture data.tokenize data.pack data.ledger "
-    "models.loss models.flops finite "
-    "checkpoint.dcp_file checkpoint.safetensors_file checkpoint.proof checkpoint.writer "
-    "models.reference.attention models.reference.convolution models.reference.linear_attention models.reference.norm "
-    "models.reference.gate models.reference.hgrn models.reference.simple_gla models.reference.token_shift",
-    "models.reference.gsa models.reference.lightnet models.reference.delta_rule models.reference.mamba "
-    "models.reference.rwkv checkpoint.dcp_writer checkpoint.weights parallel.region",
-    "config data.lane models.llama models.fla models.init models.reference "
-    "parallel.tensor parallel.context parallel.pipeline parallel.layout checkpoint.convert "
-    "checkpoint.dcp_reader",
-    "input run data.loader checkpoint.export checkpoint.start parallel.apply "
-    "models.neox models.falcon models.moe models.delta models.generic models.shrink quantize",
-    "plan metrics checkpoint.initial parallel.titan models.table data.inspect data.corpus data.bench",
-    "preflight validation checkpoint.manager models.hf models.counterpart data.__main__",
-    "models.causal_lm models.titan blueprint",
-    "spec models.audit models.listing activation",
-    "trainer verify models.__main__ memory",
-    "job dry_run",
-    "launch train drills.job",
-    "drills.drill drills.fault drills.rank",
-    "drills.__main__",
-)
-STRANGERS = {"data": {"models"}, "models": {"data"}, "checkpoint": {"data", "models"}}  # whatever their rows
+FLAME = Path(__file__).parents[1] / "flame"
+ROOMS = {  # lowest first; a room imports itself, `errors`, and the rooms named here
+    "errors": "",
+    "config": "",
+    "runtime": "config",
+    "checkpoint": "config runtime",
+    "data": "config runtime checkpoint",
+    "models": "config runtime",
+    "parallel": "config models",
+    "titan": "config checkpoint models parallel",
+    "convert": "config runtime checkpoint data models titan",
+    "preflight": "config runtime checkpoint data models parallel convert",
+    "training": "config runtime checkpoint data models parallel titan convert",
+    "dry_run": "config data models parallel titan training",
+    "train": "config runtime preflight training dry_run",
+    "drills": "checkpoint training train",
+}
+FILES = sorted(path.relative_to(FLAME).as_posix() for path in FLAME.rglob("*.py"))
 
 
-def modules() -> dict[str, Path]:
-    """Every module under flame/ by its dotted name without "flame." before it; a package goes by its folder's name."""
-    found = {}
-    for path in sorted((ROOT / "flame").rglob("*.py")):
-        parts = path.relative_to(ROOT / "flame").with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
+def room_of(module: str) -> str:
+    """The room of "data.lane" or "data/lane.py"."""
+    return module.replace("/", ".").removesuffix(".py").split(".")[0]
 
 
-def row(name: str) -> int | None:
-    return next((i for i, names in enumerate(ROWS) if any(fnmatch(name, each) for each in names.split())), None)
-
-
-def imported(tree: ast.AST, package: str, known: set[str]) -> Iterator[str]:
-    """The modules of flame that a tree imports anywhere, inside functions too; `package` resolves relative imports."""
+def imported(tree: ast.AST) -> Iterator[str]:
+    """What a module imports of flame, without "flame." before it; "" is flame itself, whose version is read."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            wanted = [alias.name for alias in node.names]
+            names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                above = ["flame", *filter(None, package.split("."))]
-                base = ".".join(filter(None, [*above[: len(above) - node.level + 1], base]))
-            wanted = [f"{base}.{alias.name}" for alias in node.names]
+            assert not node.level, "imports are absolute"
+            names = [f"flame.{alias.name}" for alias in node.names] if node.module == "flame" else [str(node.module)]
         else:
             continue
-        for name in wanted:
-            if name.split(".")[0] == "flame":
-                inner = name.removeprefix("flame").removeprefix(".")
-                yield inner if inner in known else inner.rpartition(".")[0]  # else a name inside a module
+        yield from (name.removeprefix("flame.") for name in names if name.startswith("flame."))
 
 
-def complaints(name: str, source: str, package: str, known: set[str]) -> list[str]:
-    """What breaks the order in one module's source, a line each."""
-    own, found = row(name), []
-    for other in imported(ast.parse(source), package, known):
-        if other == "":  # flame itself: its version
-            continue
-        theirs = row(other)
-        if own is None or theirs is None or theirs >= own:
-            found.append(f"{name} (row {own}) imports {other} (row {theirs})")
-        if other.split(".")[0] in STRANGERS.get(name.split(".")[0], ()):
-            found.append(f"{name} and {other} must not know each other")
-    return found
+def forbidden(room: str, tree: ast.AST) -> list[str]:
+    allowed = {room, "errors", "__version__", *ROOMS[room].split()}
+    return [name for name in imported(tree) if room_of(name) not in allowed]
 
 
-def asks_for_a_model_type(tree: ast.AST) -> bool:
-    """Whether anything is compared with a `model_type`."""
-    sides = [
-        side for node in ast.walk(tree) if isinstance(node, ast.Compare) for side in (node.left, *node.comparators)
-    ]
-    return any(getattr(side, "attr", getattr(side, "id", "")) == "model_type" for side in sides)
-
-
-def trusts_remote_code(tree: ast.AST) -> bool:
-    """Whether `trust_remote_code` is ever literally True: as an argument, a default, an assignment or a key."""
-    pairs: list[tuple[str | None, ast.AST | None]] = []
+def compared_names(tree: ast.AST) -> Iterator[str]:
     for node in ast.walk(tree):
-        if isinstance(node, ast.keyword):
-            pairs.append((node.arg, node.value))
-        elif isinstance(node, ast.arguments):
-            positional = [*node.posonlyargs, *node.args]
-            pairs += [(a.arg, d) for a, d in zip(reversed(positional), reversed(node.defaults), strict=False)]
-            pairs += [(a.arg, d) for a, d in zip(node.kwonlyargs, node.kw_defaults, strict=True)]
-        elif isinstance(node, ast.Assign | ast.AnnAssign):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            pairs += [(getattr(t, "attr", getattr(t, "id", None)), node.value) for t in targets]
-        elif isinstance(node, ast.Dict):
-            pairs += [(getattr(k, "value", None), v) for k, v in zip(node.keys, node.values, strict=True)]
-    return any(n == "trust_remote_code" and isinstance(v, ast.Constant) and v.value is True for n, v in pairs)
+        if isinstance(node, ast.Compare):
+            yield from (getattr(side, "attr", getattr(side, "id", "")) for side in (node.left, *node.comparators))
 
 
-@pytest.mark.parametrize("name", modules())
-def test_a_module_imports_only_from_rows_above_its_own(name):
-    path, known = modules()[name], set(modules())
-    is_package = path.name == "__init__.py"
-    package = name if is_package else name.rpartition(".")[0]
-    if is_package and row(name) is None:  # a package with a row is a module with rooms
-        assert not list(imported(ast.parse(path.read_text()), package, known)), "importing a package imports nothing"
-    else:
-        assert row(name) is not None, f"{name} is in no row: give it one, in the table here"
-        assert complaints(name, path.read_text(), package, known) == []
+@pytest.mark.parametrize("file", [file for file in FILES if file != "__init__.py"])
+def test_a_room_imports_only_the_rooms_that_the_table_allows(file):
+    tree = ast.parse((FLAME / file).read_text())
+    assert forbidden(room_of(file), tree) == []
+    if file.endswith("__init__.py") and "reference" not in file:
+        assert [type(node) for node in tree.body] == [ast.Expr], "a room's __init__ is its docstring alone"
+    assert file.startswith("models/") or "model_type" not in compared_names(tree), "families differ by their rows"
+    assert not any(
+        keyword.arg == "trust_remote_code" and getattr(keyword.value, "value", None) is True
+        for keyword in ast.walk(tree)
+        if isinstance(keyword, ast.keyword)
+    )
 
 
-@pytest.mark.parametrize("name", modules())
-def test_families_are_told_apart_in_models_alone_and_remote_code_is_never_trusted_unasked(name):
-    tree = ast.parse(modules()[name].read_text())
-    assert name.startswith("models") or not asks_for_a_model_type(tree)
-    assert not trusts_remote_code(tree)
-
-
-@pytest.mark.parametrize(
-    "name, source",
-    [
-        ("config", "from flame.trainer import FlameTrainer"),
-        ("config", "def f():\n    import flame.train"),
-        ("data.loader", "from . import loader"),
-        ("data.lane", "from .loader import build_dataloader"),
-        ("data.loader", "from ..models.loss import build_loss"),
-        ("checkpoint.export", "from flame.data import tokenize"),
-        ("legacy", "from flame.device import choose"),
-    ],
-)
-def test_an_import_against_the_order_is_found(name, source):
-    known = {
-        "config",
-        "trainer",
-        "train",
-        "legacy",
-        "device",
-        "data.loader",
-        "data.lane",
-        "data.tokenize",
-        "models.loss",
-    }
-    assert complaints(name, source, name.rpartition(".")[0], known)
-
-
-def test_imports_along_the_order_are_let_through():
-    source = "import torch\nfrom flame import __version__\nfrom flame.errors import UserError\nfrom .lane import Lane"
-    assert complaints("data.loader", source, "data", {"errors", "data.lane", "data.loader"}) == []
-
-
-@pytest.mark.parametrize("source", ["if config.model_type == 'gla': pass", "x = model_type in ('llama',)"])
-def test_a_question_for_the_model_type_is_found(source):
-    assert asks_for_a_model_type(ast.parse(source))
-    assert not asks_for_a_model_type(ast.parse("family = by_model_type[config.model_type]"))
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "load(path, trust_remote_code=True)",
-        "def load(path, trust_remote_code=True): pass",
-        "def load(path, *, trust_remote_code=True): pass",
-        "trust_remote_code: bool = True",
-        "options = {'trust_remote_code': True}",
-    ],
-)
-def test_remote_code_trusted_unasked_is_found(source):
-    assert trusts_remote_code(ast.parse(source))
-    assert not trusts_remote_code(ast.parse(source.replace("True", "False")))
+def test_the_table_goes_one_way_and_an_import_upward_is_found():
+    order = list(ROOMS)
+    assert all(order.index(below) < order.index(room) for room, rooms in ROOMS.items() for below in rooms.split())
+    assert forbidden("data", ast.parse("def f():\n    from flame.training.trainer import Batch")) == [
+        "training.trainer"
+    ]

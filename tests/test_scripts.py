@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PREFLIGHT, LAUNCH = ["-m", "flame.preflight"], ["-m", "flame.launch"]
+PREFLIGHT, LAUNCH = ["-m", "flame.preflight"], ["-m", "flame.runtime.launch"]
 RECORDER = """#!/bin/bash
 # One record: NNODE, NGPU, OMP_NUM_THREADS, the folder, then the arguments; each ended by NUL, the record by a newline.
 printf '%s\\0' "${NNODE-}" "${NGPU-}" "${OMP_NUM_THREADS-}" "$PWD" "$@" >>"$RECORDS"; printf '\\n' >>"$RECORDS"
 case "$*" in
-  *flame.preflight*) exit "${PREFLIGHT_CODE-0}" ;;
-  *flame.launch*) exit "${TORCHRUN_CODE-0}" ;;
+  *flame.preflight.__main__*) exit "${PREFLIGHT_CODE-0}" ;;
+  *flame.runtime.launch*) exit "${TORCHRUN_CODE-0}" ;;
   *"install"*"-e"*) exit "${INSTALL_CODE-0}" ;;
 esac
 """

@@ -1,1 +1,1 @@
-"""Checkpoints: what torchtitan's manager lacks, and conversion to and from Hugging Face."""
+"""DCP checkpoints that are complete or not there: saved, verified, rotated, resumed. Imports: config, runtime."""

@@ -19,9 +19,9 @@ from typing import Any
 
 import xxhash
 
-from flame.checkpoint.record import read_pickle
-from flame.checkpoint.report import versions
+from flame.checkpoint.safe_pickle import read_pickle
 from flame.errors import UserError
+from flame.runtime.versions import versions
 
 MARKER, METADATA = "complete.json", ".metadata"
 FOLLOWS = f"+{MARKER}"  # how the save id in .metadata ends when a marker was to follow

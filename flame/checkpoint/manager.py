@@ -15,7 +15,6 @@ from torchtitan.components.checkpoint import CheckpointManager as TitanCheckpoin
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import GarbageCollection
 
-from flame.agreement import Agreement
 from flame.checkpoint.commit import (
     MARKER,
     complaint,
@@ -29,14 +28,18 @@ from flame.checkpoint.commit import (
     set_aside,
     survey,
 )
-from flame.checkpoint.initial import check_checkpoint
-from flame.checkpoint.proof import PATIENCE, agree, find_whole
 from flame.checkpoint.start import check_resumable, choose, compare, step_of
+from flame.checkpoint.verification import PATIENCE, find_whole
 from flame.checkpoint.writer import Writer
-from flame.config import recorded, to_toml
+from flame.config.parser import recorded, to_toml
 from flame.errors import SaveError, UserError
+from flame.runtime.agreement import Agreement, agree
 
-_OF_CHECKPOINT = ("params", "lr", "initial_lr")  # of an optimizer's groups; flame.schedule writes today's rates
+_OF_CHECKPOINT = (
+    "params",
+    "lr",
+    "initial_lr",
+)  # of optimizer groups; lr_schedule writes the rates
 _ANOTHER_MODEL = ("Size mismatch", "Missing key")  # how DCP says that tensors are not those of the model
 
 
@@ -99,7 +102,7 @@ class CheckpointManager(TitanCheckpointManager):
         to_hf: bool = False,
     ) -> Any:
         """torchtitan's, with a writer of our own; it has no hook for one."""
-        assert not to_hf, "flame.plan refuses last_save_in_hf"
+        assert not to_hf, "flame.preflight.validate refuses last_save_in_hf"
         self.before_save()
         self.saving = checkpoint_id
         writer = Writer(checkpoint_id, self._facts(state_dict) if dist.get_rank() == 0 else {})
@@ -216,7 +219,7 @@ class CheckpointManager(TitanCheckpointManager):
             if number > 0:
                 agree(self.ranks, lambda: check_resumable(path, last_step))
             if self.sd_adapter is not None:  # of a model whose structure is known
-                agree(self.ranks, lambda: check_checkpoint(flag, path, self.sd_adapter.structure, ties=number == 0))
+                agree(self.ranks, lambda: self.sd_adapter.check(flag, path, ties=number == 0))
             source, restored = str(path), self._resume(path, number)
             if number < last_step:
                 agree(self.ranks, lambda: self._set_aside(folder, number))

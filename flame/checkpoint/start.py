@@ -10,7 +10,7 @@ from typing import Any, Literal
 import tomli
 
 from flame.checkpoint.commit import complaint, is_resumable, is_unfinished, survey
-from flame.config import recorded, to_toml
+from flame.config.parser import recorded, to_toml
 from flame.errors import UserError
 
 _NAMES = ("job.dump_folder", "job.config_file", "job.description", "checkpoint.folder")  # nothing of what is trained

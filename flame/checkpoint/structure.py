@@ -11,7 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from flame.checkpoint.element import FLOATS, Box
+from flame.checkpoint.dtypes import FLOATS, Box
 
 Found = Mapping[str, tuple[str, tuple[int, ...]]]  # {name: (dtype, shape)}
 STRUCTURE = "structure.json"  # in a folder with a config.json: the tensors that it means

@@ -5,14 +5,14 @@ import sys
 import warnings
 from pathlib import Path
 
-from flame.config import parse
+from flame.config.parser import parse
+from flame.config.schema import Data, Training
 from flame.data import inspect
 from flame.data.bench import bench
 from flame.data.corpus import pack_sources
 from flame.data.source import build_sources
 from flame.data.tokenize import build_tokenizer
 from flame.errors import UserError
-from flame.section import Data, Training
 
 
 def main(argv: list[str]) -> int:

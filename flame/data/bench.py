@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from flame.config import JobConfig
+from flame.config.parser import JobConfig
 from flame.data.loader import Loader, build_dataloader
 from flame.data.source import Source, build_sources
 from flame.data.tokenize import Tokenizer, build_tokenizer

@@ -12,7 +12,7 @@ from typing import Any
 import torch.distributed.checkpoint as dcp
 
 from flame.checkpoint.commit import complete_steps
-from flame.config import JobConfig, parse
+from flame.config.parser import JobConfig, parse
 from flame.data.ledger import digest_batch, roll
 from flame.data.loader import Row, build_dataloader
 from flame.data.tokenize import Tokenizer, build_tokenizer

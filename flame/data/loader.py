@@ -23,7 +23,7 @@ from flame.data.window import Deal, IndexedWindows, StreamedWindows
 from flame.errors import UserError
 
 if TYPE_CHECKING:
-    from flame.config import JobConfig
+    from flame.config.parser import JobConfig
     from flame.data.tokenize import Tokenizer
 
 NOTED = 5  # bad rows a source and rank are named in the log

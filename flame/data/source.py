@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flame.config.schema import DataSource
 from flame.data.document import Bad, Document
 from flame.data.packed import PACKED
 from flame.data.table import FLAG, KINDS, open_table
 from flame.errors import UserError
-from flame.section import DataSource
 
 
 @dataclass(frozen=True)

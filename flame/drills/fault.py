@@ -8,7 +8,7 @@ from typing import Any
 import torch.distributed as dist
 
 from flame.drills.job import FAULT, STALL
-from flame.trainer import Batch, FlameTrainer
+from flame.training.trainer import Batch, FlameTrainer
 
 __all__ = ["DiskFull", "FlameTrainer", "NanGradient", "Slow", "Stall"]
 

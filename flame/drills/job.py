@@ -54,7 +54,7 @@ class Job:
 
     def start(self, fault: str = "FlameTrainer", *flags: str) -> None:
         """Launch the ranks; fault: a trainer of flame.drills.fault. Their output goes to `folder`.log."""
-        command = [sys.executable, "-m", "flame.launch", "--nproc_per_node", str(self.ranks)]
+        command = [sys.executable, "-m", "flame.runtime.launch", "--nproc_per_node", str(self.ranks)]
         command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "-m", "flame.drills.rank"]
         pids = self.folder.with_suffix(f".{PIDS}")
         pids.mkdir(exist_ok=True, parents=True)

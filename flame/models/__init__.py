@@ -1,1 +1,2 @@
-"""Models: a table of families, and one class that makes a Hugging Face causal LM a torchtitan model."""
+"""The models of transformers and flash-linear-attention as torchtitan trains them: a row a family, one wrapper,
+initialization, loss and FLOPs. Imports: config, runtime."""

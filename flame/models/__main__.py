@@ -7,8 +7,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from flame import device
 from flame.errors import UserError
+from flame.runtime import device
 
 
 def main(argv: list[str]) -> int:

@@ -15,10 +15,9 @@ from torchtitan.protocols import BaseModelArgs, ModelProtocol
 from transformers import PreTrainedConfig
 from transformers.utils.generic import is_flash_attention_requested
 
-from flame.checkpoint.export import record_assets
 from flame.models.family import Family
 from flame.models.flops import flops_per_token, weights_met
-from flame.models.hf import build_hf
+from flame.models.hf import build_hf, record_assets
 from flame.models.init import Unit, init_weights
 from flame.models.loss import IGNORE_INDEX, Head, TiedHead, cross_entropy
 

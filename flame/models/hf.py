@@ -13,10 +13,10 @@ import torch
 import transformers.modeling_utils
 from huggingface_hub.errors import StrictDataclassError
 from torchtitan.tools.utils import device_type
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from flame.errors import UserError
+from flame.errors import UserError, first_line
 from flame.models import reference, table
 from flame.models.family import Family, each_layer
 from flame.models.flops import experts_met
@@ -194,20 +194,20 @@ def _no_values() -> Iterator[None]:
         names.update(before)
 
 
+def record_assets(folder: Path, hf_model: Any, hf_tokenizer: Any) -> None:
+    """Write config.json, generation_config.json and the tokenizer: all that an export needs besides the weights."""
+    config = hf_model.config
+    config.architectures = [type(hf_model).__name__]
+    config.save_pretrained(folder)
+    GenerationConfig.from_model_config(config).save_pretrained(folder)
+    hf_tokenizer.save_pretrained(folder)
+
+
 def choose_attention(config: PreTrainedConfig, family: Family, dtype: str) -> None:
     """flash-attn for transformers' attention where it is installed and `dtype` is one of its own; else SDPA."""
     installed = importlib.util.find_spec("flash_attn") is not None
     if family.packing == "positions" and installed and torch.cuda.is_available() and dtype in ("bfloat16", "float16"):
         config._attn_implementation = "flash_attention_2"
-
-
-def first_line(error: Exception) -> str:
-    """An exception as one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    said = " ".join(lines[:2]) if lines[0].endswith(":") and len(lines) > 1 else lines[0]  # the reason is below it
-    return f"{type(error).__name__}: {said}"
 
 
 def _fit_to_tokenizer(config: PreTrainedConfig, tokenizer: Any, grow_vocab: bool) -> None:

@@ -1,1 +1,1 @@
-"""Parallelisms, driven by a model family's row; the work is torchtitan's own functions."""
+"""Tensor, context and pipeline parallelism of a family, and FSDP2 and DDP around it. Imports: models, config."""

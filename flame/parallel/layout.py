@@ -8,7 +8,7 @@ from torchtitan.distributed.pipeline_parallel import generate_llm_fqn_per_model_
 
 from flame.errors import UserError
 from flame.models.family import Cut, Family
-from flame.parallel import schedule
+from flame.parallel import pipeline_schedule
 
 TENSOR, PIPELINE, CONTEXT = (f"--parallelism.{kind}_parallel_degree" for kind in ("tensor", "pipeline", "context"))
 ASYNC = "--parallelism.enable_async_tensor_parallel"
@@ -36,7 +36,7 @@ def check(family: Family, config: Any, model: nn.Module, job_config: Any) -> Non
     if layout.pipeline_parallel_degree > 1:
         for reason in _stage_reasons(family, config, job_config):
             raise UserError(f"{PIPELINE}: found {layout.pipeline_parallel_degree}, must be 1: {reason}")
-        for complaint in schedule.complain(job_config, len(stages(config.num_hidden_layers, layout))):
+        for complaint in pipeline_schedule.complain(job_config, len(stages(config.num_hidden_layers, layout))):
             raise UserError(complaint)
 
 
@@ -137,7 +137,7 @@ def whole_model(blocks: int) -> list[str]:
 
 def stages(blocks: int, layout: Any) -> list[list[str]]:
     """The modules of each pipeline stage, as torchtitan's pipeline_llm chooses them. Raises ValueError."""
-    chosen = schedule.find(layout)
+    chosen = pipeline_schedule.find(layout)
     first, last = (getattr(layout, f"pipeline_parallel_{edge}_stage_less_layers") for edge in ("first", "last"))
     degree, named = layout.pipeline_parallel_degree, layout.module_fqns_per_model_part
     size, number = layout.pipeline_parallel_layers_per_stage, degree * (chosen.stages or 2)

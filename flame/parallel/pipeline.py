@@ -8,7 +8,7 @@ import torch.nn as nn
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.pipeline_parallel import pipeline_llm
 
-from flame.parallel.schedule import without_overlap
+from flame.parallel.pipeline_schedule import without_overlap
 
 
 class Split(nn.Module):

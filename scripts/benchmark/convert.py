@@ -32,8 +32,8 @@ def make(run: Path, bare: Path, parameters: float) -> None:
     import torch.distributed.checkpoint as dcp
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from flame.checkpoint.export import record_assets
     from flame.data.tokenize import build_tokenizer
+    from flame.models.hf import record_assets
 
     width = 2048 if parameters >= 0.5 else 1024
     layers = round((parameters * 1e9 - 2 * VOCABULARY * width) / (4 * width**2 + 3 * width * 4 * width))

@@ -81,7 +81,7 @@ def read_texts(folder: Path) -> Iterator[str]:
 
 def describe_job(folder: Path, workers: int = 0) -> Any:
     """The job whose data stream is measured: three sources, mixed and shuffled."""
-    from flame.config import parse
+    from flame.config.parser import parse
 
     return parse(
         [

@@ -51,16 +51,16 @@ def resident() -> int:
 
 def run_rank(flags: list[str]) -> None:
     """Trains; prints the rank's growth and the dry run's estimate of it, as JSON."""
-    from flame import device, log
+    from flame.runtime import device, log
 
     log.configure()
     device.choose()
     from torchtitan.protocols.train_spec import get_train_spec
 
-    from flame.config import parse, world_size
-    from flame.memory import estimate, measure_modes
-    from flame.spec import register
-    from flame.trainer import FlameTrainer
+    from flame.config.parser import parse, world_size
+    from flame.dry_run.memory import estimate, measure_modes
+    from flame.training.train_spec import register
+    from flame.training.trainer import FlameTrainer
 
     config = parse(flags)
     register(config)

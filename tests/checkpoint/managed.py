@@ -8,7 +8,7 @@ import torch
 from torchtitan.components.optimizer import OptimizersContainer
 
 from flame.checkpoint.manager import CheckpointManager
-from flame.section import JobConfig
+from flame.config.schema import JobConfig
 
 
 class Trainer:

@@ -18,10 +18,10 @@ from flame.checkpoint.commit import (
     survey,
     verify,
 )
-from flame.checkpoint.dcp_writer import write_checkpoint
-from flame.checkpoint.safetensors_file import read_header
 from flame.checkpoint.structure import whole
 from flame.checkpoint.writer import Writer
+from flame.convert.dcp_writer import write_checkpoint
+from flame.convert.safetensors_file import read_header
 
 DATA = "__0_0.distcp"
 

@@ -8,8 +8,8 @@ import torch
 
 from flame.checkpoint.commit import METADATA, SavedFile, write_marker
 from flame.checkpoint.start import check_left_out, choose, compare
+from flame.config.schema import Checkpoint, JobConfig
 from flame.errors import UserError
-from flame.section import Checkpoint, JobConfig
 from tests.checkpoint.managed import Job
 from tests.checkpoint.test_commit import DATA, flip, truncate
 

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from flame.config import parse
+from flame.config.parser import parse
 from flame.data.__main__ import main
 from flame.data.bench import Side, bench, compare, draw_texts, encode_repeatedly, iterate, weigh_state
 from flame.data.source import Source

@@ -156,7 +156,7 @@ def test_the_exit_code_of_ended_data_waits_for_the_export(tmp_path):
         *(f"--training.dataset={tmp_path / 'a.jsonl'}", "--training.local_batch_size=4", "--training.steps=100"),
         *("--data.lanes=8", "--data.epochs=1", "--data.exhausted_exit_code=1", "--lr_scheduler.decay_ratio=0"),
     ]
-    command = [sys.executable, "-m", "flame.launch", "--nproc_per_node=2", "--rdzv_backend=c10d"]
+    command = [sys.executable, "-m", "flame.runtime.launch", "--nproc_per_node=2", "--rdzv_backend=c10d"]
     command += ["--rdzv_endpoint=localhost:0", "-m", "flame.train", *flags]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     status = json.loads((tmp_path / "run" / "status.json").read_text())

@@ -6,13 +6,13 @@ import shutil
 import pytest
 import torch.distributed.checkpoint as dcp
 
-from flame.config import parse, to_toml
+from flame.config.parser import parse, to_toml
 from flame.data.__main__ import main
 from flame.data.inspect import read_start, replay
 from flame.data.ledger import digest_batch, roll
 from flame.data.loader import build_dataloader
 from flame.data.tokenize import build_tokenizer
-from flame.run import Run
+from flame.runtime.run_folder import Run
 from tests.launch import SMALL, train_each
 from tests.tiny import write_config
 

@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 import torch.distributed.checkpoint as dcp
 
-from flame.config import JobConfig
+from flame.config.parser import JobConfig
 from flame.data.loader import build_dataloader
 from flame.data.source import Source
 from flame.data.tokenize import build_tokenizer

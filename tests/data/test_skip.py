@@ -7,7 +7,7 @@ import pytest
 from flame.data.inspect import replay
 from flame.data.skip import parse_skip
 from flame.errors import UserError
-from flame.plan import check
+from flame.preflight.validate import check
 from tests.data.fakes import loader, take, three
 from tests.data.test_inspect import BATCH, STEPS, flags, texts, write_run  # noqa: F401 - fixtures
 
@@ -100,7 +100,7 @@ def test_ranges_are_read_in_any_order_and_merged(text, ranges):
 
 @pytest.mark.parametrize("text", ["0", "0-3", "5-4", "a", "3-", "-3", "1,,2", "1.5", "3:5", ","])
 def test_ranges_that_are_none_are_refused_in_one_line_before_the_start(text, tmp_path):
-    from flame.config import parse
+    from flame.config.parser import parse
 
     with pytest.raises(UserError, match=r"--data\.skip: found .* such as 120-135,400$"):
         check(parse([f"--data.skip={text}"]), 1)

@@ -7,7 +7,7 @@ import pyarrow
 import pytest
 from datasets import Dataset, DatasetDict
 
-from flame.config import JobConfig
+from flame.config.parser import JobConfig
 from flame.data.source import build_sources
 from flame.errors import UserError
 from tests.data.fakes import loader, take

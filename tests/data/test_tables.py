@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from flame.config import parse, recorded, to_toml
+from flame.config.parser import parse, recorded, to_toml
 from flame.data.source import build_sources
 from flame.errors import UserError
-from flame.plan import check
+from flame.preflight.validate import check
 
 TABLES = """
 [model]

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from flame.config import parse
+from flame.config.parser import parse
 from flame.errors import UserError
 from flame.models import table
 from flame.models.__main__ import main
 from flame.models.hf import import_models, load_hf_config
-from flame.spec import register
+from flame.training.train_spec import register
 from tests.launch import REPO, environment, metrics, torchrun
 from tests.models.small import SHIPPED, fields_of
 

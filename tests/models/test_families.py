@@ -8,9 +8,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from transformers import AutoModelForCausalLM
 
-from flame.checkpoint.export import export_checkpoint, record_assets
+from flame.convert.export import export_checkpoint
 from flame.data.tokenize import build_tokenizer
 from flame.models.causal_lm import CausalLM, ModelArgs
+from flame.models.hf import record_assets
 from flame.models.loss import IGNORE_INDEX
 from tests.launch import SMALL, metrics, train_each
 from tests.models.small import OTHERS, fields_of, small

@@ -13,9 +13,9 @@ import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import JetMoeConfig, JetMoeForCausalLM
 
-from flame.metrics import known_peak_flops
 from flame.models.causal_lm import CausalLM, ModelArgs
 from flame.models.flops import weights_met
+from flame.training.metrics import known_peak_flops
 from tests.models.small import OTHERS, WITHOUT_ROW, distinct, small
 
 ATEN = torch.ops.aten

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from flame.config import parse
+from flame.config.parser import parse
 from flame.errors import UserError
 from flame.models.hf import check_buildable, check_lengths, read_config
 from flame.models.llama import rotary_attention_flops

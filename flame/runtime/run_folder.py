@@ -1,0 +1,143 @@
+"""The run folder: config.toml, environment.json, metrics.jsonl, status.json: what a person or a script asks first."""
+
+import errno
+import json
+import logging
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from flame.runtime.versions import versions
+
+Status = Literal["running", "completed", "data_exhausted", "preempted", "failed"]
+logger = logging.getLogger("flame")
+
+
+class Run:
+    """One run's folder. Only the rank that logs writes; on the others every method does nothing.
+
+    A run does not end because a record of it cannot be written (a full disk): that is said, and metrics wait in memory.
+    """
+
+    def __init__(self, folder: str | Path, writes: bool) -> None:
+        self.folder = Path(folder)
+        self.writes = writes
+        self._waiting = ""  # lines for metrics.jsonl
+        self._failing: set[str] = set()  # files that could not be written when they were last to be
+
+    def start(self, config_toml: str, device: dict[str, Any]) -> None:
+        """Write config.toml and environment.json, and say that the run is running. Raises OSError."""
+        if not self.writes:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _replace(self.folder / "config.toml", config_toml)
+        _replace(self.folder / "environment.json", _to_json(describe_environment(device)))
+        self.set_status("running")
+
+    def set_status(self, status: Status, **fields: Any) -> None:
+        """Replace status.json; step, tokens and reason stay from before unless given."""
+        if not self.writes:
+            return
+        self._flush()
+        kept = {"step": 0, "tokens": 0} | self.read_status()
+        text = _to_json({**kept, "reason": None, **fields, "status": status})
+        self._write("status.json", lambda path: _replace(path, text))
+
+    def read_status(self) -> dict[str, Any]:
+        """The last status, or {} if there is none."""
+        path = self.folder / "status.json"
+        try:
+            return json.loads(path.read_text())
+        except (FileNotFoundError, ValueError):  # a power cut can leave it empty
+            return {}
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append one step's metrics to metrics.jsonl."""
+        if self.writes:
+            self._waiting += json.dumps(record) + "\n"
+            self._flush()
+
+    def rewind(self, step: int) -> None:
+        """Move records after `step` aside, whose steps will be done and logged again, and lines that are no records.
+
+        Raises OSError.
+        """
+        path = self.folder / "metrics.jsonl"
+        if not self.writes or not path.exists():
+            return
+        lines = path.read_bytes().splitlines()
+        kept = [line for line in lines if _step(line) <= step]
+        if len(kept) < len(lines):
+            with open(self.folder / "metrics.replaced.jsonl", "ab") as file:
+                file.writelines(line + b"\n" for line in lines if _step(line) > step)
+        _replace(path, "".join(line.decode() + "\n" for line in kept))
+
+    def _flush(self) -> None:
+        if self._waiting and self._write("metrics.jsonl", lambda path: _append(path, self._waiting)):
+            self._waiting = ""
+
+    def _write(self, name: str, write: Callable[[Path], None]) -> bool:
+        """Whether a file could be written; that it could not is said once until it can."""
+        try:
+            write(self.folder / name)
+        except OSError as error:
+            if name not in self._failing:
+                logger.warning(f"{self.folder / name} could not be written: {error.strerror}; the run goes on")
+            self._failing.add(name)
+            return False
+        self._failing.discard(name)
+        return True
+
+
+def describe_environment(device: dict[str, Any]) -> dict[str, Any]:
+    """Versions, commit and machine of this process; no environment variable is recorded."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": versions(),
+        "git_commit": _git_commit(),
+        "device": device,
+    }
+
+
+def _git_commit() -> str | None:
+    here = Path(__file__).parent
+    try:
+        found = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here, capture_output=True)
+    except OSError:
+        return None
+    return found.stdout.decode().strip() or None
+
+
+def _to_json(fields: dict[str, Any]) -> str:
+    return json.dumps(fields, indent=2) + "\n"
+
+
+def _step(line: bytes) -> float:
+    """The step of a record; infinity if it is none: a kill cuts the last one, a power cut leaves zeros."""
+    try:
+        return int(json.loads(line.decode())["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _append(path: Path, text: str) -> None:
+    """Append to a file all of a text or nothing: half a line would spoil the next one."""
+    with open(path, "ab", buffering=0) as file:
+        end, data = file.tell(), text.encode()
+        try:
+            if file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(end)
+            raise
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)  # a reader, or a kill, sees the old file or the new one

@@ -1,0 +1,118 @@
+"""One job from its start to its export: what happens around the training loop, and when something goes wrong in it."""
+
+import shlex
+import signal
+from functools import partial
+from typing import Any
+
+import torch.distributed as dist
+from torchtitan.tools.logging import logger
+
+from flame.checkpoint.commit import complete_steps
+from flame.checkpoint.structure import UnfaithfulError
+from flame.convert.chunk import DamagedError
+from flame.convert.verify import export_proven
+from flame.errors import EXHAUSTED, PREEMPTED, SaveError, UserError
+from flame.runtime import stop
+from flame.training.trainer import FlameTrainer
+
+
+def run_job(trainer_class: type[FlameTrainer], job_config: Any, signals: stop.Signals) -> int:
+    """Train `job_config` from start or checkpoint to the end, close everything in order, and export the result.
+
+    Returns the exit code: 0, PREEMPTED, or, if the data ended before the last step and data.exhausted_exit_code
+    is 1, EXHAUSTED on the rank that writes.
+    """
+    trainer = None
+    signals.first = stop.note  # from here on other ranks may be waiting for this one: all end together or none
+    try:
+        trainer = trainer_class(job_config, signals)
+        signals.again = partial(_abandon, trainer)
+        _say_ignored(job_config)
+        if job_config.checkpoint.create_seed_checkpoint:
+            trainer.start()
+            trainer.checkpointer.save(curr_step=0, last_step=True)
+            trainer.run.set_status("completed", reason="seed checkpoint")
+        else:
+            trainer.train()
+    except BaseException as error:
+        if trainer is not None:
+            if trainer.started:
+                trainer.run.set_status("failed", reason=f"{type(error).__name__}: {error}")
+            trainer.close()
+        raise
+    trainer.close()
+    if trainer.stopped:
+        stop.ignore()  # torchrun sends SIGTERM to the ranks that end a moment after the first
+    dist.barrier()  # gloo aborts now and then when a rank destroys the group while another still uses it
+    dist.destroy_process_group()
+    if not trainer.stopped and trainer.run.writes:
+        try:
+            _finish(trainer, signals)
+        except stop.Stopped as stopped:
+            trainer.stopped = str(stopped)
+            trainer.run.set_status("preempted", reason=f"{stopped}, before the export was done")
+        except (OSError, UserError, DamagedError, UnfaithfulError) as error:
+            said = f"step {trainer.step} is saved, but was not exported: {error}"
+            trainer.run.set_status("failed", reason=said)
+            raise SaveError(f"{said}; the same command tries that again") from None
+    if trainer.stopped:
+        _say_stopped(trainer)
+        return PREEMPTED
+    # One rank says it: torchrun ends all others as soon as one fails, and that one may still be exporting.
+    failed = trainer.exhausted and job_config.data.exhausted_exit_code and trainer.run.writes
+    return EXHAUSTED if failed else 0
+
+
+def _abandon(trainer: FlameTrainer, number: int) -> None:
+    if trainer.started:
+        trainer.run.set_status("failed", reason=f"a second signal, {signal.Signals(number).name}: stopped at once")
+    stop.end_at_once(number)
+
+
+def _say_stopped(trainer: FlameTrainer) -> None:
+    run, step, config = trainer.run, trainer.step, trainer.job_config.checkpoint
+    if not run.writes:
+        return
+    if not trainer.started:
+        logger.info(f"stopped by {trainer.stopped} before training began; the same command starts it again")
+        return
+    saved = [s for s in complete_steps(run.folder / config.folder) if s <= step] if config.enable else []
+    last = f"the last checkpoint is {run.folder / config.folder}/step-{saved[-1]}" if saved else "nothing is saved"
+    recorded = shlex.quote(str(run.folder / "config.toml"))
+    reason = run.read_status()["reason"]
+    logger.info(f"preempted at step {step} ({reason}), {last}; go on: bash train.sh --job.config_file {recorded}")
+
+
+def _say_ignored(job_config: Any) -> None:
+    """Say which settings were given and have no effect."""
+    if job_config.training.context_len is not None and not job_config.training.varlen:
+        logger.warning("--training.context_len has no effect: it cuts documents that --training.varlen keeps apart")
+
+
+def _finish(trainer: FlameTrainer, signals: stop.Signals) -> None:
+    """Export the last step's checkpoint and say where everything is; the rank that writes calls it.
+
+    There is no process group any more: no rank waits at a collective and no timeout runs, however long it takes.
+    Raises Stopped at a signal before the export is whole.
+    """
+    run, config, step = trainer.run, trainer.job_config.checkpoint, trainer.step
+    steps = complete_steps(run.folder / config.folder) if config.enable else []
+    lines = [f"metrics      {run.folder / 'metrics.jsonl'}"]
+    if step in steps:
+        checkpoint = run.folder / config.folder / f"step-{step}"
+        lines.append(f"checkpoint   {checkpoint}")
+        if config.export:
+            export = run.folder / "hf" / f"step-{step}"
+            export.parent.mkdir(exist_ok=True)
+            signals.first = stop.interrupt
+            if signals.asked:  # since the last step began
+                stop.interrupt(signals.asked)
+            export_proven(checkpoint, run.folder / "model", export, config.export_dtype)
+            signals.first = stop.note
+            lines.append(f"model        {export}  (Hugging Face format)")
+    if later := [other for other in steps if other > step]:
+        lines.append(f"note         step {later[-1]} is there as well, and is what a resume takes")
+    recorded = shlex.quote(str(run.folder / "config.toml"))
+    lines.append(f"go on        bash train.sh --job.config_file {recorded} --training.steps N")
+    logger.info("\n  ".join([f"{run.read_status()['status']} at step {step}", *lines]))

@@ -1,0 +1,150 @@
+"""What a logged step says: one progress line, one record in metrics.jsonl, and torchtitan's TensorBoard and W&B."""
+
+import math
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.tools.logging import logger
+from torchtitan.tools.utils import NoColor, get_peak_flops
+
+from flame.runtime.agreement import Agreement, agree
+from flame.runtime.run_folder import Run
+
+_FALLBACK_PEAK = 312e12  # torchtitan takes an unknown device for an A100
+
+
+class Metrics(MetricsProcessor):
+    """torchtitan's metrics processor with honest MFU (null on a device whose peak is unknown) and an ETA."""
+
+    time_last_log: float
+    ntokens_since_last_log: int
+    run: Run  # set by the trainer once it knows which rank writes
+
+    def __init__(self, job_config: Any, parallel_dims: Any, tag: str | None = None) -> None:
+        super().__init__(job_config, parallel_dims, tag)
+        self.steps_since_last_log = 0
+        self.failed = False  # TensorBoard or W&B
+        if os.environ.get("NO_COLOR"):  # https://no-color.org; train.sh sets it when its output is no terminal
+            self.color = NoColor()
+        self.peak_flops = known_peak_flops(self.device_memory_monitor.device_name)
+
+    def log(
+        self,
+        step: int,
+        loss: float,
+        max_loss: float,
+        grad_norm: float,
+        extra_metrics: dict[str, Any],
+    ) -> None:
+        """Log a step. `loss` is the mean over the step's global valid tokens, `grad_norm` the norm before clipping.
+
+        `extra_metrics` must hold lr, tokens (seen by the run so far) and data_digest.
+        """
+        seconds = time.perf_counter() - self.time_last_log
+        rate = self.ntokens_since_last_log / seconds / self.parallel_dims.non_data_parallel_size  # a second, a device
+        step_seconds = seconds / max(1, self.steps_since_last_log)
+        loading = sum(self.data_loading_times) / seconds
+        memory = self.device_memory_monitor.get_peak_stats()
+        flops = self.num_flops_per_token * rate
+
+        record = {
+            "step": step,
+            "loss": loss,
+            "max_loss": max_loss,
+            "grad_norm": grad_norm,
+            **extra_metrics,
+            "tokens_per_second": rate * self.parallel_dims.world_size,
+            "tflops": flops / 1e12,
+            "mfu": None if self.peak_flops is None else flops / self.peak_flops,
+            "step_seconds": step_seconds,
+            "data/wait_share": loading,
+            "memory_gib": memory.max_reserved_gib,
+        }
+        self.run.log({name: _json_number(value) for name, value in record.items()})
+        self._show({name: value for name, value in record.items() if isinstance(value, int | float)}, step)
+        self._print(record)
+
+        self.ntokens_since_last_log = self.steps_since_last_log = 0
+        self.data_loading_times.clear()
+        self.time_last_log = time.perf_counter()
+        self.device_memory_monitor.reset_peak_stats()
+
+    def log_validation(self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None) -> None:
+        """Log a validation as a record of its own. extra_metrics: validation/seconds, kept out of training's speed."""
+        record = {"validation/loss": loss, **(extra_metrics or {})}
+        self.run.log({"step": step, **{name: None if value != value else value for name, value in record.items()}})
+        self._show(record, step)
+        logger.info(f"validation after step {step}: loss {loss:.4f}")
+        self.time_last_log += record.get("validation/seconds", 0.0)
+
+    def close(self) -> None:
+        """Close TensorBoard and W&B; what they could not write ends no run."""
+        with self._surviving():
+            super().close()
+
+    def _show(self, record: dict[str, Any], step: int) -> None:
+        with self._surviving():
+            self.logger.log(record, step)
+
+    @contextmanager
+    def _surviving(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:  # TensorBoard's, of all calls from the first that failed on
+            if not self.failed:
+                logger.warning(f"TensorBoard or W&B could not be written: {error.strerror}; the run goes on without")
+            self.failed = True
+
+    def _print(self, record: dict[str, Any]) -> None:
+        color, steps = self.color, self.job_config.training.steps
+        eta = timedelta(seconds=round((steps - record["step"]) * record["step_seconds"]))
+        mfu = "" if record["mfu"] is None else f"mfu {record['mfu']:.1%}  "
+        logger.info(
+            f"{color.red}step {record['step']}/{steps}  "
+            f"{color.green}loss {record['loss']:.4f}  "
+            f"{color.orange}grad_norm {record['grad_norm']:.4f}  "
+            f"{color.yellow}lr {record['lr']:.2e}  "
+            f"{color.blue}{record['tokens_per_second']:,.0f} tokens/s  "
+            f"{color.magenta}{mfu}"
+            f"{color.turquoise}memory {record['memory_gib']:.2f} GiB  "
+            f"{color.cyan}eta {eta}{color.reset}"
+        )
+
+
+def _json_number(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value  # JSON has no NaN and no infinity
+
+
+def known_peak_flops(device_name: str) -> float | None:
+    """Peak bf16 FLOP/s of a device torchtitan knows by name, else None."""
+    peak = get_peak_flops(device_name)
+    return peak if peak != _FALLBACK_PEAK or "A100" in device_name else None
+
+
+def build_metrics(job_config: Any, parallel_dims: Any, model_args: Any = None, tag: str | None = None) -> Metrics:
+    """torchtitan's `build_metrics_processor_fn`."""
+    if job_config.metrics.enable_wandb:
+        _name_wandb_run(Path(job_config.job.dump_folder))
+    return Metrics(job_config, parallel_dims, tag)
+
+
+def _name_wandb_run(folder: Path) -> None:
+    # torchtitan reads these variables. The id lives in the run folder, so a resumed run goes on in the same W&B run.
+    def name() -> str:
+        known = folder / "wandb_run_id"
+        if not known.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            known.write_text(os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12])
+        return known.read_text()
+
+    os.environ.setdefault("WANDB_RUN_ID", agree(Agreement(), name))  # of a pipeline, the last stage logs
+    os.environ.setdefault("WANDB_RESUME", "allow")
+    os.environ.setdefault("WANDB_PROJECT", "flame")
+    os.environ.setdefault("WANDB_RUN_NAME", folder.resolve().name)

@@ -1,0 +1,88 @@
+"""NaN and infinity: found on every rank, and named, before they reach a weight or a checkpoint."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from flame.runtime.agreement import Agreement
+
+Named = Iterable[tuple[str, torch.Tensor]]  # tensors of this rank: its shard of each, without the others'
+SHOWN = 3  # names of bad tensors in a report
+
+
+def name_gradients(parts: Iterable[nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The gradients of model parts, by the names of their parameters."""
+    for name, parameter in _name_parameters(parts):
+        if parameter.grad is not None:
+            yield name, _local(parameter.grad)
+
+
+def name_state(
+    parts: Iterable[nn.Module], optimizers: Iterable[torch.optim.Optimizer]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights of model parts and what their optimizers keep of them, such as "exp_avg of model.norm.weight"."""
+    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in _name_parameters(parts)}
+    for weight, name in names.items():
+        yield name, _local(weight)
+    for optimizer in optimizers:
+        for parameter, state in optimizer.state.items():
+            for kind, value in state.items():
+                if isinstance(value, torch.Tensor) and value.dim():  # not the count of steps
+                    yield f"{kind} of {names[parameter]}", _local(value)
+
+
+def find(tensors: Named) -> list[str]:
+    """The names of those that hold NaN or infinity. A GPU is waited for once if none does."""
+    filled = {name: tensor for name, tensor in tensors if tensor.numel()}
+    # Their norm costs no more than reading them; large numbers alone can make it infinite, hence the second look.
+    if nn.utils.get_total_norm(filled.values()).isfinite():
+        return []
+    return [name for name, tensor in filled.items() if not tensor.isfinite().all()]
+
+
+def find_bad_step(loss: torch.Tensor, parts: Iterable[nn.Module], ranks: Agreement) -> str:
+    """What of a step is not finite on any rank, "" if all is; asked by all ranks, before gradients are clipped.
+
+    Clipping spreads one NaN over all of them. loss: this rank's part of it.
+    """
+    names = find(name_gradients(parts))
+    bad_loss, bad_gradient = ranks.highest(not loss.isfinite(), bool(names))
+    found = ["the loss"] if bad_loss else []
+    return " and ".join([*found, _describe(names, ranks, "gradient")] if bad_gradient else found)
+
+
+def find_bad_state(parts: Iterable[nn.Module], optimizers: Iterable[torch.optim.Optimizer], ranks: Agreement) -> str:
+    """What of weights and optimizers is not finite on any rank, "" if all is; asked by all ranks."""
+    names = find(name_state(parts, optimizers))
+    (bad,) = ranks.highest(bool(names))
+    return _describe(names, ranks, "tensor") if bad else ""
+
+
+def _describe(bad: list[str], ranks: Agreement, kind: str) -> str:
+    """Such as "2 gradients (model.norm.weight, ...; on rank 1)", of all ranks."""
+    found = ranks.gather(bad)
+    names = list(dict.fromkeys(name for of_rank in found for name in of_rank))
+    where = [str(rank) for rank, of_rank in enumerate(found) if of_rank]
+    return f"{_count(names, kind)} ({_shorten(names)}; on {'rank' if len(where) == 1 else 'ranks'} {_shorten(where)})"
+
+
+def _count(names: Sequence[str], kind: str) -> str:
+    return f"{len(names)} {kind if len(names) == 1 else kind + 's'}"
+
+
+def _shorten(names: Sequence[str]) -> str:
+    return ", ".join([*names[:SHOWN], *["..."] * (len(names) > SHOWN)])
+
+
+def _name_parameters(parts: Iterable[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
+    for part in parts:
+        for name, parameter in part.named_parameters():
+            # what activation checkpointing and torch.compile put between
+            yield name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", ""), parameter
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():  # then to_local() is no operation of autograd's, and costs nothing
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()

@@ -1,0 +1,148 @@
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemReader
+
+from flame.convert.chunk import ChunkReader, DamagedError
+from flame.convert.dcp_file import check_tensor, read_blocks, read_tensors
+from flame.errors import UserError
+
+TENSORS = {
+    "matrix": torch.arange(6.0).view(2, 3),
+    "parameter": torch.nn.Parameter(torch.randn(3, 5, dtype=torch.bfloat16)),
+    "transposed": torch.arange(12.0).view(3, 4).t(),
+    "permuted": torch.arange(24).view(2, 3, 4).permute(2, 0, 1),
+    "part of another": torch.randn(100)[10:20],
+    "repeated": torch.ones(1).expand(6),
+    "scalar": torch.tensor(3.0),
+    "empty": torch.empty(0, 4),
+    "flags": torch.tensor([True, False]),
+    "eight bits": torch.tensor([1.0, -2.0]).to(torch.float8_e4m3fn),
+    "unsigned": torch.tensor([1, 65535], dtype=torch.uint16),
+}
+
+
+def save(folder, **more):
+    rest = {
+        "optimizer": {"state.matrix.exp_avg": torch.ones(2, 3)},
+        "train_state": {"step": 3},
+        "lr_scheduler": {"a": 1},
+    }
+    dcp.save({**TENSORS, **rest, **more}, checkpoint_id=str(folder), no_dist=True)
+    return folder
+
+
+def content(name, stored):
+    return b"".join(block.tobytes() for block in read_blocks(name, stored))
+
+
+def test_the_models_tensors_are_read_as_torch_saved_them_in_whatever_memory_they_lay(tmp_path):
+    stored = read_tensors(save(tmp_path / "step-3"))
+    assert stored.keys() == TENSORS.keys()
+    for name, tensor in TENSORS.items():
+        flat = tensor.detach().contiguous().view(-1)
+        assert content(name, stored[name]) == flat.view(torch.uint8).numpy().tobytes(), name
+        assert (stored[name].dtype, stored[name].shape) == (str(tensor.dtype)[6:], tuple(tensor.shape))
+
+
+def test_steps_and_checkpoints_that_are_none_are_said(tmp_path):
+    with pytest.raises(UserError, match=r"no \.metadata"):
+        read_tensors(tmp_path)
+    dcp.save({"train_state": {"step": 1}}, checkpoint_id=str(tmp_path / "step-1"), no_dist=True)
+    with pytest.raises(UserError, match="holds no model"):
+        read_tensors(tmp_path / "step-1")
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_a_pickle_that_would_run_code_is_refused_and_runs_none(tmp_path):
+    checkpoint = save(tmp_path / "step-3")
+    metadata = FileSystemReader(str(checkpoint)).read_metadata()
+    metadata.planner_data = Bomb(tmp_path / "ran")
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(UserError, match=r"not the metadata of a DCP checkpoint .*mkdir has no place"):
+        read_tensors(checkpoint)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"no pickle", pickle.dumps({"a": 1}), pickle.dumps(np.float64(1))])
+def test_metadata_of_something_else_is_one_line(content, tmp_path):
+    (tmp_path / ".metadata").write_bytes(content)
+    with pytest.raises(UserError, match="not the metadata of a DCP checkpoint"):
+        read_tensors(tmp_path)
+
+
+def test_a_changed_byte_of_a_tensor_is_found(tmp_path):
+    checkpoint = save(tmp_path / "step-3", large=torch.full((64,), 1.5))
+    (file,) = checkpoint.glob("*.distcp")
+    whole = file.read_bytes()
+    place = whole.index(torch.full((64,), 1.5).numpy().tobytes())
+    file.write_bytes(whole[: place + 9] + b"\x7f" + whole[place + 10 :])
+    stored = read_tensors(checkpoint)
+    with pytest.raises(DamagedError, match=r"found checksum .* where large should be"):
+        content("large", stored["large"])
+    assert content("matrix", stored["matrix"]) == TENSORS["matrix"].numpy().tobytes()
+
+
+@pytest.mark.parametrize("name", sorted(TENSORS.keys() - {"empty"}))
+def test_a_changed_byte_is_found_in_whatever_memory_a_tensor_lay(name, tmp_path):
+    checkpoint = save(tmp_path / "step-3")
+    tensor = read_tensors(checkpoint)[name]
+    (chunk,) = tensor.chunks
+    data = bytearray(chunk.file.read_bytes())
+    check_tensor(name, tensor)
+    data[ChunkReader(chunk, name, tensor.dtype).start] ^= 1
+    chunk.file.write_bytes(data)
+    with pytest.raises(DamagedError, match="found checksum"):
+        content(name, tensor)
+    with pytest.raises(DamagedError, match="found checksum"):
+        check_tensor(name, tensor)
+
+
+@pytest.mark.parametrize("kept", [0, 100, 1500])
+def test_a_file_that_was_cut_short_or_is_gone_is_found(kept, tmp_path):
+    checkpoint = save(tmp_path / "step-3")
+    (file,) = checkpoint.glob("*.distcp")
+    file.write_bytes(file.read_bytes()[:kept])
+    stored = read_tensors(checkpoint)
+    with pytest.raises(DamagedError, match=r"__0_0\.distcp: found no file of torch\.save .* where matrix should be"):
+        content("matrix", stored["matrix"])
+    file.unlink()
+    with pytest.raises(DamagedError, match=r"__0_0\.distcp: found no file where matrix should be"):
+        content("matrix", stored["matrix"])
+
+
+@pytest.mark.parametrize("place", ["/proc/self/mem", "/proc"])  # an input/output error where it is read; no file
+def test_a_file_that_cannot_be_read_is_no_damage(place, tmp_path):
+    stored = read_tensors(save(tmp_path / "step-3"))
+    (tmp_path / "step-3" / "__0_0.distcp").unlink()
+    (tmp_path / "step-3" / "__0_0.distcp").symlink_to(place)
+    with pytest.raises(UserError, match=r"__0_0\.distcp: cannot be read \(.*\), and may be whole"):
+        content("matrix", stored["matrix"])
+
+
+def test_metadata_that_cannot_be_read_is_not_called_damaged(tmp_path):
+    save(tmp_path / "step-3")
+    (tmp_path / "step-3" / ".metadata").unlink()
+    (tmp_path / "step-3" / ".metadata").symlink_to("/proc/self/mem")
+    with pytest.raises(UserError, match=r"\.metadata: cannot be read \(Input/output error\)"):
+        read_tensors(tmp_path / "step-3")
+
+
+def test_a_tensor_with_a_chunk_missing_is_found(tmp_path):
+    checkpoint = save(tmp_path / "step-3")
+    metadata = FileSystemReader(str(checkpoint)).read_metadata()
+    metadata.state_dict_metadata["matrix"].size = torch.Size([4, 3])
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(DamagedError, match="matrix: the chunks of the checkpoint hold 6 of its 12 elements"):
+        content("matrix", read_tensors(checkpoint)["matrix"])

@@ -1,0 +1,305 @@
+"""Runs that start from Hugging Face weights: what is loaded, what is refused, and tokens that are added."""
+
+import json
+import math
+import re
+import tracemalloc
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+from huggingface_hub.constants import HF_HUB_CACHE
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from flame.checkpoint.dtypes import READ_BYTES
+from flame.checkpoint.structure import Structure
+from flame.convert.dcp_reader import WeightReader
+from flame.convert.export import export_checkpoint
+from flame.convert.hf_weights import find_folder, read_weights
+from flame.convert.initial import check_checkpoint
+from flame.convert.model_structure import describe
+from flame.convert.safetensors_file import find_files
+from flame.data.inspect import replay
+from flame.errors import UserError
+from flame.models.hf import check_buildable, load_hf_config
+from flame.train import main
+from tests.convert.models import CASES, build, publish
+from tests.launch import SMALL, metrics, train_each
+from tests.layouts import LAYOUTS, MODELS
+
+TOKENS = torch.arange(96).view(2, 48) * 7919 % 257
+
+
+def structure_of(folder, **changes):
+    _, config = load_hf_config(str(folder))
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return describe(check_buildable(config, str(folder)))
+
+
+@pytest.mark.parametrize(("name", "tied"), CASES)
+def test_weights_of_several_files_are_read_into_the_model_that_transformers_makes_of_them(name, tied, tmp_path):
+    published = publish(tmp_path / "hf", name, shard="100KB", tie_word_embeddings=tied)
+    assert len(find_files(tmp_path / "hf")) > 1
+    model, _ = build(tmp_path, name, tie_word_embeddings=tied)
+    reader = WeightReader(read_weights(tmp_path / "hf", structure_of(tmp_path / "hf")))
+    dcp.load(model.state_dict(), storage_reader=reader, no_dist=True)
+    with torch.no_grad():
+        assert torch.equal(model(TOKENS), published(TOKENS, use_cache=False).logits)
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory):
+    """A published Llama of 320 ids, and how its folder looks after a change of its tensors."""
+    folder = tmp_path_factory.mktemp("published") / "hf"
+    publish(folder, "llama")
+    return folder
+
+
+def spoil(hf, folder, change):
+    """A copy of the folder whose tensors `change` was given."""
+    tensors = load_file(hf / "model.safetensors")
+    change(tensors)
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+HEAD, NORM, QUERY = "lm_head.weight", "model.norm.weight", "model.layers.0.self_attn.q_proj.weight"
+WRONG = [
+    (lambda t: t.pop(HEAD), "missing: lm_head.weight$"),
+    (lambda t: t.update(extra=t.pop(NORM)), "missing: model.norm.weight; unexpected: extra$"),
+    (
+        lambda t: t.update({QUERY: t[QUERY][:32].clone()}),
+        r"shape: .*q_proj.weight has \[32, 64\], the config .* \[64, 64\]$",
+    ),
+    (lambda t: t.update({NORM: t[NORM].long()}), "dtype: model.norm.weight has int64, must have float32$"),
+    (lambda t: t.update({HEAD: t[HEAD][:300].clone()}), r"lm_head.weight has \[300, 64\].*; --model.grow_vocab or"),
+    (dict.clear, r"missing: .*; missing: .*; missing: .* and 18 more$"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), WRONG)
+def test_weights_of_another_model_are_refused_by_name_before_a_process_group_exists(hf, tmp_path, change, said, capsys):
+    folder = spoil(hf, tmp_path / "spoiled", change)
+    flags = (f"--job.dump_folder={tmp_path}/run", f"--model.config={hf}", "--checkpoint.initial_load_in_hf")
+    assert main([*flags, f"--checkpoint.initial_load_path={folder}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(
+        rf"flame: --checkpoint.initial_load_path {folder}: not the tensors of --model.config's model: ", line
+    )
+    assert re.search(said, line), line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "flags", "said"),
+    [
+        ("{tmp}/gone", [], "there is no folder .*gone"),
+        ("nobody/nothing", [], "nobody/nothing: no folder here, nor to be had from the hub"),
+        ("{tmp}", [], "found pytorch_model.bin, must hold model.safetensors"),
+        ("{tmp}/torn", [], "model.safetensors: not a whole safetensors file"),
+        (
+            "{hf}",
+            ["--checkpoint.no_initial_load_model_only"],
+            "initial_load_model_only: found false, must be true",
+        ),
+        ("{hf}", ["--checkpoint.initial_load_in_hf_quantized"], "initial_load_in_hf_quantized: found true"),
+    ],
+)
+def test_a_mistake_about_where_weights_are_is_one_line(hf, tmp_path, path, flags, said, capsys):
+    (tmp_path / "pytorch_model.bin").touch()
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "model.safetensors").write_bytes((hf / "model.safetensors").read_bytes()[:-1])
+    job = (f"--job.dump_folder={tmp_path}/run", f"--model.config={hf}", "--checkpoint.initial_load_in_hf", *flags)
+    assert main([*job, f"--checkpoint.initial_load_path={path.format(tmp=tmp_path, hf=hf)}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(said, line), line
+
+
+def test_a_dcp_checkpoint_of_another_model_is_refused_by_name_too(hf, tmp_path, capsys):
+    model, _ = build(tmp_path, "llama")
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name != NORM}
+    dcp.save(tensors, checkpoint_id=str(tmp_path / "step-3"), no_dist=True)
+    job = (f"--job.dump_folder={tmp_path}/run", f"--model.config={hf}")
+    assert main([*job, f"--checkpoint.initial_load_path={tmp_path}/step-3"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("step-3: not the tensors of --model.config's model: missing: model.norm.weight")
+
+
+def test_a_checkpoint_with_more_than_the_model_has_is_refused_and_so_is_a_head_that_the_config_ties(tmp_path):
+    for name, tied in (("untied", False), ("tied", True)):
+        model, _ = build(tmp_path, "llama", tie_word_embeddings=tied)
+        dcp.save(model.state_dict(), checkpoint_id=str(tmp_path / name), no_dist=True)
+    structure = structure_of(tmp_path / "llama.json")
+    check_checkpoint("--checkpoint.folder", tmp_path / "tied", structure, ties=True)
+    with pytest.raises(UserError, match=r"^--checkpoint.folder .*untied: lm_head.weight is not model.embed_tokens."):
+        check_checkpoint("--checkpoint.folder", tmp_path / "untied", structure, ties=True)
+    smaller = structure_of(tmp_path / "llama.json", num_hidden_layers=1, tie_word_embeddings=False)
+    with pytest.raises(UserError, match=r"not the tensors .*: unexpected: model.layers.1.* and \d+ more$"):
+        check_checkpoint("--checkpoint.folder", tmp_path / "untied", smaller, ties=False)
+
+
+def test_old_names_that_transformers_leaves_aside_are_left_aside(tmp_path):
+    publish(tmp_path / "hf", "gpt_neox")
+    file = tmp_path / "hf" / "model.safetensors"
+    old = {
+        f"gpt_neox.layers.0.attention.{name}": torch.ones(3) for name in ("bias", "masked_bias", "rotary_emb.inv_freq")
+    }
+    save_file({**load_file(file), **old}, file)
+    assert not old.keys() & read_weights(tmp_path / "hf", structure_of(tmp_path / "hf")).entries.keys()
+
+
+def test_a_hub_id_is_the_folder_in_which_huggingface_hub_keeps_it():
+    kept = Path(HF_HUB_CACHE, "models--org--name")
+    for file, content in (("refs/main", "abc"), ("snapshots/abc/model.safetensors", "")):
+        (kept / file).parent.mkdir(parents=True)
+        (kept / file).write_text(content)
+    assert find_folder("org/name") == kept / "snapshots" / "abc"
+
+
+@pytest.mark.parametrize(("name", "tables"), [("llama", 2), ("tied", 1), ("gpt_neox", 2)])
+def test_ids_that_the_weights_do_not_have_begin_as_the_mean_of_those_they_have(name, tables, tmp_path):
+    published = publish(tmp_path / "hf", name, vocab_size=257).state_dict()
+    structure = structure_of(tmp_path / "hf", vocab_size=320)
+    with pytest.raises(UserError, match=r"has \[257, 64\], the config says \[320, 64\].*--model.grow_vocab or"):
+        read_weights(tmp_path / "hf", structure)
+    grown, _ = build(tmp_path, name)
+    reader = WeightReader(read_weights(tmp_path / "hf", structure, grow=True))
+    dcp.load(grown.state_dict(), storage_reader=reader, no_dist=True)
+    larger = [key for key, tensor in grown.state_dict().items() if len(tensor) == 320]
+    assert len(larger) == tables
+    for key, tensor in grown.state_dict().items():
+        before = published[key]
+        assert torch.equal(tensor[: len(before)], before)
+        if key in larger:
+            assert torch.equal(tensor[257:], before.double().mean(0).float().expand(63, -1))
+
+
+def test_tensors_are_read_a_few_mib_at_a_time(tmp_path):
+    table = torch.randn(2048, 8192)
+    assert table.nbytes == 16 * READ_BYTES
+    save_file({"table": table}, tmp_path / "model.safetensors")
+    structure = Structure({"table": ("float32", (3000, 8192))}, vocabulary=("table",))
+    loaded = {"table": torch.zeros(3000, 8192)}
+    tracemalloc.start()  # which sees what numpy allocates
+    dcp.load(loaded, storage_reader=WeightReader(read_weights(tmp_path, structure, grow=True)), no_dist=True)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4 * READ_BYTES  # the piece that is read, the one before, and at most one more that waits to be freed
+    assert torch.equal(loaded["table"][:2048], table)
+
+
+def job(root, hf, name, layout, *flags):
+    """Flags of a job that starts from the weights in `hf`, on a text with tokens that may be added."""
+    return [
+        *(*SMALL, *LAYOUTS[layout][1], f"--job.dump_folder={root}/{name}", f"--model.config={hf}"),
+        *("--checkpoint.initial_load_in_hf", f"--checkpoint.initial_load_path={hf}", "--training.steps=1"),
+        *(f"--training.dataset={root}/text.jsonl", "--checkpoint.keep_latest_k=0", *flags),
+    ]
+
+
+def write_text(root):
+    (root / "text.jsonl").write_text(
+        "".join(json.dumps({"text": f"<a>{n} of {n**2}<b>" * 20}) + "\n" for n in range(999))
+    )
+
+
+def first_loss(folder, published):
+    """The loss of step 1 by transformers' own forward of the tokens it was fed."""
+    tokens = torch.stack([torch.from_numpy(row.tokens).long() for row in replay(folder, 1).rows])
+    with torch.no_grad():  # fla's own losses run on a GPU alone
+        logits = published(tokens[:, :-1], use_cache=False).logits
+    return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten()).item()
+
+
+def check_first_losses(root, published):
+    """Compare the first loss of each run with that of transformers' model, {name of the run: model}."""
+    for name, model in published.items():
+        found = metrics(root / name)[0]["loss"]
+        # fp32 sums in another order; of all models, other random weights differ by 4e-3 (7e-4 of it) and more
+        assert found == pytest.approx(first_loss(root / name, model), rel=2e-5), name
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Runs of one step on two ranks, and transformers' models they start from.
+
+    "grown" is a Llama of 257 ids that was given two tokens, and was resumed for another step.
+    """
+    root = tmp_path_factory.mktemp("runs")
+    write_text(root)
+    layouts = {"gpt_neox": "tp2", "mixtral": "ddp2", "qwen3": "pp2", "gla": "fsdp2"}
+    published = {name: publish(root / f"{name}-hf", name) for name in layouts}
+    published["grown"] = publish(root / "grown-hf", "llama", vocab_size=257)
+    jobs = [job(root, root / f"{name}-hf", name, layout) for name, layout in layouts.items()]
+    grown = job(root, root / "grown-hf", "grown", "fsdp2", "--model.add_tokens=<a>,<b>")
+    train_each([*jobs, grown, [*grown, "--training.steps=2"]], ranks=2)
+    published["grown"].resize_token_embeddings(320, mean_resizing=False)
+    with torch.no_grad():
+        for table in (published["grown"].get_input_embeddings(), published["grown"].get_output_embeddings()):
+            table.weight[257:] = table.weight[:257].double().mean(0).float()
+    return root, published, grown
+
+
+def test_the_first_loss_on_two_ranks_is_that_of_transformers_in_every_layout(runs):
+    root, published, _ = runs
+    check_first_losses(root, published)
+
+
+def test_added_tokens_are_ids_of_their_own_in_the_data_and_a_run_with_them_resumes(runs):
+    root, _, _ = runs
+    records = metrics(root / "grown")
+    assert [record["step"] for record in records] == [1, 2]
+    assert all(math.isfinite(record["loss"]) for record in records)
+    fed = {int(token) for row in replay(root / "grown", 1).rows for token in row.tokens}
+    assert {257, 258} <= fed
+    assert max(fed) == 258
+
+
+def test_an_export_has_the_added_tokens_and_their_rows(runs):
+    root, _, _ = runs
+    export_checkpoint(root / "grown" / "checkpoint" / "step-1", root / "grown" / "model", root / "grown" / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(root / "grown" / "hf")
+    model = AutoModelForCausalLM.from_pretrained(root / "grown" / "hf")
+    assert tokenizer("<a>x<b>").input_ids == [257, ord("x"), 258]
+    assert tokenizer.decode([257, ord("x"), 258]) == "<a>x<b>"
+    assert tokenizer.decode([257, ord("x"), 258], skip_special_tokens=True) == "x"
+    assert model.get_input_embeddings().weight.shape == model.lm_head.weight.shape == (320, 64)
+    assert model.config.vocab_size == 320
+
+
+@pytest.mark.parametrize(
+    "tokens", ["--model.add_tokens=<b>,<a>", "--model.add_tokens=<a>", "--model.add_tokens=<a>,<b>,<c>"]
+)
+def test_another_list_of_added_tokens_is_refused_on_resume(runs, tokens, capsys):
+    _, _, flags = runs
+    assert main([*flags, tokens, "--training.steps=3", "--parallelism.data_parallel_shard_degree=1"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(r"--model.add_tokens: .*grown holds checkpoints of another vocabulary: <[abc]> has id", line), line
+
+
+def test_a_token_that_is_added_twice_is_refused(hf, capsys):
+    assert main([f"--model.config={hf}", "--model.add_tokens=<a>,<b>,<a>"]) == 2
+    assert "--model.add_tokens: found <a> twice" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "ranks"), [("one", 1), ("fsdp2", 2)])
+def test_the_first_loss_of_every_model_is_that_of_transformers(layout, ranks, tmp_path):
+    write_text(tmp_path)
+    published = {name: publish(tmp_path / f"{name}-hf", name) for name in MODELS}
+    train_each([job(tmp_path, tmp_path / f"{name}-hf", name, layout) for name in MODELS], ranks=ranks)
+    check_first_losses(tmp_path, published)
+
+
+@pytest.mark.slow
+def test_the_first_loss_on_four_ranks_is_that_of_transformers(tmp_path):
+    layouts = ("hsdp2x2", "fsdp2_tp2", "fsdp2_pp2", "pp2_tp2")
+    write_text(tmp_path)
+    model = publish(tmp_path / "hf", "llama")
+    train_each([job(tmp_path, tmp_path / "hf", layout, layout) for layout in layouts], ranks=4)
+    check_first_losses(tmp_path, dict.fromkeys(layouts, model))

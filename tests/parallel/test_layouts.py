@@ -1,0 +1,328 @@
+"""The same global batch gives the same loss and gradient norm in every layout, and however it is accumulated."""
+
+import importlib.util
+import inspect
+import re
+
+import pytest
+import torch
+import torch._inductor.config
+import torch.distributed as dist
+from torch.distributed._symmetric_memory import is_symm_mem_enabled_for_group
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
+
+from flame.config.parser import parse
+from flame.models.hf import check_buildable
+from flame.models.table import BY_MODEL_TYPE
+from flame.parallel.apply import overlap
+from flame.parallel.layout import ASYNC, empty_stages
+from flame.parallel.pipeline_schedule import SCHEDULE, SCHEDULES
+from tests.launch import REPO
+from tests.layouts import LAYOUTS, MODELS, STEPS, differences, refusal, refusal_of, run
+from tests.models.small import OTHERS, SHIPPED, small
+
+HEADS = {  # the models of which heads or columns, and blocks, cannot be divided, and the words that say why
+    "retnet": "by the head's number",
+    "gsa": "spans all heads",
+    "hgrn2": "spans all heads",
+    "mamba2": "spans all heads",
+}
+STAGES = dict.fromkeys(("tied", "falcon", "falcon_groups"), "tied") | {
+    "granite": "has no row",
+    "gemma2": "has no row",
+    "hgrn2": "bounds of its decays",
+    "rwkv7": "first block",
+}
+# Too few key-value heads for four ranks.
+FOUR = ("falcon_groups", "llama", "tied", "mistral", "qwen3", "mixtral", "granite", "gemma2")
+PLANNED = (  # model types without a row, which transformers has a plan for
+    *("apertus", "arcee", "cohere", "cohere2", "cwm", "ernie4_5", "exaone4", "gemma", "gemma3_text", "helium"),
+    *("hyperclovax", "internlm3", "iquestcoder", "jais2", "ministral", "ministral3", "nanochat", "nemotron"),
+    *("olmo", "phi", "seed_oss", "smollm3", "starcoder2", "vaultgemma"),
+)
+
+
+def expected(name, layout):
+    """Words of the refusal that a model is to meet in a layout; None if it is to train."""
+    if name in HEADS and ("tp2" in layout or "cp2" in layout):
+        return HEADS[name]
+    if layout == "tp2_cp2" and name in FOUR:
+        return "_heads, 2"
+    return STAGES.get(name) if "pp2" in layout else None
+
+
+def pairs(names, layouts):
+    return [
+        (name, layout) for name in names for layout in layouts if layout != "one" and expected(name, layout) is None
+    ]
+
+
+COMPILED = "--parallelism.tensor_parallel_degree=2 --compile.enable"
+_SHARDED = ["accumulated", "fsdp2", "fsdp2_accumulated", "ddp2", "fsdp4", "hsdp2x2"]
+_DIVIDED = ["tp2", "cp2", "pp2", "fsdp2_tp2"]
+QUICK = [
+    *pairs(["llama", "gla"], _SHARDED + _DIVIDED),
+    *pairs(["gpt_neox"], [*_SHARDED, "tp2_compiled"]),
+    *pairs(["llama"], ["tp2_compiled"]),
+    *pairs(["tied"], ["fsdp2", "tp2", "tp2_gathered"]),
+]
+SLOW = [pair for pair in pairs(MODELS, LAYOUTS) if pair not in QUICK]
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("layouts"), QUICK, {1: 8, 2: 17, 4: 8})  # a launch each: not yet too slow
+
+
+@pytest.fixture(scope="module")
+def every(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("every_layout"), pairs(MODELS, LAYOUTS))
+
+
+def compare(name, layout, runs, norm_bound=1e-4):
+    one, many = runs[name, "one"], runs[name, layout]
+    assert [r["step"] for r in many] == list(range(1, STEPS + 1))
+    for key in ("data_digest", "tokens", "data/stdlib/tokens"):
+        assert [r[key] for r in many] == [r[key] for r in one]
+    loss, norm = differences(one, many)
+    assert loss < 1e-5 and norm < norm_bound
+
+
+def test_every_family_has_one_table_for_both_embeddings_if_asked():
+    seen = set()
+    for name in [*SHIPPED, *OTHERS]:
+        _, config = small(name, tie_word_embeddings=True)
+        if config.model_type not in seen:
+            model = check_buildable(config, name)
+            assert model.get_output_embeddings().weight is model.get_input_embeddings().weight, name
+        seen.add(config.model_type)
+    assert seen == set(BY_MODEL_TYPE)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_cannot_be_divided_is_refused_with_the_reason_and_nothing_else(name):
+    for layout in LAYOUTS:
+        words, found = expected(name, layout), refusal(name, layout)
+        assert found is None if words is None else words in (found or ""), (layout, found)
+
+
+def test_a_mixture_whose_balance_is_trained_is_not_divided(monkeypatch):
+    monkeypatch.setitem(MODELS, "balanced", {**MODELS["mixtral"], "output_router_logits": True})
+    for layout in ("tp2", "cp2", "pp2"):
+        assert "output_router_logits" in (refusal("balanced", layout) or "")
+    assert refusal("balanced", "fsdp2") is None
+
+
+@pytest.mark.parametrize("name, layout", QUICK)
+def test_loss_and_gradient_norm_equal_those_of_one_rank(name, layout, quick):
+    compare(name, layout, quick)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, layout", SLOW)
+def test_loss_and_gradient_norm_equal_those_of_one_rank_for_every_family(name, layout, every):
+    compare(name, layout, every)
+
+
+@pytest.mark.slow
+def test_types_that_transformers_has_a_plan_for_have_the_numbers_of_one_rank(tmp_path, monkeypatch):
+    same = {"pad_token_id": 0, "attention_dropout": 0.0, "residual_dropout": 0.0}  # Seed-OSS drops out by default
+    for model_type in PLANNED:
+        monkeypatch.setitem(MODELS, model_type, {**MODELS["gemma2"], "model_type": model_type, **same})
+    runs = run(tmp_path, [(model_type, layout) for model_type in PLANNED for layout in ("tp2", "cp2")])
+    for model_type in PLANNED:
+        for layout in ("tp2", "cp2"):
+            # Apertus has a part of its parameters in bfloat16, wherever it is: two of each activation.
+            compare(model_type, layout, runs, norm_bound=1e-3 if model_type == "apertus" else 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"model_type": "olmo3"}, "transformers' plan for it (base_model_tp_plan) has colwise_gather_output"),
+        ({"model_type": "youtu", "q_lora_rank": 32}, "leaves out self_attn.q_a_proj.weight"),
+        ({"model_type": "cohere", "use_qk_norm": True}, "leaves out self_attn.q_norm.weight"),
+        ({"model_type": "gpt2", "n_head": 4, "n_embd": 64}, "transformers has no plan for it"),
+    ],
+)
+def test_a_type_whose_plan_says_more_than_heads_and_columns_is_refused(fields, words, monkeypatch):
+    monkeypatch.setitem(MODELS, fields["model_type"], {**MODELS["gemma2"], **fields})
+    for layout in ("tp2", "cp2"):
+        assert words in (refusal(fields["model_type"], layout) or "")
+    assert refusal(fields["model_type"], "fsdp2") is None
+
+
+LOOPED = ("Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
+ORDER = """0F0,0F1,2F0,2F1,2B0,2B1,0B0,0B1
+1F0,1F1,3F0,3F1,3B0,3B1,1B0,1B1
+"""  # of rank 0 and rank 1: all forwards, then all backwards, of two microbatches
+
+
+@pytest.mark.slow
+def test_every_schedule_of_a_pipeline_has_the_numbers_of_one_rank(tmp_path, monkeypatch):
+    monkeypatch.setitem(MODELS, "deep", {**MODELS["llama"], "num_hidden_layers": 6})
+    (tmp_path / "order.csv").write_text(ORDER)
+    ranks, flags = LAYOUTS["pp2"]
+    halves = "--parallelism.pipeline_parallel_microbatch_size=4"
+    for name in LOOPED:
+        monkeypatch.setitem(LAYOUTS, name, (ranks, [*flags, f"{SCHEDULE}={name}"]))
+    by_file = [f"{SCHEDULE}=Interleaved1F1B", f"{SCHEDULE}_csv={tmp_path}/order.csv", halves]
+    monkeypatch.setitem(LAYOUTS, "csv", (ranks, [*flags, *by_file]))
+    runs = run(tmp_path, [("deep", name) for name in (*LOOPED, "csv")])
+    for name in (*LOOPED, "csv"):
+        compare("deep", name, runs)
+
+
+@pytest.mark.slow
+def test_ranks_that_share_a_sequence_drop_out_of_the_same_embeddings(tmp_path, monkeypatch):
+    fields = {**MODELS["gemma2"], "model_type": "phi", "tie_word_embeddings": False, "embd_pdrop": 0.5}
+    monkeypatch.setitem(MODELS, "phi", fields)
+    monkeypatch.setitem(MODELS, "whole", {**fields, "embd_pdrop": 0.0})
+    runs = run(tmp_path, [("phi", "tp2"), ("phi", "cp2"), ("whole", "tp2")])
+    for layout in ("tp2", "cp2"):
+        compare("phi", layout, runs)
+    assert differences(runs["phi", "one"], runs["whole", "one"])[0] > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "gla"])
+def test_what_inductor_compiles_has_the_numbers_of_one_rank(name, tmp_path, monkeypatch):
+    # Of all its passes: it once gave the biases that GPT-NeoX adds up one memory for both gradients.
+    layouts = {f"inductor_{kind}2": LAYOUTS[f"{kind}2"] for kind in ("tp", "cp")}
+    for layout, (ranks, flags) in layouts.items():
+        monkeypatch.setitem(LAYOUTS, layout, (ranks, [*flags, "--compile.enable"]))
+    runs = run(tmp_path, [(name, layout) for layout in layouts])
+    for layout in layouts:
+        compare(name, layout, runs)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "gla", "tied"])
+def test_training_moves_the_weights(name, quick):
+    # The equalities above would also hold between runs that learn nothing.
+    assert quick[name, "one"][-1]["loss"] < quick[name, "one"][0]["loss"] - 0.1
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (f"{COMPILED} --activation_checkpoint.mode=full", "activation_checkpoint.mode: found full, must be none with"),
+        (f"{ASYNC} --compile.enable", "needs --parallelism.tensor_parallel_degree of 2 or more"),
+        (f"{ASYNC} --parallelism.tensor_parallel_degree=2", "needs .*--compile.enable"),
+        (f"{ASYNC} {COMPILED} --compile.backend=eager", "needs .*--compile.backend inductor"),
+        ("--parallelism.tensor_parallel_degree=3", "must divide the model's num_attention_heads, 4"),
+        ("--parallelism.tensor_parallel_degree=2 --training.seq_len=129", "--training.seq_len: found 129"),
+        ("--parallelism.pipeline_parallel_degree=4", "stage 1 would have none of the model's 2 blocks"),
+        (
+            "--parallelism.pipeline_parallel_degree=2 --parallelism.pipeline_parallel_layers_per_stage=1",
+            "makes 4 stages, of which 1F1B needs one on each of 2 ranks",
+        ),
+        (
+            "--parallelism.pipeline_parallel_degree=2 --parallelism.pipeline_parallel_layers_per_stage=1 "
+            f"{SCHEDULE}=loopedbfs --parallelism.pipeline_parallel_last_stage_less_layers=0",
+            "makes 3 stages, of which LoopedBFS needs two or more on each of 2 ranks",
+        ),
+        *(
+            (
+                "--parallelism.pipeline_parallel_degree=2 --parallelism.pipeline_parallel_layers_per_stage=2 "
+                "--parallelism.pipeline_parallel_first_stage_less_layers=10 "
+                f"{SCHEDULE}={name.lower()}",
+                f"makes 7 stages, of which {name} needs two on each of 2 ranks",
+            )
+            for name in ("ZBVZeroBubble", "DualPipeV")
+        ),
+    ],
+)
+def test_a_layout_that_cannot_be_is_refused_in_one_line(flags, words):
+    message = refusal_of("llama", flags.split())
+    assert re.search(words, message) and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        (ORDER, None),
+        (ORDER.replace("2B0,2B1", "2I0,2I1,2W0,,2W1"), None),
+        (ORDER.replace("2B0,0B1", "(2B0;0B1)OVERLAP_F_B"), None),
+        ("hello,world\n", "cannot be read: Invalid action string: hello"),
+        ("", "has 0 rows, must have 2"),
+        (ORDER + ORDER, "has 4 rows, must have 2"),
+        (ORDER.replace("1B1", "1SEND_B1"), "has 1SEND_B1, must have no steps but F, B, I and W"),
+        (ORDER.replace("0B1", "1B1"), "has 1B1 in row 1, whose rank has the stages 0, 2"),
+        (ORDER.replace("3F1", "5F1"), "has 5F1 in row 2, whose rank has the stages 1, 3"),
+        (ORDER.replace("0F1", "0F2"), "has 0F2, and the job's microbatches are 0 to 1"),
+        (ORDER.replace("0F1", "0F"), "has 0F, and the job's microbatches are 0 to 1"),
+        (ORDER.replace("0F1", "0F0"), "has 0F0 twice"),
+        (ORDER.replace("1F1,", ""), "has no 1F1, and must have 2 microbatches"),
+        (ORDER.replace(",0B1", ""), "Invalid backward microbatches for stage 0"),
+        ("0B0," + ORDER.replace(",0B0", ""), "Running Full Backward for stage 0, microbatch 0 without first running"),
+        (ORDER.replace("0F0,0F1,2F0", "2F0,0F0,0F1"), "can't schedule sends/recvs"),
+    ],
+)
+def test_steps_that_are_not_those_of_the_job_are_refused(text, words, tmp_path, monkeypatch):
+    monkeypatch.setitem(MODELS, "deep", {**MODELS["llama"], "num_hidden_layers": 6})
+    (tmp_path / "order.csv").write_text(text)
+    flags = [*LAYOUTS["pp2"][1], f"{SCHEDULE}=Interleaved1F1B", f"{SCHEDULE}_csv={tmp_path}/order.csv"]
+    message = refusal_of("deep", [*flags, "--parallelism.pipeline_parallel_microbatch_size=4"])
+    assert message is None if words is None else words in message and "\n" not in message, message
+
+
+def test_a_backward_in_two_is_not_compiled(tmp_path):
+    (tmp_path / "order.csv").write_text("0F0,0F1,0B0,0I1,0W1\n1F0,1F1,1B0,1B1\n")
+    flags = [*LAYOUTS["pp2"][1], f"{SCHEDULE}_csv={tmp_path}/order.csv", "--compile.enable"]
+    message = refusal_of("llama", [*flags, "--parallelism.pipeline_parallel_microbatch_size=4"])
+    assert "--compile.enable: found true" in message and "(0I1)" in message
+
+
+def test_the_schedules_are_those_of_torch_and_ask_what_it_asks():
+    with pytest.raises(ValueError, match="'foo'") as unknown:
+        get_schedule_class("foo")
+    known = set(re.findall(r"'(\w+)'", str(unknown.value))) - {"foo", "PipelineScheduleSingle", "PipelineScheduleMulti"}
+    assert known == {schedule.name for schedule in SCHEDULES}
+    for schedule in SCHEDULES:
+        torchs = get_schedule_class(schedule.name)
+        code = inspect.getsource(torchs.__init__)
+        assert (schedule.stages == 1) == issubclass(torchs, PipelineScheduleSingle)
+        assert (schedule.stages == 2) == ("self.n_local_stages != 2" in code)
+        assert schedule.fills == ("n_microbatches < self._num_stages" in code)
+        assert schedule.rounds == ("n_microbatches % self.number_of_rounds" in code)
+        assert schedule.halves == ("_check_torch_compile_compatibility" in code)
+
+
+def test_asynchronous_tensor_parallelism_reaches_the_compiler(tmp_path, monkeypatch):
+    flags = [ASYNC, *COMPILED.split()]
+    assert refusal_of("llama", flags) is None
+    monkeypatch.setattr(torch._inductor.config, "_micro_pipeline_tp", False)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        overlap(mesh, parse(flags))
+        assert torch._inductor.config._micro_pipeline_tp
+        assert is_symm_mem_enabled_for_group(mesh.get_group().group_name)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("stages", "words"),
+    [
+        ([["tok_embeddings", "layers.0"], ["layers.7", "norm", "output"]], "see layers.1"),
+        ([["tok_embeddings", "layers.0"], ["layers.0", "layers.1", "norm", "output"]], "see layers.0"),
+        ([["tok_embeddings", "layers.0"], ["layers.1", "output"]], "see norm"),
+        ([["tok_embeddings", "layers.1"], ["layers.0", "norm", "output"]], "in this order"),
+        ([["tok_embeddings"], ["layers.0", "layers.1", "norm", "output"]], "stage 1 would have none"),
+        ([["tok_embeddings", "layers.0", "layers.1", "norm", "output"]], "makes 1 stages, of which 1F1B needs one on"),
+    ],
+)
+def test_stages_that_are_not_the_model_are_refused(stages, words):
+    layout = parse(["--parallelism.pipeline_parallel_degree=2"]).parallelism
+    layout.module_fqns_per_model_part = stages
+    assert words in " ".join(empty_stages(2, layout))
+
+
+def test_the_page_holds_the_table_of_the_rows():
+    spec = importlib.util.spec_from_file_location("parallelism_page", REPO / "scripts" / "parallelism_page.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = module.PAGE.read_text(encoding="utf-8")
+    assert module.page(text) == text, "run scripts/parallelism_page.py"

@@ -1,0 +1,135 @@
+"""One run at a time in a run folder: a second start is refused in one line, and a killed run holds nobody off."""
+
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from flame.errors import REFUSED, UserError
+from flame.runtime.lock import NAME, check_free, hold
+from tests.launch import REPO, environment
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from flame.runtime.lock import hold
+with hold(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+CROWD = """
+import os, sys
+from pathlib import Path
+from flame.errors import UserError
+from flame.runtime.lock import hold
+folder, held = Path(sys.argv[1]), 0
+while held < 30:
+    try:
+        with hold(folder):
+            os.close(os.open(f"{folder}.alone", os.O_CREAT | os.O_EXCL))
+            os.unlink(f"{folder}.alone")
+            held += 1
+    except UserError:
+        pass
+"""
+
+
+def start(program, folder):
+    return subprocess.Popen(
+        [sys.executable, "-c", program, str(folder)],
+        env=environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A process that holds the folder tmp_path/run."""
+    process = start(HOLDER, tmp_path / "run")
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_second_start_is_told_who_is_at_work_and_changes_nothing(run, tmp_path):
+    folder = tmp_path / "run"
+    before = (folder / NAME).read_text()
+    host = re.escape(os.uname().nodename)
+    line = rf"^--job.dump_folder: a run is at work in {folder} \({host}, process {run.pid}, since 20\d\d-.*\); stop it"
+    for ask in (check_free, lambda folder: hold(folder).__enter__()):
+        with pytest.raises(UserError, match=line):
+            ask(folder)
+    assert (folder / NAME).read_text() == before and len(list(folder.iterdir())) == 1
+
+
+def test_a_folder_is_free_after_its_run_however_it_ended(run, tmp_path):
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    assert (tmp_path / "run" / NAME).exists()
+    check_free(tmp_path / "run")
+    with hold(tmp_path / "run"):
+        assert f"process {os.getpid()}," in (tmp_path / "run" / NAME).read_text()
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_run_that_is_refused_leaves_no_folder_that_was_not_there(tmp_path):
+    with pytest.raises(ValueError), hold(tmp_path / "new"):
+        raise ValueError
+    assert list(tmp_path.iterdir()) == []
+    check_free(tmp_path / "new")
+    with hold(tmp_path / "new"):
+        (tmp_path / "new" / "metrics.jsonl").touch()
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_run_whose_lock_was_deleted_leaves_that_of_the_next_one_alone(tmp_path):
+    with hold(tmp_path / "run"):
+        (tmp_path / "run" / NAME).unlink()
+        second = start(HOLDER, tmp_path / "run")
+        assert second.stdout.readline() == "held\n"
+    try:
+        with pytest.raises(UserError, match=f"process {second.pid},"):
+            check_free(tmp_path / "run")
+    finally:
+        second.communicate()
+    assert second.returncode == 0 and not (tmp_path / "run" / NAME).exists()
+
+
+def test_a_lock_that_cannot_be_written_is_refused_and_not_left_behind(tmp_path):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))  # as on a full disk
+    try:
+        with pytest.raises(UserError, match=r"^--job\.dump_folder: .*lock cannot be written"), hold(tmp_path / "run"):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_that_is_no_file_is_refused(tmp_path):
+    (tmp_path / NAME).mkdir()
+    for ask in (check_free, lambda folder: hold(folder).__enter__()):
+        with pytest.raises(UserError, match=r"^--job\.dump_folder: .* Is a directory: .*lock"):
+            ask(tmp_path)
+
+
+def test_of_several_that_come_and_go_never_two_hold_a_folder(tmp_path):
+    (tmp_path / "run").mkdir()
+    crowd = [start(CROWD, tmp_path / "run") for _ in range(4)]
+    assert [process.wait(60) for process in crowd] == [0] * 4
+
+
+@pytest.mark.parametrize("module", ["flame.preflight", pytest.param("flame.train", marks=pytest.mark.slow)])
+def test_the_command_and_the_first_rank_refuse_in_one_line(module, run, tmp_path):
+    flags = [f"--job.dump_folder={tmp_path}/run", f"--model.config={REPO}/configs/gla_debug.json"]
+    command = [sys.executable, "-m", module, *flags]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == REFUSED
+    assert done.stderr.startswith("flame: --job.dump_folder: a run is at work in ") and done.stderr.count("\n") == 1
+    assert len(list((tmp_path / "run").iterdir())) == 1
