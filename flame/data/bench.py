@@ -49,7 +49,8 @@ def bench(config: JobConfig, seconds: float = SECONDS) -> None:
     """Print the speed for several numbers of workers, state and memory. Raises UserError as a run of the job would."""
     tokenizer = build_tokenizer(config.model.tokenizer_path, config.model.trust_remote_code, config.model.add_tokens)
     config.data.epochs, config.data.skip = 0, None  # a stream that neither ends nor leaves anything out
-    texts = draw_texts(build_sources(config.training, config.data))
+    sources = build_sources(config.training, config.data)
+    texts = draw_texts(sources)
     if not texts:
         raise UserError("bench: the sources hold token ids and no text, so there is no tokenizer to compare with")
     ceiling = encode_repeatedly(tokenizer, texts)
@@ -59,7 +60,7 @@ def bench(config: JobConfig, seconds: float = SECONDS) -> None:
     tokenizer_speeds = []
     for workers in WORKERS:
         config.training.dataloader.num_workers = workers
-        loader = build_dataloader(dp_world_size=1, dp_rank=0, tokenizer=tokenizer, job_config=config)
+        loader = build_dataloader(sources=sources, dp_world_size=1, dp_rank=0, tokenizer=tokenizer, job_config=config)
         pair = compare(iterate(loader, loader.ahead), ceiling, seconds)
         tokenizer_speeds.append(pair.other.wall)
         print(f"{workers:>7}  {pair.one.wall:>10,.0f}  {pair.ratio.wall:>16.2f}  {pair.ratio.cpu:>14.2f}")

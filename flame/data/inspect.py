@@ -15,6 +15,7 @@ from flame.checkpoint.commit import complete_steps
 from flame.config.parser import JobConfig, parse
 from flame.data.ledger import digest_batch, roll
 from flame.data.loader import Row, build_dataloader
+from flame.data.source import build_sources
 from flame.data.tokenize import Tokenizer, build_tokenizer
 from flame.errors import UserError
 
@@ -91,8 +92,8 @@ def replay(folder: Path, step: int) -> Fed:
     last = step if logged is None else logged
     config.training.local_batch_size = _sequences(folder, config, start, records.get(last))
     config.training.global_batch_size = -1  # one batch is the whole step
-    tokenizer = _tokenizer(config)
-    loader = build_dataloader(dp_world_size=1, dp_rank=0, tokenizer=tokenizer, job_config=config)
+    sources, tokenizer = build_sources(config.training, config.data), _tokenizer(config)
+    loader = build_dataloader(sources=sources, dp_world_size=1, dp_rank=0, tokenizer=tokenizer, job_config=config)
     loader.load_state_dict(start.loader)
     batches, digest = iter(loader), start.data_digest
     rows: Sequence[Row] = ()

@@ -18,7 +18,7 @@ from flame.data.lane import Lane, LaneState, dump_state, parse_state
 from flame.data.order import Order
 from flame.data.prefetch import read_in_turn
 from flame.data.skip import parse_skip
-from flame.data.source import Source, build_sources
+from flame.data.source import Source
 from flame.data.window import Deal, IndexedWindows, StreamedWindows
 from flame.errors import UserError
 
@@ -212,17 +212,24 @@ class Loader(BaseDataLoader):
         }
 
 
-def build_dataloader(*, dp_world_size: int, dp_rank: int, tokenizer: "Tokenizer", job_config: "JobConfig") -> Loader:
-    """The loader of a data-parallel rank, as a job asks for it.
+def build_dataloader(
+    *,
+    sources: Sequence[Source],
+    dp_world_size: int,
+    dp_rank: int,
+    tokenizer: "Tokenizer",
+    job_config: "JobConfig",
+) -> Loader:
+    """The loader of a data-parallel rank over the job's opened sources.
 
-    Raises UserError for what the job's data flags name and cannot be read or used.
+    Raises UserError for data settings that cannot be used.
     """
     training, data = job_config.training, job_config.data
     for flag, value in (("--data.lanes", data.lanes), ("--data.window", data.window)):
         if value < 1:
             raise UserError(f"{flag} {value}: at least 1 is needed")
     return Loader(
-        build_sources(training, data),
+        sources,
         tokenizer,
         rank=dp_rank,
         world=dp_world_size,

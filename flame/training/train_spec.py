@@ -1,6 +1,7 @@
 """Registers the configured model with torchtitan: a TrainSpec filled from its family's row."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,18 +63,18 @@ def register(job_config: Any) -> None:
     tokenizer = build_tokenizer(model.tokenizer_path, model.trust_remote_code, model.add_tokens)
     _check_same_tokens(tokenizer, job_config)
     of_model = (_load_hf if model.name == "auto" else _load_titan)(job_config, tokenizer)
-    build_sources(job_config.training, job_config.data)
+    sources, held_out_sources = build_sources(job_config.training, job_config.data), []
     if job_config.validation.enable:
         with validation_as_training(job_config) as held_out:
-            build_sources(held_out.training, held_out.data)
+            held_out_sources = build_sources(held_out.training, held_out.data)
     spec = TrainSpec(
         **of_model,
         build_lr_schedulers_fn=build_schedule,
-        build_dataloader_fn=build_dataloader,
+        build_dataloader_fn=partial(build_dataloader, sources=sources),
         build_tokenizer_fn=lambda _job_config: tokenizer,
         build_loss_fn=build_loss,
         build_metrics_processor_fn=build_metrics,
-        build_validator_fn=build_validator,
+        build_validator_fn=partial(build_validator, sources=held_out_sources),
     )
     register_train_spec(model.name, spec)
 

@@ -5,7 +5,7 @@ see its end together, and nothing of training's stream or random state is touche
 """
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -17,9 +17,9 @@ from torchtitan.components.validate import BaseValidator
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools import utils
 
-from flame.config.parser import JobConfig, validation_as_training
+from flame.config.parser import JobConfig
 from flame.data.loader import Loader
-from flame.data.source import build_sources
+from flame.data.source import Source
 from flame.data.tokenize import Tokenizer
 from flame.errors import UserError
 from flame.models.loss import IGNORE_INDEX, SummedLoss
@@ -143,6 +143,7 @@ def _stack(rows: list[Batch]) -> Batch:
 
 def build_validator(
     *,
+    sources: Sequence[Source],
     job_config: JobConfig,
     dp_world_size: int,
     dp_rank: int,
@@ -157,10 +158,8 @@ def build_validator(
     pp_has_last_stage: Any = None,
     **_: Any,
 ) -> Validator:
-    """torchtitan's `build_validator_fn`. Raises UserError for data that cannot be read or is too short."""
+    """torchtitan's `build_validator_fn` over the opened held-out sources. Raises UserError if they fill no row."""
     validation, training = job_config.validation, job_config.training
-    with validation_as_training(job_config) as config:
-        sources = build_sources(config.training, config.data)
     loader = Loader(
         sources,
         tokenizer,

@@ -99,11 +99,13 @@ def describe_job(folder: Path, workers: int = 0) -> Any:
 def load(folder: Path, workers: int = 0) -> Any:
     """flame's loader, as the trainer builds it."""
     from flame.data.loader import build_dataloader
+    from flame.data.source import build_sources
     from flame.data.tokenize import build_tokenizer
 
     config = describe_job(folder, workers)
     tokenizer = build_tokenizer(config.model.tokenizer_path)
-    return build_dataloader(dp_world_size=1, dp_rank=0, tokenizer=tokenizer, job_config=config)
+    sources = build_sources(config.training, config.data)
+    return build_dataloader(sources=sources, dp_world_size=1, dp_rank=0, tokenizer=tokenizer, job_config=config)
 
 
 def load_ceiling(folder: Path) -> Any:

@@ -11,6 +11,7 @@ from flame.data.__main__ import main
 from flame.data.inspect import read_start, replay
 from flame.data.ledger import digest_batch, roll
 from flame.data.loader import build_dataloader
+from flame.data.source import build_sources
 from flame.data.tokenize import build_tokenizer
 from flame.runtime.run_folder import Run
 from tests.launch import SMALL, train_each
@@ -24,7 +25,9 @@ def write_run(folder, *flags):
     """The folder of a run of 9 steps that logs every second and saves at 3 and 6; returns each step's input rows."""
     config = parse([f"--training.seq_len={SEQ}", f"--training.local_batch_size={BATCH}", "--data.lanes=8", *flags])
     config.job.dump_folder = str(folder)
-    loader = build_dataloader(dp_world_size=1, dp_rank=0, tokenizer=build_tokenizer("byte"), job_config=config)
+    sources = build_sources(config.training, config.data)
+    tokenizer = build_tokenizer("byte")
+    loader = build_dataloader(sources=sources, dp_world_size=1, dp_rank=0, tokenizer=tokenizer, job_config=config)
     run, batches, digest, fed = Run(folder, writes=True), iter(loader), "", {}
     run.start(to_toml(config), {"ranks": 1})
     for step in range(1, STEPS + 1):

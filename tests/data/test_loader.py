@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 
 from flame.config.parser import JobConfig
 from flame.data.loader import build_dataloader
-from flame.data.source import Source
+from flame.data.source import Source, build_sources
 from flame.data.tokenize import build_tokenizer
 from flame.errors import UserError
 from tests.data.fakes import Bytes, Tape, Texts, documents, loader, one, take, three
@@ -267,7 +267,10 @@ def test_varlen_batches_agree_with_their_tokens():
 def test_a_job_of_the_standard_library_in_bytes_runs_as_configured():
     job = JobConfig()
     job.training.seq_len, job.training.local_batch_size = 128, 2
-    run = build_dataloader(dp_world_size=2, dp_rank=1, tokenizer=build_tokenizer("byte"), job_config=job)
+    sources = build_sources(job.training, job.data)
+    run = build_dataloader(
+        sources=sources, dp_world_size=2, dp_rank=1, tokenizer=build_tokenizer("byte"), job_config=job
+    )
     running = iter(run)
     fed, labels = next(running)
     running.close()
@@ -282,7 +285,8 @@ def test_context_len_without_varlen_changes_nothing():
     for context_len in (None, 16):
         job = JobConfig()
         job.training.context_len, job.training.seq_len = context_len, 64
-        loader = build_dataloader(dp_world_size=1, dp_rank=0, tokenizer=Bytes(), job_config=job)
+        sources = build_sources(job.training, job.data)
+        loader = build_dataloader(sources=sources, dp_world_size=1, dp_rank=0, tokenizer=Bytes(), job_config=job)
         batches.append(next(iter(loader)))
     (one, one_labels), (other, other_labels) = batches
     assert one.keys() == other.keys() == {"input"}

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flame.config.parser import parse, recorded
+from flame.config.parser import parse, recorded, validation_as_training
 from flame.errors import UserError
 from flame.models.loss import IGNORE_INDEX
 from flame.preflight.validate import check
@@ -46,11 +46,15 @@ class Logged(list):
 
 
 def validator(held_out, rank=0, ranks=1, *flags):
+    from flame.data.source import build_sources
     from flame.data.tokenize import build_tokenizer
 
     config = parse([f"--validation.dataset={held_out}", f"--validation.seq_len={SEQ}", *flags])
     logged = Logged()
+    with validation_as_training(config) as as_training:
+        sources = build_sources(as_training.training, as_training.data)
     made = build_validator(
+        sources=sources,
         job_config=config,
         dp_world_size=ranks,
         dp_rank=rank,
