@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from flame.errors import UserError
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
