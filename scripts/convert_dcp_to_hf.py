@@ -22,9 +22,8 @@ from tqdm import tqdm
 
 from flame.checkpoint.commit import complaint, complete_steps
 from flame.checkpoint.dtypes import FLOATS, SIZES
-from flame.checkpoint.structure import Found, UnfaithfulError, check_structure, load_structure, save_structure
-from flame.convert.chunk import DamagedError
-from flame.convert.dcp_file import read_tensors
+from flame.checkpoint.structure import TensorSpecs, UnfaithfulError, check_structure, load_structure, save_structure
+from flame.convert.dcp_file import CorruptedError, read_tensors
 from flame.convert.export import export_checkpoint
 from flame.convert.report import REPORT
 from flame.convert.verify import HOLDS, too_large
@@ -83,7 +82,7 @@ def check_json(recorded: Path) -> None:
 class Model:
     """What the config says of the model, found by flame.convert.verify in its own process while tensors are copied."""
 
-    def __init__(self, found: Found, assets: Path, verified: bool, module: str) -> None:
+    def __init__(self, found: TensorSpecs, assets: Path, verified: bool, module: str) -> None:
         self.found, self.assets, self.verified = found, assets, verified
         self.verify = [sys.executable, "-m", "flame.convert.verify", "--import", module]
         self.structure = load_structure(assets)
@@ -120,7 +119,7 @@ class Model:
         """The folder of config and tokenizer, once the structure is checked. Raises as `look`."""
         if self.building:
             self.check()
-            if self.structure and self.structure.parts:
+            if self.structure and self.structure.published_as:
                 raise _Published
         return self.assets
 
@@ -163,7 +162,7 @@ class _Published(Exception):
 def convert(given: argparse.Namespace) -> str:
     """Convert as the command line says; returns what to tell.
 
-    Raises UserError, UnfaithfulError, DamagedError and OSError.
+    Raises UserError, UnfaithfulError, CorruptedError and OSError.
     """
     run = read_run(given.path)
     checkpoint = find_checkpoint(given.path, given.step, run)
@@ -196,11 +195,11 @@ def convert(given: argparse.Namespace) -> str:
         try:
             model.build(*[f"{flag}={value or recorded}" for flag, value in asked.items() if any(asked.values())])
             try:
-                export(parts=model.structure.parts if model.structure else None)
+                export(parts=model.structure.published_as if model.structure else None)
             except _Published:
                 bar.reset()
                 assert model.structure is not None
-                export(parts=model.structure.parts)
+                export(parts=model.structure.published_as)
         finally:
             model.close()
         if model.structure is not None and not any(asked.values()):
@@ -217,7 +216,7 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(f"convert_dcp_to_hf: {error}", file=sys.stderr)
         return 2
-    except (UnfaithfulError, DamagedError) as error:
+    except (UnfaithfulError, CorruptedError) as error:
         print(f"convert_dcp_to_hf: {error}", file=sys.stderr)
         return 1
     except OSError as error:

@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from flame.checkpoint.structure import Structure, UnfaithfulError, check_structure
 from flame.convert.conversion import convert_hf_to_dcp
+from flame.convert.hf_structure import read_structure
 from flame.convert.hf_weights import checksum, under_own_names, untied
-from flame.convert.model_structure import read_structure
 from flame.convert.report import REPORT, new_folder, sha256, write_report
 from flame.convert.safetensors_file import Entry, find_files, read_headers
 from flame.convert.verify import HOLDS

@@ -13,7 +13,7 @@ from typing import Any
 
 from flame.checkpoint.dtypes import FLOATS, Box
 
-Found = Mapping[str, tuple[str, tuple[int, ...]]]  # {name: (dtype, shape)}
+TensorSpecs = Mapping[str, tuple[str, tuple[int, ...]]]  # {name: (dtype, shape)}
 STRUCTURE = "structure.json"  # in a folder with a config.json: the tensors that it means
 SHOWN = 20  # complaints that are listed
 
@@ -23,7 +23,7 @@ class UnfaithfulError(ValueError):
 
 
 @dataclass(frozen=True)
-class Part:
+class PublishedTensor:
     """What a published checkpoint has under one name: a tensor of the model, or a box of it, such as one expert's.
 
     The box begins at the coordinates `start`; its leading dimensions that `shape` lacks have one element. With `heads`
@@ -42,9 +42,9 @@ class Part:
         return tuple((low, low + size) for low, size in zip(self.start, sizes, strict=True))
 
 
-def whole(name: str, shape: tuple[int, ...]) -> Part:
+def whole(name: str, shape: tuple[int, ...]) -> PublishedTensor:
     """All of a tensor under its own name."""
-    return Part(name, (0,) * len(shape), shape)
+    return PublishedTensor(name, (0,) * len(shape), shape)
 
 
 @dataclass(frozen=True)
@@ -52,34 +52,34 @@ class Structure:
     """A model's tensors, {name: (dtype, shape)} as built in float32.
 
     `shared` are further names of tied tensors, {name: tensor}, which may be there or not. `ignored` are patterns of
-    names that published checkpoints have and that transformers leaves aside. `parts` are what checkpoints are published
-    as, {name: Part}, where that is not the model's own tensors by their own names. `vocabulary` are the tensors that
-    have a row for each id.
+    names that published checkpoints have and that transformers leaves aside. `published_as` is what a published
+    checkpoint has, {name: PublishedTensor}; it is empty if that is the model's own tensors by their own names.
+    `vocabulary` are the tensors with a row for each id.
     """
 
-    tensors: Found
+    tensors: TensorSpecs
     shared: Mapping[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
-    parts: Mapping[str, Part] = field(default_factory=dict)
+    published_as: Mapping[str, PublishedTensor] = field(default_factory=dict)
     vocabulary: tuple[str, ...] = ()
 
     @property
     def published(self) -> "Structure":
         """The structure of a published checkpoint of this model."""
-        if not self.parts:
+        if not self.published_as:
             return self
-        kept = {name: part for name, part in self.parts.items() if part.tensor in self.tensors}
+        kept = {name: part for name, part in self.published_as.items() if part.tensor in self.tensors}
         tensors = {name: (self.tensors[part.tensor][0], part.shape) for name, part in kept.items()}
         rows = tuple(name for name, part in kept.items() if part.tensor in self.vocabulary)
         names = {part.tensor: name for name, part in kept.items()}
-        shared = {name: names[self.shared[part.tensor]] for name, part in self.parts.items() if name not in kept}
+        shared = {name: names[self.shared[part.tensor]] for name, part in self.published_as.items() if name not in kept}
         return Structure(tensors, shared, self.ignored, vocabulary=rows)
 
-    def part(self, name: str) -> Part:
+    def published_tensor(self, name: str) -> PublishedTensor:
         """What a published checkpoint has under a name that is not one of `shared`."""
-        return self.parts[name] if self.parts else whole(name, self.tensors[name][1])
+        return self.published_as[name] if self.published_as else whole(name, self.tensors[name][1])
 
-    def before_growth(self, found: Found) -> "Structure":
+    def before_growth(self, found: TensorSpecs) -> "Structure":
         """The structure with no more ids than the tensors found have rows."""
         tensors = dict(self.tensors)
         for name in self.vocabulary:
@@ -108,8 +108,9 @@ def name_tensors(model: Any) -> tuple[dict[str, tuple[str, tuple[int, ...]]], di
 
 def save_structure(structure: Structure, folder: Path) -> None:
     """Keep the structure of a folder's config.json beside it, so that nobody need build the model to know it."""
-    fields = {"of": _identity(folder), "structure": asdict(structure)}
-    (folder / STRUCTURE).write_text(json.dumps(fields))
+    fields = asdict(structure)
+    fields["parts"] = fields.pop("published_as")  # its name in the file
+    (folder / STRUCTURE).write_text(json.dumps({"of": _identity(folder), "structure": fields}))
 
 
 def load_structure(folder: Path) -> Structure | None:
@@ -119,11 +120,11 @@ def load_structure(folder: Path) -> Structure | None:
         if known["of"] != _identity(folder):
             return None
         fields = known["structure"]
-        parts = {
-            name: Part(**{**part, "start": tuple(part["start"]), "shape": tuple(part["shape"])})
+        published_as = {
+            name: PublishedTensor(**{**part, "start": tuple(part["start"]), "shape": tuple(part["shape"])})
             for name, part in fields.pop("parts").items()
         }
-        return Structure(**fields, parts=parts)
+        return Structure(**fields, published_as=published_as)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not there, cut short, or of another version
         return None
 
@@ -132,7 +133,7 @@ def _identity(folder: Path) -> list[str]:
     return [sha256((folder / "config.json").read_bytes()).hexdigest(), version("transformers")]
 
 
-def main_dtype(found: Found) -> str:
+def main_dtype(found: TensorSpecs) -> str:
     """The type that most floating elements have, float32 if there are no tensors."""
     counts: Counter[str] = Counter()
     for dtype, shape in found.values():
@@ -140,14 +141,14 @@ def main_dtype(found: Found) -> str:
     return max(counts, key=lambda dtype: counts[dtype], default="float32")
 
 
-def check_structure(found: Found, structure: Structure) -> None:
+def check_structure(found: TensorSpecs, structure: Structure) -> None:
     """Raises UnfaithfulError, a line for each complaint of `compare`."""
     if complaints := compare(found, structure):
         more = [f"and {len(complaints) - SHOWN} more"] if len(complaints) > SHOWN else []
         raise UnfaithfulError("not the tensors of the config's model\n  " + "\n  ".join(complaints[:SHOWN] + more))
 
 
-def compare(found: Found, structure: Structure) -> list[str]:
+def compare(found: TensorSpecs, structure: Structure) -> list[str]:
     """A complaint for each tensor that is missing, unexpected, of the wrong shape or of the wrong type.
 
     Floating tensors are to be all of one type, which the model may have been cast to, or of the type the model gives

@@ -10,7 +10,7 @@ from zlib import crc32
 import numpy as np
 
 from flame.checkpoint.dtypes import FLOATS, READ_BYTES, SIZES, as_bytes, cast
-from flame.checkpoint.structure import Found, Part, Structure, UnfaithfulError, whole
+from flame.checkpoint.structure import PublishedTensor, Structure, TensorSpecs, UnfaithfulError, whole
 from flame.convert.dcp_file import StoredTensor, check_tensor, read_blocks, read_tensors
 from flame.convert.safetensors_file import Entry, check_file, lay_out, read_bytes, write_file
 
@@ -22,16 +22,16 @@ def convert_dcp_to_hf(
     tensors: Mapping[str, StoredTensor],
     folder: Path,
     dtype: str | None = None,
-    parts: Mapping[str, Part] | None = None,
+    parts: Mapping[str, PublishedTensor] | None = None,
     *,
     advance: Callable[[int], None] = lambda count: None,
     shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, str]:
     """Write the tensors of a DCP checkpoint to `folder` as safetensors, with an index when there are several files.
 
-    Written are `parts`, {name: Part}, or else all tensors under their names. Floating ones are cast to `dtype` (torch's
-    name) when given. `advance` is told the bytes that were written, every few MiB. Every file is read again after it is
-    written. Returns {file name: sha256}.
+    Written are `parts`, {name: PublishedTensor}, or else all tensors under their names. Floating ones are cast to
+    `dtype` (torch's name) when given. `advance` is told the bytes that were written, every few MiB. Every file is read
+    again after it is written. Returns {file name: sha256}.
     """
     if parts:
         parts = {name: part for name, part in parts.items() if part.tensor in tensors}  # not a tied tensor's other name
@@ -88,8 +88,9 @@ def convert_hf_to_dcp(
 
     shapes = {name: entry.shape for name, entry in entries.items()}
     parts = {name: whole(name, shape) for name, shape in shapes.items()}
-    if structure and structure.parts:
-        parts = {name: structure.parts[name] for name in entries if structure.parts[name].tensor in structure.tensors}
+    if structure and structure.published_as:
+        parts = {name: part for name, part in structure.published_as.items() if name in entries}
+        parts = {name: part for name, part in parts.items() if part.tensor in structure.tensors}
         shapes = {name: shape for name, (_, shape) in structure.tensors.items()}
     write_checkpoint(entries, parts, shapes, folder, advance=advance)
     tensors = read_tensors(folder)
@@ -103,7 +104,7 @@ def convert_hf_to_dcp(
             raise UnfaithfulError(f"{folder}: {part.tensor} reads back as other bytes than {entries[name].file} holds")
 
 
-def _split(wanted: Found, shard_bytes: int) -> Iterator[list[str]]:
+def _split(wanted: TensorSpecs, shard_bytes: int) -> Iterator[list[str]]:
     shard: list[str] = []
     size = 0
     for name, (dtype, shape) in wanted.items():

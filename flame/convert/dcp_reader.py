@@ -27,7 +27,7 @@ from flame.errors import UserError
 class _Place:
     """What a chunk of a tensor is made of: an entry's elements, or in every row the mean of its rows.
 
-    With `heads` the entry's rows are in another order; see flame.checkpoint.structure.Part.
+    With `heads` the entry's rows are in another order; see flame.checkpoint.structure.PublishedTensor.
     """
 
     entry: Entry
@@ -59,7 +59,7 @@ class WeightReader(FileSystemReader):
             places[MetadataIndex(name, chunk.offsets)] = place
 
         for published, entry in self.weights.entries.items():
-            part = structure.part(published)
+            part = structure.published_tensor(published)
             sizes = (1,) * (len(part.start) - len(entry.shape)) + entry.shape  # a box of the model's own dimensions
             add(part.tensor, part.start, sizes, _Place(replace(entry, shape=sizes), heads=part.heads))
             if part.shape != entry.shape:

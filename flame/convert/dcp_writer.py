@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from flame.checkpoint.dtypes import SIZES, boxes
-from flame.checkpoint.structure import Part
+from flame.checkpoint.structure import PublishedTensor
 from flame.checkpoint.writer import Writer
 from flame.convert.safetensors_file import Entry
 
@@ -37,7 +37,7 @@ class _Piece:
 
 def write_checkpoint(
     entries: Mapping[str, Entry],
-    parts: Mapping[str, Part],
+    parts: Mapping[str, PublishedTensor],
     shapes: Mapping[str, tuple[int, ...]],
     folder: Path,
     *,
@@ -64,7 +64,9 @@ def write_checkpoint(
     writer.finish(Metadata(tensors, planner_data={name: (name,) for name in tensors}), results)
 
 
-def _cut(entry: Entry, part: Part, shapes: Mapping[str, tuple[int, ...]], piece_bytes: int) -> Iterator[_Piece]:
+def _cut(
+    entry: Entry, part: PublishedTensor, shapes: Mapping[str, tuple[int, ...]], piece_bytes: int
+) -> Iterator[_Piece]:
     properties, start = TensorProperties(dtype=getattr(torch, entry.dtype)), entry.start
     for box in boxes(part.box, max(1, piece_bytes // SIZES[entry.dtype])):
         offsets, sizes = torch.Size(a for a, _ in box), torch.Size(b - a for a, b in box)

@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from flame.checkpoint.structure import STRUCTURE, Part, main_dtype
+from flame.checkpoint.structure import STRUCTURE, PublishedTensor, main_dtype
 from flame.convert.conversion import convert_dcp_to_hf
 from flame.convert.dcp_file import read_tensors
 from flame.convert.report import new_folder, read_report, sha256, write_report
@@ -23,7 +23,7 @@ def export_checkpoint(
     folder: Path,
     dtype: str | None = None,
     *,
-    parts: Mapping[str, Part] | None = None,
+    parts: Mapping[str, PublishedTensor] | None = None,
     prove: Callable[[Path], dict[str, Any]] = lambda folder: {},
     advance: Callable[[int], None] = lambda count: None,
 ) -> bool:

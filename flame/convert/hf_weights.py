@@ -7,7 +7,7 @@ from pathlib import Path
 
 import xxhash
 
-from flame.checkpoint.structure import Found, Structure, compare
+from flame.checkpoint.structure import Structure, TensorSpecs, compare
 from flame.convert.safetensors_file import Entry, find_files, read_bytes, read_headers
 from flame.errors import UserError
 
@@ -88,7 +88,7 @@ def checksum(entry: Entry) -> str:
     return digest.hexdigest()
 
 
-def check_found(where: str, found: Found, structure: Structure, hint: str = "") -> None:
+def check_found(where: str, found: TensorSpecs, structure: Structure, hint: str = "") -> None:
     """Raises UserError, in one line with a hint, for tensors that are not those of the structure."""
     if complaints := compare(found, structure):
         more = f" and {len(complaints) - SHOWN} more" if len(complaints) > SHOWN else ""

@@ -27,7 +27,7 @@ class IdentityAdapter(StateDictAdapter):
         self.hf_assets_path, self.fqn_to_index_mapping = hf_assets_path, None
 
     def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        parts = self.weights.structure.parts if self.weights else {}
+        parts = self.weights.structure.published_as if self.weights else {}
         placed = {part.tensor for part in parts.values()} or state_dict
         return {name: tensor for name, tensor in state_dict.items() if name in placed}  # not what is published nowhere
 

@@ -14,9 +14,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from flame.checkpoint.structure import Found, UnfaithfulError, check_structure, save_structure
+from flame.checkpoint.structure import TensorSpecs, UnfaithfulError, check_structure, save_structure
 from flame.convert.export import export_checkpoint
-from flame.convert.model_structure import read_structure, read_trained
+from flame.convert.hf_structure import read_structure, read_trained
 from flame.convert.safetensors_file import find_files, read_headers
 from flame.errors import UserError
 
@@ -30,7 +30,7 @@ def export_proven(checkpoint: Path, assets: Path, folder: Path, dtype: str | Non
     """`export_checkpoint` with `prove`, in this process."""
     try:
         save_structure(structure := read_trained(assets), assets)
-        parts = structure.parts
+        parts = structure.published_as
     except UserError:  # `prove` says so in the report
         parts = {}
     return export_checkpoint(checkpoint, assets, folder, dtype, parts=parts, prove=partial(prove, checkpoint, dtype))
@@ -53,7 +53,7 @@ def prove(checkpoint: Path, dtype: str | None, folder: Path) -> dict[str, Any]:
     return {"structure": HOLDS, "logits": logits}
 
 
-def too_large(found: Found) -> str | None:
+def too_large(found: TensorSpecs) -> str | None:
     """Why the logits of a model with these tensors are not compared, if they are not."""
     nbytes = sum(prod(shape) for _, shape in found.values()) * 4
     if nbytes <= LOGITS_BYTES:
@@ -85,7 +85,7 @@ def compare_logits(checkpoint: Path, dtype: str | None, folder: Path) -> dict[st
     length = min(LENGTH, getattr(config, "max_position_embeddings", None) or LENGTH)
     tokens = (torch.arange(ROWS * length) * 7919 % config.vocab_size).view(ROWS, length)
 
-    recorded = hf_equivalent.read(folder)
+    recorded = hf_equivalent.read_recorded_model(folder)
     rounded = dtype not in (None, "float32")
     with torch.no_grad():
         with torch.device("meta"):
@@ -115,7 +115,7 @@ def compare_logits(checkpoint: Path, dtype: str | None, folder: Path) -> dict[st
     return found
 
 
-def _found(folder: Path) -> Found:
+def _found(folder: Path) -> TensorSpecs:
     return {name: (entry.dtype, entry.shape) for name, entry in read_headers(find_files(folder)).items()}
 
 

@@ -11,22 +11,22 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config, Qwen3MoeConfig
 
-from flame.checkpoint.structure import Part, Structure, name_tensors, whole
+from flame.checkpoint.structure import PublishedTensor, Structure, name_tensors, whole
 from flame.errors import UserError
 
-RECORD = "torchtitan.json"  # beside a config.json: the model of torchtitan that is trained
+TITAN_CONFIG = "torchtitan.json"  # beside a config.json: the model of torchtitan that is trained
 # Their rotary embedding turns neighbouring numbers of a head, where that of transformers turns its halves.
-_IN_PAIRS = {"llama3": {"q_proj": "n_heads", "k_proj": "n_kv_heads"}}
-_NONE = {
+_INTERLEAVED_ROPE = {"llama3": {"q_proj": "n_heads", "k_proj": "n_kv_heads"}}
+_NO_EQUIVALENT = {
     "deepseek_v3": "transformers' DeepSeek-V3 norms its latents with an epsilon of 1e-6, whatever its config says",
     "llama4": "transformers' Llama 4 has no bias that balances the experts",
 }
 
 
-def find(name: str, args: Any) -> PreTrainedConfig | str:
+def equivalent_config(name: str, args: Any) -> PreTrainedConfig | str:
     """The config under which transformers computes what torchtitan's model of these arguments does, or why none is."""
-    if name in _NONE:
-        return _NONE[name]
+    if name in _NO_EQUIVALENT:
+        return _NO_EQUIVALENT[name]
     return {"llama3": _llama, "qwen3": _qwen}[name](args)
 
 
@@ -86,12 +86,12 @@ def _sizes(args: Any) -> dict[str, Any]:
     }
 
 
-def read(folder: Path) -> tuple[str, Any] | None:
+def read_recorded_model(folder: Path) -> tuple[str, Any] | None:
     """The name and arguments of the model of torchtitan that a run recorded in a folder; None if it was another.
 
     Raises UserError if transformers has no such model.
     """
-    path = next((path for name in (RECORD, "config.json") if (path := folder / name).is_file()), None)
+    path = next((path for name in (TITAN_CONFIG, "config.json") if (path := folder / name).is_file()), None)
     fields = json.loads(path.read_text()) if path else {}
     _, _, name = str(fields.get("model_type")).partition("torchtitan.")
     if not name:
@@ -104,12 +104,12 @@ def read(folder: Path) -> tuple[str, Any] | None:
             field,
             replace(value, **fields[field]) if is_dataclass(value) and not isinstance(value, type) else fields[field],
         )
-    if isinstance(reason := find(name, args), str):
+    if isinstance(reason := equivalent_config(name, args), str):
         raise UserError(f"{path} is torchtitan's {name}, of which there is no export: {reason}")
     return name, args
 
 
-def rename(published: Structure, name: str, args: Any) -> Structure:
+def titan_structure(published: Structure, name: str, args: Any) -> Structure:
     """The tensors of torchtitan's model, and where in them those lie that transformers' model is published as.
 
     A bias that balances experts is in no part: where transformers has none, torchtitan leaves it at zero.
@@ -125,9 +125,9 @@ def rename(published: Structure, name: str, args: Any) -> Structure:
     for key, (_, shape) in published.tensors.items():
         block = re.findall(r"\d+", key)  # and, of an expert, its number
         start = (*map(int, block[1:]), *(0 for _ in shape))
-        heads = _IN_PAIRS.get(name, {}).get(key.split(".")[-2])
+        heads = _INTERLEAVED_ROPE.get(name, {}).get(key.split(".")[-2])
         count = (getattr(args, heads) or args.n_heads) if heads else 0
-        parts[key] = Part(theirs[re.sub(r"\d+", "{}", key)].format(*block), start, shape, count)
+        parts[key] = PublishedTensor(theirs[re.sub(r"\d+", "{}", key)].format(*block), start, shape, count)
     rows = tuple(key for key in ("tok_embeddings.weight", "output.weight") if key in tensors)
     return Structure(tensors, shared, published.ignored, parts, rows)
 

@@ -49,7 +49,7 @@ def load(job_config: Any, tokenizer: Any) -> dict[str, Any]:
         args.vocab_size = -(-tokenizer.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     parallel.check(spec, args, job_config)
     description = {"model_type": f"torchtitan.{model.name}", "flavor": model.flavor, **asdict(args)}
-    published = hf_equivalent.find(model.name, args)
+    published = hf_equivalent.equivalent_config(model.name, args)
     if not isinstance(published, str):
         published.max_position_embeddings = max(training.seq_len, args.max_seq_len)
         published.bos_token_id, published.eos_token_id = tokenizer.bos_id, tokenizer.eos_id
@@ -60,7 +60,7 @@ def load(job_config: Any, tokenizer: Any) -> dict[str, Any]:
     if device_type == "cpu":
         _enable_cpu()
     return {
-        "model_cls": adopt(spec.model_cls, description, published, job_config.debug.seed or 0),
+        "model_cls": wrap_model_class(spec.model_cls, description, published, job_config.debug.seed or 0),
         "model_args": {model.flavor: args},
         "parallelize_fn": partial(parallel.parallelize, spec.parallelize_fn),
         "pipelining_fn": spec.pipelining_fn and partial(parallel.pipeline, spec.pipelining_fn),
@@ -85,7 +85,7 @@ def build(name: str, args: Any) -> nn.Module:
     return import_module(f"torchtitan.models.{name}").get_train_spec().model_cls(args)
 
 
-def adopt(model_cls: type, description: dict[str, Any], published: PreTrainedConfig | str, seed: int) -> Any:
+def wrap_model_class(model_cls: type, description: dict[str, Any], published: PreTrainedConfig | str, seed: int) -> Any:
     """A torchtitan model class whose forward takes labels, and whose weights are drawn part by part from `seed`.
 
     `description` is what a run folder keeps of the model, and `published` what flame.titan.hf_equivalent found for it.
@@ -137,10 +137,10 @@ def adopt(model_cls: type, description: dict[str, Any], published: PreTrainedCon
                 tokenizer.save_pretrained(folder)
             else:
                 record_assets(folder, check_buildable(published, "that of torchtitan's model"), tokenizer)
-            name = "config.json" if isinstance(published, str) else hf_equivalent.RECORD
+            name = "config.json" if isinstance(published, str) else hf_equivalent.TITAN_CONFIG
             (folder / name).write_text(json.dumps(description, indent=2) + "\n")
 
-    Titan.description, Titan.published = description, published
+    Titan.description, Titan.hf_equivalent = description, published
     return Titan
 
 

@@ -12,8 +12,8 @@ from torchtitan.tools.utils import device_type
 
 from flame.checkpoint.commit import complete_steps
 from flame.config.parser import validation_as_training, world_size
+from flame.convert.hf_structure import model_structure
 from flame.convert.initial import build_adapter
-from flame.convert.model_structure import describe
 from flame.data.loader import build_dataloader
 from flame.data.source import build_sources
 from flame.data.tokenize import build_tokenizer
@@ -25,7 +25,7 @@ from flame.parallel import layout
 from flame.parallel.apply import parallelize
 from flame.parallel.pipeline import pipeline
 from flame.titan import model as titan_model
-from flame.titan.hf_equivalent import RECORD, rename
+from flame.titan.hf_equivalent import TITAN_CONFIG, titan_structure
 from flame.training import quantize
 from flame.training.lr_schedule import build_schedule
 from flame.training.metrics import build_metrics
@@ -82,7 +82,7 @@ def register(job_config: Any) -> None:
 def _load_titan(job_config: Any, tokenizer: Any) -> dict[str, Any]:
     model, checkpoint = job_config.model, job_config.checkpoint
     fields = titan_model.load(job_config, tokenizer)
-    published, adapter = fields["model_cls"].published, None
+    published, adapter = fields["model_cls"].hf_equivalent, None
     if isinstance(published, str):
         if checkpoint.initial_load_in_hf:
             raise UserError(f"--checkpoint.initial_load_in_hf: found true, must be false for {model.name}: {published}")
@@ -90,8 +90,8 @@ def _load_titan(job_config: Any, tokenizer: Any) -> dict[str, Any]:
             logger.info(f"--checkpoint.export: off, as {published}")
             checkpoint.export = False
     elif checkpoint.initial_load_path:
-        theirs = describe(check_buildable(published, f"{model.name} {model.flavor}")).published
-        adapter = build_adapter(job_config, rename(theirs, model.name, fields["model_args"][model.flavor]))
+        theirs = model_structure(check_buildable(published, f"{model.name} {model.flavor}")).published
+        adapter = build_adapter(job_config, titan_structure(theirs, model.name, fields["model_args"][model.flavor]))
     _check_same_model("model.flavor", fields["model_cls"].description, job_config)
     return {**fields, "state_dict_adapter": adapter}
 
@@ -121,7 +121,7 @@ def _load_hf(job_config: Any, tokenizer: Any) -> dict[str, Any]:
         "parallelize_fn": parallelize,
         "pipelining_fn": pipeline,
         "build_optimizers_fn": build_optimizers,
-        "state_dict_adapter": build_adapter(job_config, describe(hf_model)),
+        "state_dict_adapter": build_adapter(job_config, model_structure(hf_model)),
     }
 
 
@@ -144,7 +144,7 @@ def _check_backend(name: str) -> None:
 def _check_same_model(flag: str, today: dict[str, Any], job_config: Any) -> None:
     """Refuse a model other than the one the run folder's checkpoints hold. Raises UserError."""
     folder = Path(job_config.job.dump_folder)
-    recorded = [path for name in (RECORD, "config.json") if (path := folder / "model" / name).exists()]
+    recorded = [path for name in (TITAN_CONFIG, "config.json") if (path := folder / "model" / name).exists()]
     if not recorded or not complete_steps(folder / job_config.checkpoint.folder):
         return
     known = _read_recorded(recorded[0])

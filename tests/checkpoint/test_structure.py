@@ -1,6 +1,13 @@
 import pytest
 
-from flame.checkpoint.structure import Part, Structure, UnfaithfulError, check_structure, load_structure, save_structure
+from flame.checkpoint.structure import (
+    PublishedTensor,
+    Structure,
+    UnfaithfulError,
+    check_structure,
+    load_structure,
+    save_structure,
+)
 
 STRUCTURE = Structure(
     {"embed": ("float32", (8, 4)), "norm": ("float32", (4,)), "count": ("int64", ())},
@@ -40,17 +47,17 @@ def test_published_buffers_are_told_apart_from_the_models_own():
 
 def test_a_kept_structure_holds_for_its_config_alone(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    structure = Structure(STRUCTURE.tensors, {}, ("x$",), {"tables.1": Part("embed", (4, 0), (4, 4))})
+    structure = Structure(STRUCTURE.tensors, {}, ("x$",), {"tables.1": PublishedTensor("embed", (4, 0), (4, 4))})
     assert load_structure(tmp_path) is None
     save_structure(structure, tmp_path)
     loaded = load_structure(tmp_path)
     assert loaded.published.tensors == structure.published.tensors == {"tables.1": ("float32", (4, 4))}
-    assert loaded.parts["tables.1"].box == ((4, 8), (0, 4))
+    assert loaded.published_as["tables.1"].box == ((4, 8), (0, 4))
     check_structure(FOUND, loaded)
     (tmp_path / "config.json").write_text('{"hidden_size": 8}')
     assert load_structure(tmp_path) is None
 
 
 def test_a_part_may_lack_leading_dimensions_of_its_tensor():
-    assert Part("experts", (2, 3, 0), (4, 5)).box == ((2, 3), (3, 7), (0, 5))
-    assert Part("scalar", (), ()).box == ()
+    assert PublishedTensor("experts", (2, 3, 0), (4, 5)).box == ((2, 3), (3, 7), (0, 5))
+    assert PublishedTensor("scalar", (), ()).box == ()

@@ -7,8 +7,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
 
-from flame.convert.chunk import ChunkReader, DamagedError
-from flame.convert.dcp_file import check_tensor, read_blocks, read_tensors
+from flame.convert.dcp_file import ChunkReader, CorruptedError, check_tensor, read_blocks, read_tensors
 from flame.errors import UserError
 
 TENSORS = {
@@ -89,7 +88,7 @@ def test_a_changed_byte_of_a_tensor_is_found(tmp_path):
     place = whole.index(torch.full((64,), 1.5).numpy().tobytes())
     file.write_bytes(whole[: place + 9] + b"\x7f" + whole[place + 10 :])
     stored = read_tensors(checkpoint)
-    with pytest.raises(DamagedError, match=r"found checksum .* where large should be"):
+    with pytest.raises(CorruptedError, match=r"found checksum .* where large should be"):
         content("large", stored["large"])
     assert content("matrix", stored["matrix"]) == TENSORS["matrix"].numpy().tobytes()
 
@@ -103,9 +102,9 @@ def test_a_changed_byte_is_found_in_whatever_memory_a_tensor_lay(name, tmp_path)
     check_tensor(name, tensor)
     data[ChunkReader(chunk, name, tensor.dtype).start] ^= 1
     chunk.file.write_bytes(data)
-    with pytest.raises(DamagedError, match="found checksum"):
+    with pytest.raises(CorruptedError, match="found checksum"):
         content(name, tensor)
-    with pytest.raises(DamagedError, match="found checksum"):
+    with pytest.raises(CorruptedError, match="found checksum"):
         check_tensor(name, tensor)
 
 
@@ -115,10 +114,10 @@ def test_a_file_that_was_cut_short_or_is_gone_is_found(kept, tmp_path):
     (file,) = checkpoint.glob("*.distcp")
     file.write_bytes(file.read_bytes()[:kept])
     stored = read_tensors(checkpoint)
-    with pytest.raises(DamagedError, match=r"__0_0\.distcp: found no file of torch\.save .* where matrix should be"):
+    with pytest.raises(CorruptedError, match=r"__0_0\.distcp: found no file of torch\.save .* where matrix should be"):
         content("matrix", stored["matrix"])
     file.unlink()
-    with pytest.raises(DamagedError, match=r"__0_0\.distcp: found no file where matrix should be"):
+    with pytest.raises(CorruptedError, match=r"__0_0\.distcp: found no file where matrix should be"):
         content("matrix", stored["matrix"])
 
 
@@ -144,5 +143,5 @@ def test_a_tensor_with_a_chunk_missing_is_found(tmp_path):
     metadata = FileSystemReader(str(checkpoint)).read_metadata()
     metadata.state_dict_metadata["matrix"].size = torch.Size([4, 3])
     (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises(DamagedError, match="matrix: the chunks of the checkpoint hold 6 of its 12 elements"):
+    with pytest.raises(CorruptedError, match="matrix: the checkpoint's chunks hold 6 of its 12 elements"):
         content("matrix", read_tensors(checkpoint)["matrix"])

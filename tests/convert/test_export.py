@@ -7,10 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from flame.convert.chunk import DamagedError
-from flame.convert.dcp_file import read_tensors
+from flame.convert.dcp_file import CorruptedError, read_tensors
 from flame.convert.export import export_checkpoint
-from flame.convert.model_structure import read_trained
+from flame.convert.hf_structure import read_trained
 from flame.convert.report import REPORT, new_folder, read_report, sha256
 from tests.convert.models import save_run
 from tests.launch import environment
@@ -157,12 +156,12 @@ def test_an_export_whose_proof_fails_leaves_what_was_there_and_nothing_else(run,
 
 def test_a_changed_byte_is_found_in_a_tensor_that_is_published_in_parts(tmp_path):
     save_run(tmp_path, "mixtral")
-    checkpoint, parts = tmp_path / "checkpoint" / "step-1", read_trained(tmp_path / "model").parts
+    checkpoint, parts = tmp_path / "checkpoint" / "step-1", read_trained(tmp_path / "model").published_as
     cut = {name: t for name, t in read_tensors(checkpoint).items() if name.endswith("experts.gate_up_proj")}
     chunk = next(iter(cut.values())).chunks[0]
     data = bytearray(chunk.file.read_bytes())
     data[chunk.start + chunk.length // 2] ^= 1
     chunk.file.write_bytes(data)
-    with pytest.raises(DamagedError, match=r"found checksum .*experts.gate_up_proj should be"):
+    with pytest.raises(CorruptedError, match=r"found checksum .*experts.gate_up_proj should be"):
         export(tmp_path, tmp_path / "hf", parts=parts)
     assert not (tmp_path / "hf").exists()

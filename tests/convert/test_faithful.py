@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from flame.checkpoint.structure import UnfaithfulError
 from flame.convert.conversion import convert_hf_to_dcp
 from flame.convert.export import export_checkpoint
-from flame.convert.model_structure import describe, read_structure
+from flame.convert.hf_structure import model_structure, read_structure
 from flame.convert.report import read_report
 from flame.convert.safetensors_file import find_files, read_header
 from flame.convert.verify import LOGITS_BYTES, export_proven, prove, too_large
@@ -64,7 +64,7 @@ def test_experts_are_one_tensor_in_training_and_many_when_published(tmp_path):
     dcp.save(trained, checkpoint_id=str(tmp_path / "step-1"), no_dist=True)
     for step in ("step-0", "step-1"):
         out = tmp_path / "out" / step
-        export_checkpoint(tmp_path / step, tmp_path / "hf", out, parts=structure.parts)
+        export_checkpoint(tmp_path / step, tmp_path / "hf", out, parts=structure.published_as)
         second = load_file(out / "model.safetensors")
         assert first.keys() == second.keys()
         assert all(torch.equal(first[name], second[name]) for name in first)
@@ -135,6 +135,6 @@ def test_a_model_too_large_to_run_is_said_to_be():
 def test_the_expected_tensors_are_those_that_training_saves(name, tied, tmp_path):
     model, _ = build(tmp_path, name, tie_word_embeddings=tied)
     _, config = read_config(model.hf.config.to_dict(), "a config")
-    structure = describe(check_buildable(config, "a config"))
+    structure = model_structure(check_buildable(config, "a config"))
     assert structure.tensors == {key: ("float32", tuple(tensor.shape)) for key, tensor in model.state_dict().items()}
     assert bool(structure.shared) == tied

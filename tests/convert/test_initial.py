@@ -18,9 +18,9 @@ from flame.checkpoint.dtypes import READ_BYTES
 from flame.checkpoint.structure import Structure
 from flame.convert.dcp_reader import WeightReader
 from flame.convert.export import export_checkpoint
+from flame.convert.hf_structure import model_structure
 from flame.convert.hf_weights import find_folder, read_weights
 from flame.convert.initial import check_checkpoint
-from flame.convert.model_structure import describe
 from flame.convert.safetensors_file import find_files
 from flame.data.inspect import replay
 from flame.errors import UserError
@@ -37,7 +37,7 @@ def structure_of(folder, **changes):
     _, config = load_hf_config(str(folder))
     for name, value in changes.items():
         setattr(config, name, value)
-    return describe(check_buildable(config, str(folder)))
+    return model_structure(check_buildable(config, str(folder)))
 
 
 @pytest.mark.parametrize(("name", "tied"), CASES)

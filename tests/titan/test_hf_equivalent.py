@@ -16,9 +16,9 @@ from flame.checkpoint.structure import UnfaithfulError, load_structure
 from flame.config.parser import parse
 from flame.convert.dcp_reader import WeightReader
 from flame.convert.export import export_checkpoint
+from flame.convert.hf_structure import model_structure, read_trained
 from flame.convert.hf_weights import read_weights
 from flame.convert.initial import IdentityAdapter
-from flame.convert.model_structure import describe, read_trained
 from flame.convert.report import read_report
 from flame.convert.verify import export_proven, prove
 from flame.data.tokenize import build_tokenizer
@@ -41,7 +41,7 @@ def find(name):
     model_name, flavor = MODELS[name]
     import_module("tests.flavors")
     args = import_module(f"torchtitan.models.{model_name}").get_train_spec().model_args[flavor]
-    return hf_equivalent.find(model_name, args)
+    return hf_equivalent.equivalent_config(model_name, args)
 
 
 def save(folder, name):
@@ -84,7 +84,7 @@ def test_an_export_has_the_logits_of_torchtitans_model_and_comes_back_bit_for_bi
 
 def test_rows_of_heads_are_put_in_transformers_order_and_else_the_proof_fails(tmp_path):
     save(tmp_path, "llama3")
-    parts = read_trained(tmp_path / "model").parts
+    parts = read_trained(tmp_path / "model").published_as
     assert {part.heads for part in parts.values()} == {0, 2, 4}
     wrong = {key: replace(part, heads=0) for key, part in parts.items()}
     checkpoint = tmp_path / "checkpoint" / "step-1"
@@ -113,11 +113,11 @@ def test_every_flavor_has_a_counterpart_of_as_many_numbers(name):
     for flavor, args in table.items():
         if args.n_layers * (args.moe_args.num_experts if getattr(args, "moe_enabled", False) else 1) > 300:
             args = replace(args, n_layers=2)
-        config = hf_equivalent.find(name, args)
-        published = describe(check_buildable(config, flavor)).published
-        trained = hf_equivalent.rename(published, name, args)
+        config = hf_equivalent.equivalent_config(name, args)
+        published = model_structure(check_buildable(config, flavor)).published
+        trained = hf_equivalent.titan_structure(published, name, args)
         numbers = {key: prod(shape) for key, (_, shape) in trained.tensors.items() if not key.endswith("expert_bias")}
-        for part in trained.parts.values():
+        for part in trained.published_as.values():
             if part.tensor in numbers:
                 numbers[part.tensor] -= prod(part.shape)
         assert not any(numbers.values()), flavor
@@ -125,7 +125,7 @@ def test_every_flavor_has_a_counterpart_of_as_many_numbers(name):
 
 def test_what_is_published_of_the_largest_llama_is_as_it_was():
     args = import_module("torchtitan.models.llama3").llama3_args["405B"]
-    assert hf_equivalent.find("llama3", args).intermediate_size == 53248  # of meta-llama/Llama-3.1-405B
+    assert hf_equivalent.equivalent_config("llama3", args).intermediate_size == 53248  # of meta-llama/Llama-3.1-405B
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_what_transformers_has_not_is_refused_with_the_reason(name, flavor, chan
     given = {key: replace(table[flavor].moe_args, **v) if key == "moe_args" else v for key, v in changes.items()}
     monkeypatch.setitem(table, flavor, replace(table[flavor], **given))
     model_cls, args = loaded(name=name, flavor=flavor)
-    assert words in model_cls.published
+    assert words in model_cls.hf_equivalent
     build(model_cls, args).record(tmp_path / "model", build_tokenizer("byte").hf)
     with pytest.raises(UserError, match=words) as refusal:
         read_trained(tmp_path / "model")

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from flame.checkpoint.structure import Part, Structure, name_tensors
+from flame.checkpoint.structure import PublishedTensor, Structure, name_tensors
 from flame.errors import UserError
 
 
@@ -13,7 +13,7 @@ def read_structure(folder: Path) -> Structure:
 
     path = folder / "config.json"
     _, config = read_config(read_fields(str(path)), str(path))
-    return describe(check_buildable(config, str(path)))
+    return model_structure(check_buildable(config, str(path)))
 
 
 def read_trained(folder: Path) -> Structure:
@@ -23,12 +23,12 @@ def read_trained(folder: Path) -> Structure:
     """
     from flame.titan import hf_equivalent
 
-    titan = hf_equivalent.read(folder)
+    titan = hf_equivalent.read_recorded_model(folder)
     structure = read_structure(folder)
-    return hf_equivalent.rename(structure.published, *titan) if titan else structure
+    return hf_equivalent.titan_structure(structure.published, *titan) if titan else structure
 
 
-def describe(model: Any) -> Structure:
+def model_structure(model: Any) -> Structure:
     """The tensors of a model of transformers, which may be on the meta device."""
     tensors, shared, names = name_tensors(model)
     ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
@@ -40,7 +40,7 @@ def describe(model: Any) -> Structure:
     return Structure(tensors, shared, tuple(sorted(ignored)), parts, tuple(dict.fromkeys(rows)))
 
 
-def _published_parts(model: Any) -> dict[str, Part]:
+def _published_parts(model: Any) -> dict[str, PublishedTensor]:
     """How transformers names and cuts the tensors of a model when it saves it; {} if it leaves them as they are.
 
     It works on stand-ins without memory, whose views tell where in a tensor they lie.
@@ -64,5 +64,5 @@ def _published_parts(model: Any) -> dict[str, Part]:
         for stride in whole[name].stride():
             start.append(rest // stride)
             rest %= stride
-        parts[published] = Part(name, tuple(start), tuple(view.shape))
+        parts[published] = PublishedTensor(name, tuple(start), tuple(view.shape))
     return {} if all(name == part.tensor for name, part in parts.items()) else parts
