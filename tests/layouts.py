@@ -110,10 +110,10 @@ def refusal(name: str, layout: str) -> str | None:
 def refusal_of(name: str, flags: list[str]) -> str | None:
     """The same of flags."""
     from flame.errors import UserError
-    from flame.parallel.layout import check
+    from flame.parallel.layout import validate
 
     try:
-        check(*_built(name), _parsed(*flags))
+        validate(*_built(name), _parsed(*flags))
     except UserError as error:
         return str(error)
     return None
@@ -128,10 +128,10 @@ def _parsed(*flags: str) -> Any:
 
 @functools.cache
 def _built(name: str) -> tuple[Any, Any, Any]:
-    from flame.models.hf import check_buildable, read_config
+    from flame.models.hf import build_on_meta, read_config
 
     family, config = read_config(MODELS[name], name)
-    return family, config, check_buildable(config, name)
+    return family, config, build_on_meta(config, name)
 
 
 # Jobs of one launch, by its ranks: each leaves the threads of its process groups behind, which slow the next ones down.

@@ -29,7 +29,7 @@ def export_checkpoint(
 ) -> bool:
     """Export a DCP checkpoint to `folder`, whole or not at all; returns False if this very one is there already.
 
-    `assets` is the folder that `record_assets` wrote, or a function that says where it is and is asked last. The
+    `assets` is the folder that `save_assets` wrote, or a function that says where it is and is asked last. The
     weights are cast to `dtype` (torch's name) when given, and named and cut as `parts` say. `prove` checks the export
     before it gets its name, and what it returns goes into the report. `advance` is told the bytes that were written. An
     export of another checkpoint of the same name (its steps were done again), or what is left of one, is moved aside.

@@ -9,11 +9,11 @@ from flame.errors import UserError
 
 def read_structure(folder: Path) -> Structure:
     """The tensors of the model that a folder's config.json means, as transformers builds it. Raises UserError."""
-    from flame.models.hf import check_buildable, read_config, read_fields
+    from flame.models.hf import build_on_meta, read_config, read_fields
 
     path = folder / "config.json"
     _, config = read_config(read_fields(str(path)), str(path))
-    return model_structure(check_buildable(config, str(path)))
+    return model_structure(build_on_meta(config, str(path)))
 
 
 def read_trained(folder: Path) -> Structure:

@@ -121,11 +121,11 @@ def _found(folder: Path) -> TensorSpecs:
 
 def _write_assets(config: str, tokenizer: str, folder: Path) -> None:
     from flame.data.tokenize import build_tokenizer
-    from flame.models.hf import check_buildable, load_hf_config, record_assets
+    from flame.models.hf import build_on_meta, load_hf_config, save_assets
 
     built = build_tokenizer(tokenizer)
     _, hf_config = load_hf_config(config, tokenizer=built, grow_vocab=True)
-    record_assets(folder, check_buildable(hf_config, config), built.hf)
+    save_assets(folder, build_on_meta(hf_config, config), built.hf)
 
 
 def main(argv: list[str]) -> int:

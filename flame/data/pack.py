@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
-
-IGNORE = -100  # the label that torch's and fla's cross-entropy skip
+from torchtitan.components.loss import IGNORE_INDEX
 
 
 def shift(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -29,7 +28,7 @@ def mark_documents(
     labels, positions, cuts = labels.copy(), np.empty((batch, seq), np.int64), []
     for row, opened in enumerate(starts):
         targets = [s - 1 for s in opened if s > 0]
-        labels[row, targets] = IGNORE
+        labels[row, targets] = IGNORE_INDEX
         documents = [0, *(s for s in opened if 0 < s < seq), seq]
         for begin, end in pairwise(documents):
             for cut in range(begin, end, context_len or seq):

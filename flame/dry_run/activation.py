@@ -25,8 +25,9 @@ from torchtitan.tools.utils import device_type, set_default_dtype
 from flame.dry_run.storage import Live
 from flame.errors import first_line
 from flame.models.causal_lm import ModelArgs
-from flame.models.flops import EXPERTS_MET, experts_met
-from flame.parallel.layout import shards
+from flame.models.flops import TOP_K_FIELDS, top_k
+from flame.models.parameters import local_tensor
+from flame.parallel.layout import fsdp_degree
 from flame.titan.parallelize import has_experts
 
 
@@ -79,7 +80,7 @@ def measure(spec: TrainSpec, job_config: Any, ranks: int, mode: str) -> Parts:
         args.attn_type = "sdpa"
     training, layout = job_config.training, job_config.parallelism
     tensor, context = layout.tensor_parallel_degree, layout.context_parallel_degree
-    pipeline, sharded = layout.pipeline_parallel_degree, shards(layout, ranks) > 1
+    pipeline, sharded = layout.pipeline_parallel_degree, fsdp_degree(layout, ranks) > 1
     low = TORCH_DTYPE_MAP[training.mixed_precision_param]
     config = replace(
         job_config,
@@ -104,7 +105,7 @@ def measure(spec: TrainSpec, job_config: Any, ranks: int, mode: str) -> Parts:
         with fake:
             model.to_empty(device=device_type)
         run = partial(_run, model, found, shape, fake, precision, parallel_loss)
-        met, guessed = _experts_met(args), "other ranks send it tokens" if layout.expert_parallel_degree > 1 else ""
+        met, guessed = _top_k(args), "other ranks send it tokens" if layout.expert_parallel_degree > 1 else ""
         if not guessed:
             try:
                 run()
@@ -146,11 +147,11 @@ def _fake_ranks(count: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _experts_met(args: Any) -> int | None:
+def _top_k(args: Any) -> int | None:
     """The experts a token is sent to, 0 if that is not said; None for models that have no experts."""
     if not isinstance(args, ModelArgs):
         return args.moe_args.top_k if has_experts(args) else None
-    return experts_met(args.hf_config) if any(hasattr(args.hf_config, name) for name in EXPERTS_MET) else None
+    return top_k(args.hf_config) if any(hasattr(args.hf_config, name) for name in TOP_K_FIELDS) else None
 
 
 def _parts(model: Any, expert: int) -> list[Part]:
@@ -159,14 +160,10 @@ def _parts(model: Any, expert: int) -> list[Part]:
     owned: list[list[torch.Tensor]] = [list(owner.parameters()) for owner in owners]
     counted = {id(parameter) for own in owned for parameter in own}
     owned.append([parameter for parameter in model.parameters() if id(parameter) not in counted])
-    local = [[_local(p) for p in own] for own in owned]
+    local = [[local_tensor(p) for p in own] for own in owned]
     return [
         Part(tuple(p.shape for p in own), sum(p.nbytes // (expert if p.ndim == 3 else 1) for p in own)) for own in local
     ]
-
-
-def _local(parameter: torch.Tensor) -> torch.Tensor:
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def _pass_on(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
@@ -230,7 +227,7 @@ def _guess(model: Any, parts: list[Part], tokens: int, tensor: int, met: int, mo
     for part, block in zip(parts[1:-1], model.layers.values(), strict=True):
         whole = 0.0
         for parameter in block.parameters():
-            shape = _local(parameter).shape
+            shape = local_tensor(parameter).shape
             cut = isinstance(parameter, DTensor) and parameter.placements[0].is_shard()
             routed = (met or shape[0]) / shape[0] if len(shape) == 3 else 1.0
             features = routed * math.prod(shape[:-2]) * sum(shape[-2:])

@@ -8,7 +8,7 @@ from torchtitan.protocols.train_spec import TrainSpec
 
 from flame.dry_run.activation import Part, Parts, measure
 from flame.parallel import pipeline_schedule
-from flame.parallel.layout import data_parallel, shards, stages, whole_model
+from flame.parallel.layout import dp_degree, fsdp_degree, module_fqns, stages
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def stage_modules(blocks: int, layout: Any) -> list[list[str]]:
     """torchtitan's names of the modules of every pipeline stage; all in one without a pipeline."""
     if layout.pipeline_parallel_degree > 1:
         return stages(blocks, layout)
-    return [whole_model(blocks)]
+    return [module_fqns(blocks)]
 
 
 def measure_modes(spec: TrainSpec, job_config: Any, ranks: int) -> dict[str, Parts]:
@@ -64,13 +64,13 @@ def estimate(parts: Parts, job_config: Any, ranks: int) -> list[Memory]:
 def _of_rank(own: list[list[Part]], parts: Parts, rank: int, job_config: Any, ranks: int) -> Memory:
     """Walks the parts of a rank's stages forward and back, as autograd does in the step's last microbatch."""
     training, layout = job_config.training, job_config.parallelism
-    pipeline, divided = layout.pipeline_parallel_degree, shards(layout, ranks)
+    pipeline, divided = layout.pipeline_parallel_degree, fsdp_degree(layout, ranks)
     flat = [part for stage in own for part in stage]
     size, expert = TORCH_DTYPE_MAP[training.dtype].itemsize, layout.expert_parallel_degree
     parameters = sum(part.numel(divided, expert) for part in flat)
     weights = size * parameters
     saved = sum(part.saved for part in flat)
-    microbatches = pipeline_schedule.microbatches(job_config) if pipeline > 1 else 1
+    microbatches = pipeline_schedule.num_microbatches(job_config) if pipeline > 1 else 1
     waiting = (_in_flight(layout, rank, microbatches, len(own)) - 1) * saved // len(own)
     fixed = 0
     if divided == 1 and layout.data_parallel_replicate_degree > 1:
@@ -104,7 +104,7 @@ def _of_rank(own: list[list[Part]], parts: Parts, rank: int, job_config: Any, ra
 
 def _accumulates(job_config: Any, ranks: int) -> bool:
     training = job_config.training
-    return training.global_batch_size > training.local_batch_size * data_parallel(job_config.parallelism, ranks)
+    return training.global_batch_size > training.local_batch_size * dp_degree(job_config.parallelism, ranks)
 
 
 def _in_flight(layout: Any, rank: int, microbatches: int, stages_here: int) -> int:
@@ -112,7 +112,7 @@ def _in_flight(layout: Any, rank: int, microbatches: int, stages_here: int) -> i
     degree, every = layout.pipeline_parallel_degree, microbatches * stages_here
     if degree == 1:
         return 1
-    name = None if layout.pipeline_parallel_schedule_csv else pipeline_schedule.find(layout).name
+    name = None if layout.pipeline_parallel_schedule_csv else pipeline_schedule.get_schedule(layout).name
     if name == "1F1B":
         return min(every, degree - rank)
     if name == "Interleaved1F1B":

@@ -15,7 +15,7 @@ from torchtitan.tools.utils import device_module, device_type, get_peak_flops, s
 from flame.data.document import Bad
 from flame.data.source import Source, build_sources
 from flame.dry_run.memory import Memory, estimate, measure_modes, stage_modules
-from flame.parallel.layout import data_parallel
+from flame.parallel.layout import dp_degree
 from flame.parallel.pipeline_schedule import stage_rank
 from flame.training.lr_schedule import build_schedule
 from flame.training.train_spec import register
@@ -58,7 +58,7 @@ def _job(job_config: Any, ranks: int, args: Any, parameters: int, flops: int) ->
     model, layout, training = job_config.model, job_config.parallelism, job_config.training
     tokens = _tokens(job_config, ranks)
     degrees = {
-        "data": f"{data_parallel(layout, ranks)}",
+        "data": f"{dp_degree(layout, ranks)}",
         "of which replicas": layout.data_parallel_replicate_degree,
         "tensor": layout.tensor_parallel_degree,
         "context": layout.context_parallel_degree,
@@ -209,7 +209,7 @@ def _tokens(job_config: Any, ranks: int) -> int:
     training = job_config.training
     batch = training.global_batch_size
     if batch < 0:
-        batch = training.local_batch_size * data_parallel(job_config.parallelism, ranks)
+        batch = training.local_batch_size * dp_degree(job_config.parallelism, ranks)
     return batch * training.seq_len * training.steps
 
 

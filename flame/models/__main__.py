@@ -50,7 +50,7 @@ def _list(given: Any) -> int:
 
 def _audit(given: Any) -> int:
     from flame.models.audit import audit
-    from flame.models.hf import check_buildable, import_models, load_hf_config, read_config
+    from flame.models.hf import build_on_meta, import_models, load_hf_config, read_config
     from flame.models.shrink import shrink
 
     for name, least in (("depth", 2), ("width", 16), ("seq_len", 8)):
@@ -62,7 +62,7 @@ def _audit(given: Any) -> int:
     if given.depth or given.width:
         fields = shrink(config.to_dict(), config, given.depth, given.width)
         family, config = read_config(fields, given.config, given.trust_remote_code)
-    check_buildable(config, given.config, given.trust_remote_code)
+    build_on_meta(config, given.config, given.trust_remote_code)
     ok = True
     for finding in audit(family, config, given.seq_len, given.seed):
         print(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.name:<14}  {finding.figure}", flush=True)

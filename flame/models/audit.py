@@ -12,11 +12,11 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torchtitan.components.loss import IGNORE_INDEX
 
 from flame.models.causal_lm import CausalLM, ModelArgs
 from flame.models.family import Family
 from flame.models.hf import build_hf
-from flame.models.loss import IGNORE_INDEX
 
 SIGMAS = 6  # a random tensor's mean and std may differ by this many standard errors
 CLOSE = 1e-5  # relative difference of what two orders of the same fp32 sums may give

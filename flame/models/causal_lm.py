@@ -11,15 +11,16 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.protocols import BaseModelArgs, ModelProtocol
 from transformers import PreTrainedConfig
 from transformers.utils.generic import is_flash_attention_requested
 
 from flame.models.family import Family
-from flame.models.flops import flops_per_token, weights_met
-from flame.models.hf import build_hf, record_assets
+from flame.models.flops import active_params, flops_per_token
+from flame.models.hf import build_hf, save_assets
 from flame.models.init import Unit, init_weights
-from flame.models.loss import IGNORE_INDEX, Head, TiedHead, cross_entropy
+from flame.models.loss import Head, TiedHead, cross_entropy
 
 
 @dataclass
@@ -47,7 +48,7 @@ class ModelArgs(BaseModelArgs):
         """Parameters, and training FLOPs a token at rows of `seq_len`."""
         assert isinstance(model, CausalLM)
         parameters = sum(p.numel() for p in model.parameters())
-        met = weights_met(model, self.hf_config, model.embedding if model.tied else None)
+        met = active_params(model, self.hf_config, model.embedding if model.tied else None)
         return parameters, flops_per_token(self.hf_family, self.hf_config, met, seq_len)
 
 
@@ -219,9 +220,9 @@ class CausalLM(ModelProtocol):
         init_weights(self, units, self.hf._init_weights, self.model_args.seed, constants)
         setattr(self.hf, self.head_name, head)
 
-    def record(self, folder: Path, tokenizer: Any) -> None:
+    def save_assets(self, folder: Path, tokenizer: Any) -> None:
         """Write what the run trains: transformers' config.json, and the tokenizer."""
-        record_assets(folder, self.hf, tokenizer)
+        save_assets(folder, self.hf, tokenizer)
 
     def _build_head(self) -> nn.Module:
         fresh = self.build[self.head_name]()

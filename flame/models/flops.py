@@ -6,23 +6,23 @@ import torch.nn as nn
 
 from flame.models.family import Family
 
-EXPERTS_MET = ("num_experts_per_tok", "moe_topk", "top_k_experts")  # transformers' names for it in configs of mixtures
+TOP_K_FIELDS = ("num_experts_per_tok", "moe_topk", "top_k_experts")  # transformers' names for it in configs of mixtures
 
 
 def flops_per_token(family: Family, config: Any, weights: int, seq_len: int) -> int:
     """Training FLOPs a token: 6 for each weight that is multiplied, and three times the mixers' forward.
 
-    `weights` counts the parameters a token meets; see `weights_met`. Source: appendix B of PaLM (https://arxiv.org/abs/2204.02311).
+    `weights` counts the parameters a token meets; see `active_params`. Source: appendix B of PaLM (https://arxiv.org/abs/2204.02311).
     """
     return round(6 * weights + 3 * family.mixer_flops(config, seq_len))
 
 
-def experts_met(config: Any) -> int:
+def top_k(config: Any) -> int:
     """The experts a token is sent to, 0 if its config does not say."""
-    return next((found for name in EXPERTS_MET if (found := getattr(config, name, None))), 0)
+    return next((found for name in TOP_K_FIELDS if (found := getattr(config, name, None))), 0)
 
 
-def weights_met(model: nn.Module, config: Any, table: nn.Embedding | None) -> int:
+def active_params(model: nn.Module, config: Any, table: nn.Embedding | None) -> int:
     """The parameters of a model that a token is multiplied with.
 
     Without embeddings, as a lookup costs nothing, except `table`, the one a tied head multiplies with; of transformers'
@@ -30,7 +30,7 @@ def weights_met(model: nn.Module, config: Any, table: nn.Embedding | None) -> in
     """
     looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) and m is not table}
     convolved = {id(m.weight) for m in model.modules() if isinstance(m, nn.Conv1d)}
-    sent_to = experts_met(config)
+    sent_to = top_k(config)
     met = 0.0
     for parameter in model.parameters():
         share = 1.0

@@ -19,7 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from flame.errors import UserError, first_line
 from flame.models import reference, table
 from flame.models.family import Family, each_layer
-from flame.models.flops import experts_met
+from flame.models.flops import top_k
 from flame.models.generic import read_family
 
 logger = logging.getLogger("flame")
@@ -110,12 +110,12 @@ def read_config(
     except Exception as error:  # whatever a config class says of its fields is the user's to mend
         raise UserError(f"--model.config {source}: {first_line(error)}") from None
     if family is None:
-        hf = check_buildable(config, source, trust_remote_code)
+        hf = build_on_meta(config, source, trust_remote_code)
         family = read_family(hf, model_type, from_fla=type(hf).__module__.startswith("fla."))
     return family, config
 
 
-def check_buildable(config: PreTrainedConfig, source: str, trust_remote_code: bool = False) -> PreTrainedModel:
+def build_on_meta(config: PreTrainedConfig, source: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model without memory; refuses with one line what its constructor refuses. Raises UserError."""
     layers = getattr(config, "num_hidden_layers", None)
     if not isinstance(layers, int) or layers < 1:
@@ -141,13 +141,13 @@ def _check_types(config: PreTrainedConfig, source: str) -> None:
                 f"--model.config {source}: num_key_value_heads {shared} must divide num_attention_heads {heads}"
             )
         experts = getattr(layer, "num_local_experts", None) or getattr(layer, "num_experts", None)
-        if experts and experts < (chosen := experts_met(layer)):
+        if experts and experts < (chosen := top_k(layer)):
             raise UserError(
                 f"--model.config {source}: experts of a token: {chosen} is more than the {experts} experts there are"
             )
 
 
-def check_lengths(hf: PreTrainedModel, job_config: Any) -> None:
+def validate_seq_len(hf: PreTrainedModel, job_config: Any) -> None:
     """Refuse rows, or with varlen pieces, longer than the table in which a model looks up positions. Raises UserError.
 
     hf may be on the meta device.
@@ -194,7 +194,7 @@ def _no_values() -> Iterator[None]:
         names.update(before)
 
 
-def record_assets(folder: Path, hf_model: Any, hf_tokenizer: Any) -> None:
+def save_assets(folder: Path, hf_model: Any, hf_tokenizer: Any) -> None:
     """Write config.json, generation_config.json and the tokenizer: all that an export needs besides the weights."""
     config = hf_model.config
     config.architectures = [type(hf_model).__name__]

@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 from torch.distributed.tensor import DTensor, Replicate
 
-_WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")  # activation checkpointing, torch.compile
+from flame.models.parameters import local_tensor, strip_wrappers
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,12 @@ def init_weights(
     """
     for name, tensor in _tensors(model):
         if tensor.is_floating_point():
-            _local(tensor).fill_((constants or {}).get(name, float("nan")))
+            local_tensor(tensor).fill_((constants or {}).get(name, float("nan")))
     for unit in units:
         _fill(unit, init_module, seed)
-    unset = [name for name, tensor in _tensors(model) if tensor.is_floating_point() and _local(tensor).isnan().any()]
+    unset = [
+        name for name, tensor in _tensors(model) if tensor.is_floating_point() and local_tensor(tensor).isnan().any()
+    ]
     if unset:
         raise RuntimeError(f"initialisation left {len(unset)} tensors unset: {', '.join(unset[:8])}")
 
@@ -53,7 +55,7 @@ def _fill(unit: Unit, init_module: Callable[[nn.Module], None], seed: int) -> No
     targets = dict(_tensors(unit.module))
     if not targets:
         return
-    device = _local(next(iter(targets.values()))).device
+    device = local_tensor(next(iter(targets.values()))).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device, _poisoned():
         torch.manual_seed(_seed_of(unit.name, seed))
         fresh = unit.build().apply(lambda module: None if _is_done(module) else init_module(module))
@@ -87,15 +89,9 @@ def _copy(target: torch.Tensor, value: torch.Tensor) -> None:
         mesh = target.device_mesh
         whole = DTensor.from_local(value.to(mesh.device_type), mesh, [Replicate()] * mesh.ndim, run_check=False)
         value = whole.redistribute(placements=target.placements).to_local()
-    _local(target).copy_(value)
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    local_tensor(target).copy_(value)
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        for wrapper in _WRAPPERS:
-            name = name.replace(wrapper, "")
-        yield name, tensor
+        yield strip_wrappers(name), tensor

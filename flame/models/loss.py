@@ -8,8 +8,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributed.tensor import DTensor, Replicate
 from torch.utils.checkpoint import checkpoint
+from torchtitan.components.loss import IGNORE_INDEX
 
-IGNORE_INDEX = -100
 CHUNK = 1024  # tokens whose logits are alive at a time
 L2WARP = 1e-4  # weight of RWKV's penalty
 

@@ -28,7 +28,7 @@ def parallelize(model: Any, parallel_dims: ParallelDims, job_config: Any) -> nn.
         if model.head is not None:
             model.head.gather = job_config.parallelism.disable_loss_parallel
         if job_config.parallelism.enable_async_tensor_parallel:
-            overlap(parallel_dims.get_mesh("tp"), job_config)
+            enable_async_tp(parallel_dims.get_mesh("tp"), job_config)
     compiled = job_config.compile.enable
     if job_config.activation_checkpoint.mode != "none":
         apply_ac(
@@ -58,13 +58,13 @@ def parallelize(model: Any, parallel_dims: ParallelDims, job_config: Any) -> nn.
             cpu_offload=job_config.training.enable_cpu_offload,
             reshard_after_forward_policy=job_config.parallelism.fsdp_reshard_after_forward,
         )
-        sum_without_scaling(model)
+        force_sum_reduction(model)
     elif parallel_dims.dp_replicate_enabled:
         apply_ddp(model, parallel_dims.get_mesh("dp_replicate"), enable_compile=compiled)
     return model
 
 
-def overlap(mesh: DeviceMesh, job_config: Any) -> None:
+def enable_async_tp(mesh: DeviceMesh, job_config: Any) -> None:
     """Have torch.compile hide the collectives of regions behind their matrix products."""
     maybe_enable_async_tp(job_config, mesh)
     with warnings.catch_warnings():
@@ -80,7 +80,7 @@ def _compile_with_graph_breaks(model: Any, backend: str) -> None:
         model.layers.register_module(name, torch.compile(block, backend=backend))
 
 
-def sum_without_scaling(model: nn.Module) -> None:
+def force_sum_reduction(model: nn.Module) -> None:
     """Have FSDP2 add gradients on a CPU: gloo has no PREMUL_SUM, its choice for torchtitan's gradient factor of 1."""
     for module in model.modules() if device_type == "cpu" else ():
         if isinstance(module, FSDPModule):

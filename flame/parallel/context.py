@@ -1,8 +1,8 @@
 """Context parallelism: a rank holds a part of the sequence, and in a mixer the whole of it for a part of the heads.
 
-What mixes tokens is a region of the family's plan (see flame.parallel.region); everything else works on the rank's own
-tokens. So any mixer, kernel and packing of documents is exact, and no rank has more work than another. Parameters stay
-whole, and FSDP adds the gradients of the ranks, each of which knows those of its heads and tokens. In place of the
+What mixes tokens sees the whole sequence (see flame.parallel.sequence_parallel); everything else works on the rank's
+own tokens. So any mixer, kernel and packing of documents is exact, and no rank has more work than another. Parameters
+stay whole, and FSDP adds the gradients of the ranks, each of which knows those of its heads and tokens. In place of the
 gathered hidden states, the all-to-all of https://arxiv.org/abs/2309.14509 moves heads; the shares of work are the same.
 """
 
@@ -13,7 +13,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Partial, Replicate
 
 from flame.models.family import Cut
-from flame.parallel.region import SEQUENCE, Change, change_input, change_output, change_parameters, move, open_region
+from flame.parallel.sequence_parallel import (
+    SEQUENCE,
+    Change,
+    open_region,
+    redistribute,
+    transform_input,
+    transform_output,
+    transform_parameters,
+)
 
 
 def divide_heads(model: Any, mesh: DeviceMesh, cut: Cut) -> None:
@@ -22,7 +30,7 @@ def divide_heads(model: Any, mesh: DeviceMesh, cut: Cut) -> None:
     for block in model.layers.values():
         for region in (module for name, module in block.named_modules() if name in cut.mixers):
             open_region(region, mesh, cut.counts)
-        change_parameters(block, partial(_change, model.hf.config, rank, ranks, cut))
+        transform_parameters(block, partial(_change, model.hf.config, rank, ranks, cut))
 
 
 def divide_sequences(model: Any, mesh: DeviceMesh) -> None:
@@ -32,9 +40,9 @@ def divide_sequences(model: Any, mesh: DeviceMesh) -> None:
     """
     rank, ranks = mesh.get_local_rank(), mesh.size()
     blocks = list(model.layers.values())
-    change_input(blocks[0], lambda x: x.chunk(ranks, 1)[rank].contiguous())
+    transform_input(blocks[0], lambda x: x.chunk(ranks, 1)[rank].contiguous())
     if model.head is None:  # a pipeline's next stage begins with the whole sequence again
-        change_output(blocks[-1], lambda x: move(x, mesh, SEQUENCE, Replicate(), Partial()))
+        transform_output(blocks[-1], lambda x: redistribute(x, mesh, SEQUENCE, Replicate(), Partial()))
     model.sequence_part = (rank, ranks)
 
 

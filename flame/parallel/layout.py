@@ -10,16 +10,16 @@ from flame.errors import UserError
 from flame.models.family import Cut, Family
 from flame.parallel import pipeline_schedule
 
-TENSOR, PIPELINE, CONTEXT = (f"--parallelism.{kind}_parallel_degree" for kind in ("tensor", "pipeline", "context"))
-ASYNC = "--parallelism.enable_async_tensor_parallel"
+TP_FLAG, PP_FLAG, CP_FLAG = (f"--parallelism.{kind}_parallel_degree" for kind in ("tensor", "pipeline", "context"))
+ASYNC_TP_FLAG = "--parallelism.enable_async_tensor_parallel"
 
 
-def check(family: Family, config: Any, model: nn.Module, job_config: Any) -> None:
+def validate(family: Family, config: Any, model: nn.Module, job_config: Any) -> None:
     """Refuse a layout that a model (transformers' own, on the meta device) cannot have. Raises UserError."""
     layout = job_config.parallelism
     tensor, context = layout.tensor_parallel_degree, layout.context_parallel_degree
     if tensor * context > 1:
-        flag = TENSOR if tensor > 1 else CONTEXT
+        flag = TP_FLAG if tensor > 1 else CP_FLAG
         if isinstance(family.cut, str):
             raise UserError(f"{flag}: found {tensor * context}, must be 1 for {config.model_type}: {family.cut}")
         _check_heads(family.cut, config, tensor, context, flag)
@@ -35,9 +35,8 @@ def check(family: Family, config: Any, model: nn.Module, job_config: Any) -> Non
     _check_async(job_config)
     if layout.pipeline_parallel_degree > 1:
         for reason in _stage_reasons(family, config, job_config):
-            raise UserError(f"{PIPELINE}: found {layout.pipeline_parallel_degree}, must be 1: {reason}")
-        for complaint in pipeline_schedule.complain(job_config, len(stages(config.num_hidden_layers, layout))):
-            raise UserError(complaint)
+            raise UserError(f"{PP_FLAG}: found {layout.pipeline_parallel_degree}, must be 1: {reason}")
+        pipeline_schedule.validate_csv(job_config, len(stages(config.num_hidden_layers, layout)))
 
 
 def _check_recomputation(job_config: Any) -> None:
@@ -45,7 +44,7 @@ def _check_recomputation(job_config: Any) -> None:
     if mode != "none" and job_config.compile.enable:
         # torch 2.13 takes the mesh of a parameter for one of the tensors that a compiled block keeps for it.
         raise UserError(
-            f"--activation_checkpoint.mode: found {mode}, must be none with --compile.enable and {TENSOR} "
+            f"--activation_checkpoint.mode: found {mode}, must be none with --compile.enable and {TP_FLAG} "
             f"{job_config.parallelism.tensor_parallel_degree}: torch.compile cannot recompute blocks of DTensors"
         )
 
@@ -55,8 +54,8 @@ def _check_async(job_config: Any) -> None:
     compiled = job_config.compile.enable and job_config.compile.backend == "inductor"
     if layout.enable_async_tensor_parallel and not (compiled and layout.tensor_parallel_degree > 1):
         raise UserError(
-            f"{ASYNC}: found true, which is a pass of torch.compile over tensor parallelism: needs {TENSOR} of 2 or "
-            "more, --compile.enable and --compile.backend inductor"
+            f"{ASYNC_TP_FLAG}: found true, which is a pass of torch.compile over TP: needs {TP_FLAG} of "
+            "2 or more, --compile.enable and --compile.backend inductor"
         )
 
 
@@ -84,7 +83,7 @@ def _check_columns(family: Family, config: Any, model: Any, tensor: int) -> None
                 sizes[f"{name} (its dimension {dim})"] = parameter.shape[dim]
     for name, size in sizes.items():
         if size % tensor:
-            raise UserError(f"{TENSOR}: found {tensor}, must divide the model's {name}, {size}")
+            raise UserError(f"{TP_FLAG}: found {tensor}, must divide the model's {name}, {size}")
 
 
 def _stage_reasons(family: Family, config: Any, job_config: Any) -> Iterator[str]:
@@ -100,10 +99,10 @@ def _stage_reasons(family: Family, config: Any, job_config: Any) -> Iterator[str
         yield "the routers' balance (output_router_logits) is one number over all stages"
     if len(set(getattr(config, "layer_types", None) or [None])) > 1:
         yield "blocks of several kinds (layer_types) are counted from the first of a stage"
-    yield from empty_stages(config.num_hidden_layers, layout)
+    yield from stage_errors(config.num_hidden_layers, layout)
 
 
-def empty_stages(blocks: int, layout: Any) -> Iterator[str]:
+def stage_errors(blocks: int, layout: Any) -> Iterator[str]:
     """Why so many blocks do not make the pipeline stages asked for."""
     try:
         found = stages(blocks, layout)
@@ -111,7 +110,7 @@ def empty_stages(blocks: int, layout: Any) -> Iterator[str]:
         yield f"{error}".split(". ")[0]
         return
     names = [name for stage in found for name in stage]
-    whole = whole_model(blocks)
+    whole = module_fqns(blocks)
     if names != whole:  # as module_fqns_per_model_part has them
         wrong = [name for name in whole if names.count(name) != 1] + [name for name in names if name not in whole]
         yield f"its stages must have {', '.join(whole)}, each once, in this order; see {(wrong or names)[0]}"
@@ -120,35 +119,35 @@ def empty_stages(blocks: int, layout: Any) -> Iterator[str]:
             yield f"stage {number} would have none of the model's {blocks} blocks"
 
 
-def data_parallel(layout: Any, ranks: int) -> int:
+def dp_degree(layout: Any, ranks: int) -> int:
     """The ranks of `ranks` that read data of their own."""
     return ranks // (layout.tensor_parallel_degree * layout.context_parallel_degree * layout.pipeline_parallel_degree)
 
 
-def shards(layout: Any, ranks: int) -> int:
+def fsdp_degree(layout: Any, ranks: int) -> int:
     """The ranks of `ranks` over which FSDP2 divides each parameter; 1: there is no FSDP2."""
-    return data_parallel(layout, ranks) * layout.context_parallel_degree // layout.data_parallel_replicate_degree
+    return dp_degree(layout, ranks) * layout.context_parallel_degree // layout.data_parallel_replicate_degree
 
 
-def whole_model(blocks: int) -> list[str]:
+def module_fqns(blocks: int) -> list[str]:
     """torchtitan's names of all modules of a model, in their order."""
     return ["tok_embeddings", *(f"layers.{i}" for i in range(blocks)), "norm", "output"]
 
 
 def stages(blocks: int, layout: Any) -> list[list[str]]:
     """The modules of each pipeline stage, as torchtitan's pipeline_llm chooses them. Raises ValueError."""
-    chosen = pipeline_schedule.find(layout)
+    chosen = pipeline_schedule.get_schedule(layout)
     first, last = (getattr(layout, f"pipeline_parallel_{edge}_stage_less_layers") for edge in ("first", "last"))
     degree, named = layout.pipeline_parallel_degree, layout.module_fqns_per_model_part
-    size, number = layout.pipeline_parallel_layers_per_stage, degree * (chosen.stages or 2)
+    size, number = layout.pipeline_parallel_layers_per_stage, degree * (chosen.stages_per_rank or 2)
     asked = ""
     if named is not None:
         asked, number = "module_fqns_per_model_part", len(named)
     elif size is not None:
         asked, number = f"pipeline_parallel_layers_per_stage {size}", -(-(blocks + first + last) // size)
     on_each, rest = divmod(number, degree)
-    if rest or (on_each != chosen.stages if chosen.stages else on_each < 2):
-        needed = {None: "two or more", 1: "one", 2: "two"}[chosen.stages]
+    if rest or (on_each != chosen.stages_per_rank if chosen.stages_per_rank else on_each < 2):
+        needed = {None: "two or more", 1: "one", 2: "two"}[chosen.stages_per_rank]
         raise ValueError(
             f"{asked} makes {number} stages, of which {chosen.name} needs {needed} on each of {degree} ranks"
         )

@@ -8,7 +8,7 @@ import torch.nn as nn
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.pipeline_parallel import pipeline_llm
 
-from flame.parallel.pipeline_schedule import without_overlap
+from flame.parallel.pipeline_schedule import disable_dualpipev_overlap
 
 
 class Split(nn.Module):
@@ -46,5 +46,5 @@ def pipeline(
     def parallelize_stage(split: Any, *args: Any) -> nn.Module:
         return parallelize(split.stage(), *args)
 
-    job_config = without_overlap(job_config)
+    job_config = disable_dualpipev_overlap(job_config)
     return pipeline_llm(Split(model), parallel_dims, job_config, device, model_args, parallelize_stage, loss)

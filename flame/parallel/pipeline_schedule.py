@@ -1,137 +1,149 @@
-"""The schedules of pipelines: torch's by name, with what each asks of a job, and those a file gives step by step."""
+"""Pipeline schedules: torch's by name with their constraints, or a CSV file of actions."""
 
+import copy
 import csv
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from flame.config.schema import JobConfig
 from flame.errors import UserError
 
-SCHEDULE = "--parallelism.pipeline_parallel_schedule"
+SCHEDULE_FLAG = "--parallelism.pipeline_parallel_schedule"
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """One of torch's schedules (torch/distributed/pipelining/schedules.py).
+class PipelineSchedule:
+    """A schedule of torch/distributed/pipelining/schedules.py and what it requires.
 
-    stages: that each rank must have, two of them in a V, None for two or more in turn. `fills`: a batch must have a
-    microbatch for every stage. `rounds`: it goes in rounds of one length, of as many microbatches as ranks or a few
-    more. `halves`: the backward is done in two, which torch does not do with compiled blocks.
+    stages_per_rank: None is two or more, in loops; 2 is a V. fills_stages: a batch has at least one microbatch per
+    stage. equal_rounds: the microbatches divide into rounds of one length, at least the pipeline degree.
+    split_backward: gradients of inputs and of weights are separate actions, which torch cannot run on compiled blocks.
     """
 
     name: str
-    stages: int | None = None
-    fills: bool = False
-    rounds: bool = False
-    halves: bool = False
+    stages_per_rank: int | None = None
+    fills_stages: bool = False
+    equal_rounds: bool = False
+    split_backward: bool = False
 
 
 SCHEDULES = (
-    Schedule("1F1B", stages=1, fills=True),
-    Schedule("GPipe", stages=1),
-    Schedule("LoopedBFS"),
-    Schedule("Interleaved1F1B", rounds=True),
-    Schedule("InterleavedZeroBubble", rounds=True, halves=True),
-    Schedule("ZBVZeroBubble", stages=2, halves=True),
-    Schedule("DualPipeV", stages=2, fills=True, halves=True),
+    PipelineSchedule("1F1B", stages_per_rank=1, fills_stages=True),
+    PipelineSchedule("GPipe", stages_per_rank=1),
+    PipelineSchedule("LoopedBFS"),
+    PipelineSchedule("Interleaved1F1B", equal_rounds=True),
+    PipelineSchedule("InterleavedZeroBubble", equal_rounds=True, split_backward=True),
+    PipelineSchedule("ZBVZeroBubble", stages_per_rank=2, split_backward=True),
+    PipelineSchedule("DualPipeV", stages_per_rank=2, fills_stages=True, split_backward=True),
 )
 
 
-def find(layout: Any) -> Schedule:
-    """The schedule a job names, whatever the case of its letters. Raises UserError."""
+def get_schedule(layout: Any) -> PipelineSchedule:
+    """The schedule that pipeline_parallel_schedule names, in any case. Raises UserError if torch has none such."""
     for schedule in SCHEDULES:
         if schedule.name.lower() == layout.pipeline_parallel_schedule.lower():
             return schedule
     known = ", ".join(schedule.name for schedule in SCHEDULES)
-    raise UserError(f"{SCHEDULE}: found {layout.pipeline_parallel_schedule!r}, must be one of {known}")
+    raise UserError(SCHEDULE_FLAG, repr(layout.pipeline_parallel_schedule), f"one of {known}")
 
 
 def stage_rank(stage: int, layout: Any) -> int:
-    """The pipeline rank of a stage, as torchtitan places it: round and round, or there and back in a V."""
+    """The pipeline rank of a stage, as torchtitan places it: in loops, or in a V for two stages per rank."""
     degree = layout.pipeline_parallel_degree
-    if degree > 1 and find(layout).stages == 2:
+    if degree > 1 and get_schedule(layout).stages_per_rank == 2:
         return min(stage, 2 * degree - 1 - stage)
     return stage % degree
 
 
-def microbatches(job_config: Any) -> int:
-    """Microbatches in what a rank takes at a time."""
+def num_microbatches(job_config: JobConfig) -> int:
+    """Microbatches of a local batch."""
     return job_config.training.local_batch_size // job_config.parallelism.pipeline_parallel_microbatch_size
 
 
-def check(job_config: Any) -> None:
-    """Refuse a batch, or a compiler, that the schedule cannot have. Imports no torch. Raises UserError."""
+def validate(job_config: JobConfig) -> None:
+    """Check the local batch and the compiler against the schedule; imports no torch.
+
+    Raises UserError if there are too few microbatches, rounds of unequal length, or a compiled split backward.
+    """
     layout, batch = job_config.parallelism, job_config.training.local_batch_size
-    schedule, degree, count = find(layout), layout.pipeline_parallel_degree, microbatches(job_config)
-    size, wrong = layout.pipeline_parallel_microbatch_size, f"--training.local_batch_size: found {batch}, must"
     if layout.pipeline_parallel_schedule_csv:
-        return  # the file's steps are taken instead, which `complain` looks at
-    if schedule.fills and count < (stages := (schedule.stages or 1) * degree):
+        return  # see validate_csv
+    schedule, degree, count = get_schedule(layout), layout.pipeline_parallel_degree, num_microbatches(job_config)
+    size = layout.pipeline_parallel_microbatch_size
+    if schedule.fills_stages and count < (stages := (schedule.stages_per_rank or 1) * degree):
         raise UserError(
-            f"{wrong} be {stages * size} or more: {schedule.name} needs a microbatch (of "
-            f"parallelism.pipeline_parallel_microbatch_size {size}) for each of {stages} stages"
+            "--training.local_batch_size",
+            batch,
+            f"{stages * size} or more",
+            f"{schedule.name} needs a microbatch (of parallelism.pipeline_parallel_microbatch_size {size}) for each of "
+            f"{stages} stages",
         )
-    if schedule.rounds and count % (rounds := max(1, count // degree)):
+    if schedule.equal_rounds and count % (rounds := max(1, count // degree)):
         below, above = (number * degree * size for number in (rounds, rounds + 1))
         raise UserError(
-            f"{wrong} make rounds of one length for {schedule.name} on {degree} ranks: {below} or {above} would work"
+            "--training.local_batch_size",
+            batch,
+            f"rounds of equal length for {schedule.name} on {degree} ranks: {below} or {above} would work",
         )
-    if schedule.halves and job_config.compile.enable:
-        raise UserError(f"--compile.enable: found true, must be false with {schedule.name}, whose backward is in two")
+    if schedule.split_backward and job_config.compile.enable:
+        raise UserError("--compile.enable", "true", f"false with {schedule.name}", "its backward is split in two")
 
 
-def complain(job_config: Any, stages: int) -> Iterator[str]:
-    """What is wrong with the steps of pipeline_parallel_schedule_csv, for a model of so many stages."""
+def validate_csv(job_config: JobConfig, num_stages: int) -> None:
+    """Check the actions of pipeline_parallel_schedule_csv for a model of `num_stages`, if it is set.
+
+    Raises UserError if the file is unreadable, an action is not this job's, is missing or repeated, or the order
+    deadlocks.
+    """
     from torch.distributed.pipelining.schedules import _Action, _add_send_recv, _validate_schedule
 
-    layout, count = job_config.parallelism, microbatches(job_config)
+    layout, count = job_config.parallelism, num_microbatches(job_config)
     degree, path = layout.pipeline_parallel_degree, layout.pipeline_parallel_schedule_csv
     if not path:
         return
-    wrong = f"{SCHEDULE}_csv: {path}"
+    setting = f"{SCHEDULE_FLAG}_csv {path}"
     try:
         with open(path, newline="", encoding="utf-8") as file:
             rows = [[_Action.from_str(cell) for cell in row] for row in csv.reader(file)]
-    except (OSError, UnicodeDecodeError, csv.Error, RuntimeError) as error:  # the last is torch's, of a step
-        yield f"{wrong} cannot be read: {' '.join(str(error).split())}"
-        return
+    except (OSError, UnicodeDecodeError, csv.Error, RuntimeError) as error:  # the last is torch's, of an action
+        raise UserError(setting, hint=f"cannot be read: {' '.join(str(error).split())}") from None
     if len(rows) != degree:
-        yield f"{wrong} has {len(rows)} rows, must have {degree}, one for each pipeline rank"
-        return
-    whole = {rank: [cell for cell in row if cell] for rank, row in enumerate(rows)}  # an empty cell waits
+        raise UserError(setting, f"{len(rows)} rows", f"{degree}, one for each pipeline rank")
+    actions = {rank: [cell for cell in row if cell] for rank, row in enumerate(rows)}  # an empty cell waits
     seen = set()
-    for rank, row in whole.items():
-        for step in (step for cell in row for step in cell.sub_actions or (cell,)):
-            kind, stage, number = step.computation_type.value, step.stage_index, step.microbatch_index
+    for rank, row in actions.items():
+        for action in (action for cell in row for action in cell.sub_actions or (cell,)):
+            kind, stage, microbatch = action.computation_type.value, action.stage_index, action.microbatch_index
             if kind not in ("F", "B", "I", "W"):
-                yield f"{wrong} has {step}, must have no steps but F, B, I and W"
-            elif stage >= stages or stage_rank(stage, layout) != rank:
-                own = ", ".join(f"{i}" for i in range(stages) if stage_rank(i, layout) == rank)
-                yield f"{wrong} has {step} in row {rank + 1}, whose rank has the stages {own}"
-            elif number is None or number >= count:
-                yield f"{wrong} has {step}, and the job's microbatches are 0 to {count - 1}"
-            elif step in seen:
-                yield f"{wrong} has {step} twice"
-            elif kind == "I" and job_config.compile.enable:
-                yield f"--compile.enable: found true, must be false with {path}, which has a backward in two ({step})"
-            seen.add(step)
-    for step in (f"{stage}F{number}" for stage in range(stages) for number in range(count)):
-        if _Action.from_str(step) not in seen:
-            yield f"{wrong} has no {step}, and must have {count} microbatches (of pipeline_parallel_microbatch_size)"
+                raise UserError(setting, action, "of the actions F, B, I and W")
+            if stage >= num_stages or stage_rank(stage, layout) != rank:
+                own = ", ".join(str(i) for i in range(num_stages) if stage_rank(i, layout) == rank)
+                raise UserError(setting, f"{action} in row {rank + 1}", f"of the rank's own stages, {own}")
+            if microbatch is None or microbatch >= count:
+                raise UserError(setting, action, f"of the job's microbatches, 0 to {count - 1}")
+            if action in seen:
+                raise UserError(setting, f"{action} twice", "there once")
+            if kind == "I" and job_config.compile.enable:
+                raise UserError("--compile.enable", "true", f"false with {path}", f"{action} is half a backward")
+            seen.add(action)
+    forwards = (f"{stage}F{microbatch}" for stage in range(num_stages) for microbatch in range(count))
+    if missing := next((action for action in forwards if _Action.from_str(action) not in seen), None):
+        hint = f"every stage has {count} microbatches (of pipeline_parallel_microbatch_size)"
+        raise UserError(setting, f"no {missing}", hint=hint)
     try:
-        _validate_schedule(whole, degree, stages, count)
-        _add_send_recv(whole, lambda stage: stage_rank(stage, layout), stages)
+        _validate_schedule(actions, degree, num_stages, count)
+        _add_send_recv(actions, lambda stage: stage_rank(stage, layout), num_stages)
     except AssertionError as error:
-        yield f"{wrong}: {str(error).splitlines()[0]}"
+        raise UserError(setting, hint=str(error).splitlines()[0]) from None
 
 
-def without_overlap(job_config: Any) -> Any:
-    """The job whose DualPipeV does one thing at a time.
+def disable_dualpipev_overlap(job_config: JobConfig) -> JobConfig:
+    """The job without `pipeline_parallel_expert_parallel_overlap`, a workaround for torchtitan 0.2.2.
 
-    torchtitan 0.2.2 has a thread do the backward beside the forward, to hide how experts that are divided communicate.
-    Of other models there is nothing to hide, and the threads would draw from one generator of random numbers and lose
-    what one of them raises; its own switch (pipeline_parallel_expert_parallel_overlap) does not ask which model it is.
+    Upstream: `pipeline_llm` (distributed/pipeline_parallel.py) has DualPipeV run the backward in a thread beside the
+    forward, to hide the communication of expert parallelism, whatever the model is. The threads of other models would
+    share one random number generator and lose each other's exceptions. Effect: one action at a time.
     """
-    return replace(
-        job_config, parallelism=replace(job_config.parallelism, pipeline_parallel_expert_parallel_overlap=False)
-    )
+    changed = copy.copy(job_config)
+    changed.parallelism = replace(job_config.parallelism, pipeline_parallel_expert_parallel_overlap=False)
+    return changed

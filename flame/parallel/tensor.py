@@ -1,7 +1,7 @@
 """Tensor parallelism with sequence parallelism: one rule for every family, whose row says what is cut.
 
 Outside of forward the parameters are DTensors, so that FSDP, clipping and checkpoints see them whole; inside it each
-rank has its part of them as a plain tensor. See flame.parallel.region.
+rank has its part of them as a plain tensor. See flame.parallel.sequence_parallel.
 """
 
 from collections.abc import Callable
@@ -11,11 +11,20 @@ from typing import Any
 import torch.nn as nn
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 
 from flame.models.family import Cut
-from flame.parallel.region import SEQUENCE, Change, change_input, change_output, change_parameters, move, open_region
+from flame.models.parameters import local_tensor
+from flame.parallel.sequence_parallel import (
+    SEQUENCE,
+    Change,
+    open_region,
+    redistribute,
+    transform_input,
+    transform_output,
+    transform_parameters,
+)
 
 
 def apply_tensor_parallel(model: Any, mesh: DeviceMesh, cut: Cut) -> None:
@@ -25,7 +34,7 @@ def apply_tensor_parallel(model: Any, mesh: DeviceMesh, cut: Cut) -> None:
         _distribute(block, mesh, cut.dimension)
         for region in (module for name, module in block.named_modules() if name in (*cut.mixers, *cut.columns)):
             open_region(region, mesh, cut.counts)
-        change_parameters(block, partial(_change, config, mesh, cut))
+        transform_parameters(block, partial(_change, config, mesh, cut))
     for name, part in model.parts():
         if part is model.embedding:
             parallelize_module(part, mesh, RowwiseParallel(input_layouts=Replicate()))
@@ -33,15 +42,15 @@ def apply_tensor_parallel(model: Any, mesh: DeviceMesh, cut: Cut) -> None:
             _distribute(part, mesh, lambda _: 0)  # along the vocabulary; flame.models.loss takes it as it is
         elif name != model.family.blocks:
             _distribute(part, mesh, lambda _: None)
-            change_parameters(part, lambda _: _local)
+            transform_parameters(part, lambda _: local_tensor)
 
 
 def divide_activations(model: Any, mesh: DeviceMesh) -> None:
     """Give each rank its part of the sequence from the first block to the last; after compile, which has alike blocks
     then."""
     blocks = list(model.layers.values())
-    change_input(blocks[0], lambda x: move(x, mesh, Replicate(), SEQUENCE))
-    change_output(blocks[-1], lambda x: move(x, mesh, SEQUENCE, Replicate()))
+    transform_input(blocks[0], lambda x: redistribute(x, mesh, Replicate(), SEQUENCE))
+    transform_output(blocks[-1], lambda x: redistribute(x, mesh, SEQUENCE, Replicate()))
 
 
 def _distribute(module: nn.Module, mesh: DeviceMesh, cut: Callable[[str], int | None]) -> None:
@@ -56,22 +65,17 @@ def _distribute(module: nn.Module, mesh: DeviceMesh, cut: Callable[[str], int | 
 def _change(config: Any, mesh: DeviceMesh, cut: Cut, name: str) -> Change:
     """How a rank's part of a block's parameter is made of it."""
     if cut.dimension(name) is not None:
-        return _local
+        return local_tensor
     if cut.is_summed(name):
         # Divided before it is shared, its gradient after it is summed: torch.compile merges equal all-reduces, and the
         # gradients of two regions' biases that are added up would lie in one memory, which clipping scales twice.
-        return lambda parameter: _shared(_local(parameter) / mesh.size(), mesh)
+        return lambda parameter: _shared(local_tensor(parameter) / mesh.size(), mesh)
     if pick := cut.pick(name):
         rank, ranks = mesh.get_local_rank(), mesh.size()
-        return lambda parameter: pick(config, _shared(_local(parameter), mesh), rank, ranks)
-    return lambda parameter: _shared(_local(parameter), mesh)
-
-
-def _local(parameter: Tensor) -> Tensor:
-    assert isinstance(parameter, DTensor)
-    return parameter.to_local()
+        return lambda parameter: pick(config, _shared(local_tensor(parameter), mesh), rank, ranks)
+    return lambda parameter: _shared(local_tensor(parameter), mesh)
 
 
 def _shared(value: Tensor, mesh: DeviceMesh) -> Tensor:
     """What all ranks have alike, and each finds a part of the gradient of."""
-    return move(value, mesh, Replicate(), Replicate(), Partial())
+    return redistribute(value, mesh, Replicate(), Replicate(), Partial())

@@ -209,7 +209,7 @@ def _check_microbatches(config: JobConfig) -> None:
         found = getattr(p, f"pipeline_parallel_{name}")
         if found is not None and found < low:
             raise UserError(f"--parallelism.pipeline_parallel_{name}: found {found}, must be {low} or more")
-    pipeline_schedule.check(config)
+    pipeline_schedule.validate(config)
 
 
 def _check_batch(config: JobConfig, data_parallel: int) -> None:

@@ -23,7 +23,7 @@ from torchtitan.tools.utils import device_type, has_cuda_capability
 from transformers import PreTrainedConfig
 
 from flame.errors import UserError
-from flame.models.hf import VOCAB_MULTIPLE, check_buildable, record_assets
+from flame.models.hf import VOCAB_MULTIPLE, build_on_meta, save_assets
 from flame.models.init import Unit, init_weights
 from flame.models.loss import cross_entropy
 from flame.titan import hf_equivalent
@@ -130,13 +130,13 @@ def wrap_model_class(model_cls: type, description: dict[str, Any], published: Pr
                 for name, buffer in module.named_buffers(recurse=False):
                     setattr(module, name, buffer.to(buffer_device or buffer.device))
 
-        def record(self, folder: Path, tokenizer: Any) -> None:
+        def save_assets(self, folder: Path, tokenizer: Any) -> None:
             """Write what the run trains, and the tokenizer: config.json is transformers' if it has such a model."""
             folder.mkdir(parents=True, exist_ok=True)
             if isinstance(published, str):
                 tokenizer.save_pretrained(folder)
             else:
-                record_assets(folder, check_buildable(published, "that of torchtitan's model"), tokenizer)
+                save_assets(folder, build_on_meta(published, "that of torchtitan's model"), tokenizer)
             name = "config.json" if isinstance(published, str) else hf_equivalent.TITAN_CONFIG
             (folder / name).write_text(json.dumps(description, indent=2) + "\n")
 

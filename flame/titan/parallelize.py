@@ -16,9 +16,9 @@ from torchtitan.tools.utils import device_type
 from flame.config.parser import world_size
 from flame.errors import UserError
 from flame.parallel import pipeline_schedule
-from flame.parallel.apply import sum_without_scaling
-from flame.parallel.layout import ASYNC, CONTEXT, PIPELINE, TENSOR, empty_stages, shards, stages
-from flame.parallel.region import change_output, move
+from flame.parallel.apply import force_sum_reduction
+from flame.parallel.layout import ASYNC_TP_FLAG, CP_FLAG, PP_FLAG, TP_FLAG, fsdp_degree, stage_errors, stages
+from flame.parallel.sequence_parallel import redistribute, transform_output
 
 
 def check(spec: Any, args: Any, job_config: Any) -> None:
@@ -41,11 +41,11 @@ def _complaints(spec: Any, args: Any, job_config: Any) -> Iterator[str]:
         yield f"--model.flavor: found {model.flavor}, whose {attention} attention needs a GPU, and none is visible"
     if layout.context_parallel_degree > 1:
         yield (
-            f"{CONTEXT}: found {layout.context_parallel_degree}, must be 1 for torchtitan's models: their rings need "
+            f"{CP_FLAG}: found {layout.context_parallel_degree}, must be 1 for torchtitan's models: their rings need "
             "CUDA's attention kernels, on which no test of this version has run them"
         )
     if layout.enable_async_tensor_parallel:
-        yield f"{ASYNC}: found true, must be false for torchtitan's models in this version"
+        yield f"{ASYNC_TP_FLAG}: found true, must be false for torchtitan's models in this version"
     if (backend := layout.expert_parallel_comm_backend) != "standard":
         yield f"--parallelism.expert_parallel_comm_backend: found {backend}, must be standard in this version"
     experts = args.moe_args.num_experts if has_experts(args) else 1
@@ -53,17 +53,17 @@ def _complaints(spec: Any, args: Any, job_config: Any) -> Iterator[str]:
         yield f"--parallelism.expert_parallel_degree: found {expert}, must divide the experts of {name}, {experts}"
     if expert > 1 and job_config.optimizer.early_step_in_backward:
         yield "--optimizer.early_step_in_backward: found true, must be false where experts are divided"
-    sharded = shards(layout, ranks)
+    sharded = fsdp_degree(layout, ranks)
     if expert > 1 and sharded > experts and (uneven := _uneven(spec, args, job_config, sharded // expert)):
         yield (
             f"--parallelism.expert_parallel_degree: found {expert}, leaves {sharded // expert} ranks to share the "
             f"experts of a rank, which torch divides only evenly, and their size of {uneven} is not"
         )
     if tensor > 1 and job_config.compile.enable:
-        yield f"{TENSOR}: found {tensor}, must be 1 with --compile.enable for torchtitan's models in this version"
+        yield f"{TP_FLAG}: found {tensor}, must be 1 with --compile.enable for torchtitan's models in this version"
     for size in ("n_heads", "n_kv_heads", "vocab_size"):
         if (getattr(args, size, None) or 0) % tensor:
-            yield f"{TENSOR}: found {tensor}, must divide {size} of {name}, {getattr(args, size)}"
+            yield f"{TP_FLAG}: found {tensor}, must divide {size} of {name}, {getattr(args, size)}"
     if getattr(args, "enable_weight_tying", False) and ranks > layout.data_parallel_replicate_degree:
         yield (
             f"--parallelism.data_parallel_replicate_degree: must be all {ranks} ranks for {name}, whose embedding and "
@@ -77,13 +77,13 @@ def _complaints(spec: Any, args: Any, job_config: Any) -> Iterator[str]:
                 f" and at most training.seq_len {training.seq_len} for torchtitan's models"
             )
     if (degree := layout.pipeline_parallel_degree) > 1:
-        if expert > 1 and pipeline_schedule.find(layout).name == "DualPipeV":
-            yield f"{pipeline_schedule.SCHEDULE}: found DualPipeV, must be another with experts divided"
+        if expert > 1 and pipeline_schedule.get_schedule(layout).name == "DualPipeV":
+            yield f"{pipeline_schedule.SCHEDULE_FLAG}: found DualPipeV, must be another with experts divided"
         if spec.pipelining_fn is None:
-            yield f"{PIPELINE}: found {degree}, must be 1: torchtitan cannot divide {model.name} into stages"
-        for reason in empty_stages(args.n_layers, layout):
-            yield f"{PIPELINE}: found {degree}, must be 1: {reason}"
-        yield from pipeline_schedule.complain(job_config, len(stages(args.n_layers, layout)))
+            yield f"{PP_FLAG}: found {degree}, must be 1: torchtitan cannot divide {model.name} into stages"
+        for reason in stage_errors(args.n_layers, layout):
+            yield f"{PP_FLAG}: found {degree}, must be 1: {reason}"
+        pipeline_schedule.validate_csv(job_config, len(stages(args.n_layers, layout)))
 
 
 def _uneven(spec: Any, args: Any, job_config: Any, over: int) -> int | None:
@@ -114,7 +114,7 @@ def parallelize(parallelize_fn: Callable, model: nn.Module, parallel_dims: Any, 
         _sum_router_gradients(model, parallel_dims.get_mesh("tp"))
         _attend_to_parts(model)
     model = parallelize_fn(model, parallel_dims, job_config)
-    sum_without_scaling(model)
+    force_sum_reduction(model)
     return model
 
 
@@ -123,7 +123,9 @@ def _sum_router_gradients(model: nn.Module, mesh: DeviceMesh) -> None:
     a part of the scores' gradient, and these parts were never added up."""
     for module in model.modules():
         if isinstance(module, MoE) and not module.score_before_experts:
-            change_output(module.router, lambda scores: move(scores, mesh, Replicate(), Replicate(), Partial()))
+            transform_output(
+                module.router, lambda scores: redistribute(scores, mesh, Replicate(), Replicate(), Partial())
+            )
 
 
 def _attend_to_parts(model: nn.Module) -> None:
@@ -148,7 +150,7 @@ def pipeline(pipelining_fn: Callable, model: nn.Module, parallel_dims: Any, job_
         with kept_counts(stage):
             return prepare(*args, **options)
 
-    made, *rest = pipelining_fn(model, parallel_dims, pipeline_schedule.without_overlap(job_config), *args)
+    made, *rest = pipelining_fn(model, parallel_dims, pipeline_schedule.disable_dualpipev_overlap(job_config), *args)
     for stage in getattr(made, "_stages", None) or [made._stage]:
         for name in ("_prepare_forward_infra", "_prepare_backward_infra"):
             if prepare := getattr(stage, name, None):  # the second is newer than torch 2.11

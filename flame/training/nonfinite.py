@@ -4,33 +4,35 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
+from flame.models.parameters import local_tensor, strip_wrappers
 from flame.runtime.agreement import Agreement
 
 Named = Iterable[tuple[str, torch.Tensor]]  # tensors of this rank: its shard of each, without the others'
 SHOWN = 3  # names of bad tensors in a report
 
 
+@torch.no_grad()  # DTensor.to_local() then costs nothing
 def name_gradients(parts: Iterable[nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
     """The gradients of model parts, by the names of their parameters."""
     for name, parameter in _name_parameters(parts):
         if parameter.grad is not None:
-            yield name, _local(parameter.grad)
+            yield name, local_tensor(parameter.grad)
 
 
+@torch.no_grad()
 def name_state(
     parts: Iterable[nn.Module], optimizers: Iterable[torch.optim.Optimizer]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The weights of model parts and what their optimizers keep of them, such as "exp_avg of model.norm.weight"."""
     names: dict[torch.Tensor, str] = {parameter: name for name, parameter in _name_parameters(parts)}
     for weight, name in names.items():
-        yield name, _local(weight)
+        yield name, local_tensor(weight)
     for optimizer in optimizers:
         for parameter, state in optimizer.state.items():
             for kind, value in state.items():
                 if isinstance(value, torch.Tensor) and value.dim():  # not the count of steps
-                    yield f"{kind} of {names[parameter]}", _local(value)
+                    yield f"{kind} of {names[parameter]}", local_tensor(value)
 
 
 def find(tensors: Named) -> list[str]:
@@ -79,10 +81,4 @@ def _shorten(names: Sequence[str]) -> str:
 def _name_parameters(parts: Iterable[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
     for part in parts:
         for name, parameter in part.named_parameters():
-            # what activation checkpointing and torch.compile put between
-            yield name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", ""), parameter
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():  # then to_local() is no operation of autograd's, and costs nothing
-        return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+            yield strip_wrappers(name), parameter

@@ -19,7 +19,7 @@ from flame.data.source import build_sources
 from flame.data.tokenize import build_tokenizer
 from flame.errors import UserError
 from flame.models.causal_lm import CausalLM, ModelArgs
-from flame.models.hf import check_buildable, check_lengths, choose_attention, import_models, load_hf_config
+from flame.models.hf import build_on_meta, choose_attention, import_models, load_hf_config, validate_seq_len
 from flame.models.loss import build_loss
 from flame.parallel import layout
 from flame.parallel.apply import parallelize
@@ -90,7 +90,7 @@ def _load_titan(job_config: Any, tokenizer: Any) -> dict[str, Any]:
             logger.info(f"--checkpoint.export: off, as {published}")
             checkpoint.export = False
     elif checkpoint.initial_load_path:
-        theirs = model_structure(check_buildable(published, f"{model.name} {model.flavor}")).published
+        theirs = model_structure(build_on_meta(published, f"{model.name} {model.flavor}")).published
         adapter = build_adapter(job_config, titan_structure(theirs, model.name, fields["model_args"][model.flavor]))
     _check_same_model("model.flavor", fields["model_cls"].description, job_config)
     return {**fields, "state_dict_adapter": adapter}
@@ -110,9 +110,9 @@ def _load_hf(job_config: Any, tokenizer: Any) -> dict[str, Any]:
             f"--training.varlen: models of type {hf_config.model_type} cannot keep packed documents apart; leave it off"
         )
     choose_attention(hf_config, family, _compute_dtype(job_config))
-    hf_model = check_buildable(hf_config, model.config, model.trust_remote_code)
-    check_lengths(hf_model, job_config)
-    layout.check(family, hf_config, hf_model, job_config)
+    hf_model = build_on_meta(hf_config, model.config, model.trust_remote_code)
+    validate_seq_len(hf_model, job_config)
+    layout.validate(family, hf_config, hf_model, job_config)
     quantize.adapt(job_config, family, hf_model)
     _check_same_model("model.config", json.loads(hf_config.to_json_string(use_diff=False)), job_config)
     return {

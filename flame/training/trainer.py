@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torchtitan.train
 from torchtitan.components.dataloader import DataloaderExhaustedError
+from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import logger
 
@@ -20,7 +21,6 @@ from flame.config.parser import recorded, to_toml
 from flame.data.document import Bad, allow_bad
 from flame.data.ledger import digest_batch, roll
 from flame.errors import NonFiniteError, UserError
-from flame.models.loss import IGNORE_INDEX
 from flame.runtime import stop
 from flame.runtime.agreement import Agreement, agree
 from flame.runtime.run_folder import Run
@@ -335,7 +335,7 @@ class FlameTrainer(torchtitan.train.Trainer):
             self.run.start(to_toml(recorded(self.job_config)), self._device())
         self.run.set_status("running", start=self.checkpointer.origin)
         if trains or not (self.run.folder / "model").exists():
-            self.model_parts[0].record(self.run.folder / "model", self.tokenizer.hf)
+            self.model_parts[0].save_assets(self.run.folder / "model", self.tokenizer.hf)
 
     def batch_generator(self, data_iterable: Iterable[Batch]) -> Iterator[Batch]:
         """torchtitan's generator, which it asks for as soon as a checkpoint is loaded."""

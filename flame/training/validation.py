@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.validate import BaseValidator
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools import utils
@@ -22,7 +23,7 @@ from flame.data.loader import Loader
 from flame.data.source import Source
 from flame.data.tokenize import Tokenizer
 from flame.errors import UserError
-from flame.models.loss import IGNORE_INDEX, SummedLoss
+from flame.models.loss import SummedLoss
 from flame.training.metrics import Metrics
 
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]

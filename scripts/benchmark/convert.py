@@ -33,7 +33,7 @@ def make(run: Path, bare: Path, parameters: float) -> None:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from flame.data.tokenize import build_tokenizer
-    from flame.models.hf import record_assets
+    from flame.models.hf import save_assets
 
     width = 2048 if parameters >= 0.5 else 1024
     layers = round((parameters * 1e9 - 2 * VOCABULARY * width) / (4 * width**2 + 3 * width * 4 * width))
@@ -47,7 +47,7 @@ def make(run: Path, bare: Path, parameters: float) -> None:
     for folder, saved in ((run, everything), (bare, state)):
         writer = dcp.FileSystemWriter(folder / "checkpoint" / "step-1", sync_files=False)
         dcp.save(saved, storage_writer=writer, no_dist=True)
-        record_assets(folder / "model", model, build_tokenizer("byte").hf)
+        save_assets(folder / "model", model, build_tokenizer("byte").hf)
     print(
         f"{sum(t.numel() for t in state.values()):,} parameters, {max(layers, 1)} layers of width {width}", flush=True
     )

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from flame.data.tokenize import build_tokenizer
 from flame.models.causal_lm import CausalLM, ModelArgs
-from flame.models.hf import load_hf_config, record_assets
+from flame.models.hf import load_hf_config, save_assets
 from tests.layouts import MODELS
 
 _FAST = (
@@ -45,7 +45,7 @@ def save_run(folder: Path, name: str, step: int = 1, **changes: Any) -> CausalLM
     optimizer = {f"state.{key}.exp_avg": torch.ones_like(p) for key, p in model.named_parameters()}
     state = {**model.state_dict(), "optimizer": optimizer, "train_state": {"step": step}}
     dcp.save(state, checkpoint_id=str(folder / "checkpoint" / f"step-{step}"), no_dist=True)
-    record_assets(folder / "model", model.hf, tokenizer.hf)
+    save_assets(folder / "model", model.hf, tokenizer.hf)
     return model
 
 

@@ -6,13 +6,13 @@ import math
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torchtitan.components.loss import IGNORE_INDEX
 from transformers import AutoModelForCausalLM
 
 from flame.convert.export import export_checkpoint
 from flame.data.tokenize import build_tokenizer
 from flame.models.causal_lm import CausalLM, ModelArgs
-from flame.models.hf import record_assets
-from flame.models.loss import IGNORE_INDEX
+from flame.models.hf import save_assets
 from tests.launch import SMALL, metrics, train_each
 from tests.models.small import OTHERS, fields_of, small
 
@@ -62,7 +62,7 @@ def test_a_family_learns_and_transformers_loads_its_export_with_the_same_logits(
     assert learn(model) < 0.6 * math.log(SYMBOLS)  # which is what knowing the symbols' frequencies gives
 
     dcp.save({**model.state_dict(), "train_state": {"step": 1}}, checkpoint_id=str(tmp_path / "step-1"), no_dist=True)
-    record_assets(tmp_path / "model", model.hf, build_tokenizer("byte").hf)
+    save_assets(tmp_path / "model", model.hf, build_tokenizer("byte").hf)
     assert export_checkpoint(tmp_path / "step-1", tmp_path / "model", tmp_path / "hf")
     loaded, problems = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert not problems["missing_keys"] and not problems["unexpected_keys"]

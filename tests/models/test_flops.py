@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import JetMoeConfig, JetMoeForCausalLM
 
 from flame.models.causal_lm import CausalLM, ModelArgs
-from flame.models.flops import weights_met
+from flame.models.flops import active_params
 from flame.training.metrics import known_peak_flops
 from tests.models.small import OTHERS, WITHOUT_ROW, distinct, small
 
@@ -164,15 +164,15 @@ def test_experts_count_as_met_wherever_a_model_has_them():
         )
         with torch.device("meta"):
             model = JetMoeForCausalLM(config)
-        met.append(weights_met(model, config, None))
+        met.append(active_params(model, config, None))
         unknown = SimpleNamespace(num_experts_per_tok=None)  # as DeepSeek-V2's is, unless it is given
-        assert weights_met(model, unknown, model.get_input_embeddings()) == sum(p.numel() for p in model.parameters())
+        assert active_params(model, unknown, model.get_input_embeddings()) == sum(p.numel() for p in model.parameters())
     assert met[1] - met[0] == 2 * 2 * 12 * 64  # two layers' two routers are wider
 
 
 def test_a_convolution_is_no_expert():
     model = nn.Sequential(nn.Conv1d(64, 64, 4, groups=64, bias=False))
-    assert weights_met(model, SimpleNamespace(num_experts_per_tok=2), None) == 64 * 4
+    assert active_params(model, SimpleNamespace(num_experts_per_tok=2), None) == 64 * 4
 
 
 def test_the_peak_of_a_device_is_known_or_none():

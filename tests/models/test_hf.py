@@ -7,7 +7,7 @@ import torch
 
 from flame.config.parser import parse
 from flame.errors import UserError
-from flame.models.hf import check_buildable, check_lengths, read_config
+from flame.models.hf import build_on_meta, read_config, validate_seq_len
 from flame.models.llama import rotary_attention_flops
 from tests.models.small import OTHERS, distinct, fields_of, small
 
@@ -20,16 +20,16 @@ LEARNED = {
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_rows_longer_than_a_table_of_positions_are_refused_and_those_as_long_run(name):
-    model = check_buildable(read_config(LEARNED[name], name)[1], name)
-    check_lengths(model, parse(["--training.seq_len=64"]))
+    model = build_on_meta(read_config(LEARNED[name], name)[1], name)
+    validate_seq_len(model, parse(["--training.seq_len=64"]))
     for flags, flag, found in (
         (["--training.seq_len=65"], "training.seq_len", 65),
         (["--training.seq_len=64", "--validation.enable", "--validation.seq_len=80"], "validation.seq_len", 80),
         (["--training.seq_len=99", "--training.varlen"], "training.context_len", 99),
     ):
         with pytest.raises(UserError, match=rf"^--{re.escape(flag)}: found {found}, must be at most 64, .* {name} "):
-            check_lengths(model, parse(flags))
-    check_lengths(model, parse(["--training.seq_len=99", "--training.varlen", "--training.context_len=64"]))
+            validate_seq_len(model, parse(flags))
+    validate_seq_len(model, parse(["--training.seq_len=99", "--training.varlen", "--training.context_len=64"]))
 
     real = type(model)(model.config).eval()
     real(input_ids=torch.ones(1, 64, dtype=torch.long), use_cache=False)
@@ -40,7 +40,7 @@ def test_rows_longer_than_a_table_of_positions_are_refused_and_those_as_long_run
 @pytest.mark.parametrize("name", [*distinct(), *OTHERS])
 def test_no_table_of_tokens_is_taken_for_one_of_positions(name):
     config = small(name, max_position_embeddings=320)[1]  # as many as tokens
-    check_lengths(check_buildable(config, name), parse(["--training.seq_len=2048"]))
+    validate_seq_len(build_on_meta(config, name), parse(["--training.seq_len=2048"]))
 
 
 GEMMA4 = {"head_dim": 16, "global_head_dim": 32, "vocab_size_per_layer_input": 320, "hidden_size_per_layer_input": 16}

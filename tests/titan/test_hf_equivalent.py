@@ -23,7 +23,7 @@ from flame.convert.report import read_report
 from flame.convert.verify import export_proven, prove
 from flame.data.tokenize import build_tokenizer
 from flame.errors import UserError
-from flame.models.hf import check_buildable
+from flame.models.hf import build_on_meta
 from flame.titan import hf_equivalent
 from flame.training.train_spec import register
 from tests.convert.test_commands import load, refused
@@ -53,7 +53,7 @@ def save(folder, name):
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
     dcp.save(model.state_dict(), checkpoint_id=str(folder / "checkpoint" / "step-1"), no_dist=True)
-    model.record(folder / "model", build_tokenizer("byte").hf)
+    model.save_assets(folder / "model", build_tokenizer("byte").hf)
     return model
 
 
@@ -114,7 +114,7 @@ def test_every_flavor_has_a_counterpart_of_as_many_numbers(name):
         if args.n_layers * (args.moe_args.num_experts if getattr(args, "moe_enabled", False) else 1) > 300:
             args = replace(args, n_layers=2)
         config = hf_equivalent.equivalent_config(name, args)
-        published = model_structure(check_buildable(config, flavor)).published
+        published = model_structure(build_on_meta(config, flavor)).published
         trained = hf_equivalent.titan_structure(published, name, args)
         numbers = {key: prod(shape) for key, (_, shape) in trained.tensors.items() if not key.endswith("expert_bias")}
         for part in trained.published_as.values():
@@ -145,7 +145,7 @@ def test_what_transformers_has_not_is_refused_with_the_reason(name, flavor, chan
     monkeypatch.setitem(table, flavor, replace(table[flavor], **given))
     model_cls, args = loaded(name=name, flavor=flavor)
     assert words in model_cls.hf_equivalent
-    build(model_cls, args).record(tmp_path / "model", build_tokenizer("byte").hf)
+    build(model_cls, args).save_assets(tmp_path / "model", build_tokenizer("byte").hf)
     with pytest.raises(UserError, match=words) as refusal:
         read_trained(tmp_path / "model")
     assert "\n" not in str(refusal.value)

@@ -64,7 +64,7 @@ def test_attention_is_chosen_for_the_type_that_blocks_compute_in(flags, ranks, d
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
     asked = []
     monkeypatch.setattr("flame.training.train_spec.choose_attention", lambda config, family, dtype: asked.append(dtype))
-    monkeypatch.setattr("flame.training.train_spec.layout.check", lambda *_: None)
+    monkeypatch.setattr("flame.training.train_spec.layout.validate", lambda *_: None)
     register(
         parse(["--model.config=configs/llama2_7B.json", "--training.mixed_precision_param=bfloat16", *flags.split()])
     )

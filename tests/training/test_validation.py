@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torchtitan.components.loss import IGNORE_INDEX
 
 from flame.config.parser import parse, recorded, validation_as_training
 from flame.errors import UserError
-from flame.models.loss import IGNORE_INDEX
 from flame.preflight.validate import check
 from flame.training.validation import build_validator
 from tests.launch import SMALL, metrics, train_each

@@ -19,7 +19,9 @@ SEQUENCE = Shard(1)  # of activations (batch, seq, hidden)
 Change = Callable[[Tensor], Tensor]
 
 
-def move(x: Tensor, mesh: DeviceMesh, have: Placement, want: Placement, gradient: Placement | None = None) -> Tensor:
+def redistribute(
+    x: Tensor, mesh: DeviceMesh, have: Placement, want: Placement, gradient: Placement | None = None
+) -> Tensor:
     """A local tensor that is `have` of a whole one as `want` of it; gradient: what comes back, if it is not `want`."""
     return _Move.apply(x, mesh, have, want, gradient or want)
 
@@ -69,14 +71,14 @@ class _Region(nn.Module):
 
 
 def _gather(mesh: DeviceMesh, x: Tensor) -> Tensor:
-    return move(x, mesh, SEQUENCE, Replicate(), Partial())
+    return redistribute(x, mesh, SEQUENCE, Replicate(), Partial())
 
 
 def _scatter(mesh: DeviceMesh, x: Tensor) -> Tensor:
-    return move(x, mesh, Partial(), SEQUENCE)
+    return redistribute(x, mesh, Partial(), SEQUENCE)
 
 
-def change_input(module: nn.Module, change: Change) -> None:
+def transform_input(module: nn.Module, change: Change) -> None:
     """Change the hidden states before a module's forward: its first argument, or the one of that name."""
 
     def run(forward: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -86,7 +88,7 @@ def change_input(module: nn.Module, change: Change) -> None:
     module.forward = partial(run, module.forward)
 
 
-def change_output(module: nn.Module, change: Change) -> None:
+def transform_output(module: nn.Module, change: Change) -> None:
     """Change the hidden states behind a module's forward: its result, or the first of several."""
 
     def run(forward: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -105,7 +107,7 @@ def _with_output(change: Change, output: Any) -> Any:
     return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
 
 
-def change_parameters(module: nn.Module, choose: Callable[[str], Change | None]) -> None:
+def transform_parameters(module: nn.Module, choose: Callable[[str], Change | None]) -> None:
     """Have a module's forward, and nothing else, see choose(name)(parameter) of its parameters, where it is not None.
 
     What is changed last is changed first in forward.
