@@ -7,7 +7,6 @@ get the same one-line answer; tyro writes the --help page.
 import contextlib
 import copy
 import dataclasses
-import glob
 import importlib
 import io
 import logging
@@ -20,6 +19,7 @@ import tyro
 from torchtitan.config.manager import ConfigManager, custom_registry
 
 from flame.config import legacy
+from flame.config.paths import exists
 from flame.config.schema import DataSource, JobConfig
 from flame.config.setting import Setting, nearest, read_flags, read_toml, typed
 from flame.errors import UserError
@@ -215,7 +215,7 @@ def recorded(config: JobConfig) -> JobConfig:
 
     def absolute(path: str) -> str:
         path = os.path.expanduser(path.strip())
-        return os.path.abspath(path) if glob.glob(path, recursive=True) or os.path.exists(path) else path
+        return os.path.abspath(path) if exists(path) else path
 
     config = copy.deepcopy(config)
     config.checkpoint.load_step, config.checkpoint.create_seed_checkpoint = -1, False

@@ -13,6 +13,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
+from flame.config.paths import is_local
 from flame.data.document import Bad, Document, accept
 from flame.data.jsonl import CHUNK, JsonLines, describe_columns, parse_line
 from flame.data.megatron import IndexedRows, find_prefixes
@@ -206,7 +207,7 @@ def _load(path: str, name: str | None, split: str, folder: str | None, files: li
             raise UserError(f"{FLAG} {path}: files with one and the same ending are needed, of {', '.join(KINDS)}")
         options = {"sample_by": "document"} if kind == "text" else {}
         return load_dataset(kind, data_files={"train": found}, split=split, streaming=streaming, **options)
-    if pattern or path[0] in "./~" or path.count("/") > 1 or _kind(local):
+    if is_local(path):
         raise UserError(f"{FLAG} {path}: no such file or folder")
     options = {"sample_by": "document"} if path == "text" else {}
     return load_dataset(path, name, split=split, data_dir=folder, data_files=files, streaming=streaming, **options)

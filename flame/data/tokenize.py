@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torchtitan.components.tokenizer import BaseTokenizer
 
+from flame.config.paths import is_local
 from flame.data.fast import open_fast
 from flame.errors import UserError
 
@@ -86,7 +87,7 @@ def build_tokenizer(path: str | None, trust_remote_code: bool = False, add_token
     if path == "byte":
         return Tokenizer(_byte_level(), path, add_tokens)
     local = Path(path).expanduser()
-    if not local.exists() and (path[0] in "./~" or path.count("/") > 1 or path.endswith(".json")):
+    if not local.exists() and is_local(path):
         raise UserError(f"{FLAG} {path}: no such file or folder; {ALLOWED}")
     hf: Any
     try:

@@ -1,37 +1,23 @@
 """The files and hub ids a job names: whether those that should be here are, and fit together."""
 
-import glob
 import json
 import math
 import os
 from pathlib import Path
 from typing import Any
 
+from flame.config.paths import exists, is_local
 from flame.config.schema import JobConfig
 from flame.errors import UserError
 
-_LOCAL_ENDINGS = (".json", ".jsonl", ".parquet", ".txt", ".arrow", ".gz", ".zst", ".toml", ".bin", ".idx")
 _BUILDERS = ("json", "parquet", "text", "csv", "arrow")  # of load_dataset: the data is in data_files
 # torchtitan's models that train here; of the others flux makes images, llama3_ft needs torchft, gpt_oss always a GPU.
 TITAN = ("deepseek_v3", "llama3", "llama4", "qwen3")
 _LISTS = ("dataset_name", "dataset_split", "data_dir", "data_files", "data_probs")
 
 
-def is_local(name: str) -> bool:
-    """Whether a name means a path here rather than a hub id."""
-    if "://" in name:
-        return False
-    return name.startswith(("/", "./", "../", "~")) or name.endswith(_LOCAL_ENDINGS) or _exists(name)
-
-
-def _exists(name: str) -> bool:
-    # os.path, as pathlib raises where a name is too long or a folder may not be read
-    path = os.path.expanduser(name)
-    return os.path.exists(path) or bool(glob.glob(path, recursive=True))
-
-
 def _require(flag: str, name: str) -> None:
-    if is_local(name) and not _exists(name):
+    if is_local(name) and not exists(name):
         raise UserError(f"--{flag}: there is no {name}")
 
 
@@ -170,11 +156,11 @@ def _check_source(dataset: str, folder: str, files: str) -> None:
         return
     _require("training.dataset", dataset)
     root = Path(dataset).expanduser()
-    if os.path.isdir(root) and folder and not _exists(str(root / folder)):
+    if os.path.isdir(root) and folder and not exists(str(root / folder)):
         raise UserError(f"--training.data_dir: there is no {folder} in {dataset}")
     # What a hub id calls its files only the hub knows.
     if files and (os.path.isdir(root) or dataset in _BUILDERS):
         base = root / folder if os.path.isdir(root) else Path(folder)
         for file in files.split(","):
-            if not _exists(file.strip()) and not _exists(str(base / file.strip())):
+            if not exists(file.strip()) and not exists(str(base / file.strip())):
                 raise UserError(f"--training.data_files: there is no {file.strip()}, here or in {base}")

@@ -6,7 +6,7 @@ import pytest
 from flame.checkpoint.commit import write_marker
 from flame.config.parser import parse
 from flame.errors import UserError
-from flame.preflight.inputs import is_local, vocab_of_tokenizer
+from flame.preflight.inputs import vocab_of_tokenizer
 from flame.preflight.validate import check
 
 ROOT = Path(__file__).parents[2]
@@ -238,17 +238,6 @@ def test_a_step_to_resume_from_must_be_there_whole():
     assert "step-30" in message and "10, 20" in message
     for step in (0, 30):
         assert "none at all" in refusal(f"--job.dump_folder other --checkpoint.load_step {step}")
-
-
-@pytest.mark.parametrize(
-    "name, local",
-    [
-        *[(name, True) for name in ("./x", "../x", "/x", "~/x", "x.parquet", "x.json.gz", "folder")],
-        *[(name, False) for name in ("allenai/c4", "gpt2", "hf://x/y.json")],
-    ],
-)
-def test_paths_and_hub_ids_are_told_apart(name, local):
-    assert is_local(name) is local
 
 
 def test_nothing_is_written():
