@@ -20,9 +20,9 @@ from typing import Any
 import tomli
 from tqdm import tqdm
 
-from flame.checkpoint.commit import complaint, complete_steps
+from flame.checkpoint.commit import complete_steps, find_corruption
 from flame.checkpoint.dtypes import FLOATS, SIZES
-from flame.checkpoint.structure import TensorSpecs, UnfaithfulError, check_structure, load_structure, save_structure
+from flame.checkpoint.structure import ConversionError, TensorSpecs, check_structure, load_structure, save_structure
 from flame.convert.dcp_file import CorruptedError, read_tensors
 from flame.convert.export import export_checkpoint
 from flame.convert.report import REPORT
@@ -57,7 +57,7 @@ def find_checkpoint(path: Path, step: int, run: dict[str, Any]) -> Path:
     if (path / ".metadata").is_file():
         if step != -1:
             raise UserError(f"--step {step}: --path {path} is a checkpoint itself, not a run of several steps")
-        if reason := complaint(path):
+        if reason := find_corruption(path):
             raise UserError(f"--path {path}: not a complete checkpoint: {reason}")
         return path
     folder = path / run.get("checkpoint", {}).get("folder", "checkpoint")
@@ -96,7 +96,7 @@ class Model:
             self.check()
 
     def check(self) -> None:
-        """Wait until the structure is known, and check it. Raises UserError and UnfaithfulError."""
+        """Wait until the structure is known, and check it. Raises UserError and ConversionError."""
         if self.building:
             building, self.building = self.building, None
             try:
@@ -124,7 +124,7 @@ class Model:
         return self.assets
 
     def prove(self, checkpoint: Path, dtype: str | None, export: Path) -> dict[str, Any]:
-        """What the checks found, for the report. Raises UnfaithfulError."""
+        """What the checks found, for the report. Raises ConversionError."""
         if not self.verified:
             return {"structure": "not checked", "logits": "not compared"}
         if reason := too_large(self.found):
@@ -152,7 +152,7 @@ class Model:
         message = said.rpartition("flame: ")[2].strip() or "flame.convert.verify was ended"
         for flag, ours in (("--model.config", "--config"), ("--model.tokenizer_path", "--tokenizer")):
             message = message.replace(flag, ours)
-        raise (UserError if process.returncode == 2 else UnfaithfulError)(message)
+        raise (UserError if process.returncode == 2 else ConversionError)(message)
 
 
 class _Published(Exception):
@@ -162,7 +162,7 @@ class _Published(Exception):
 def convert(given: argparse.Namespace) -> str:
     """Convert as the command line says; returns what to tell.
 
-    Raises UserError, UnfaithfulError, CorruptedError and OSError.
+    Raises UserError, ConversionError, CorruptedError and OSError.
     """
     run = read_run(given.path)
     checkpoint = find_checkpoint(given.path, given.step, run)
@@ -216,7 +216,7 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(f"convert_dcp_to_hf: {error}", file=sys.stderr)
         return 2
-    except (UnfaithfulError, CorruptedError) as error:
+    except (ConversionError, CorruptedError) as error:
         print(f"convert_dcp_to_hf: {error}", file=sys.stderr)
         return 1
     except OSError as error:

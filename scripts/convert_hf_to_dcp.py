@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from flame.checkpoint.structure import Structure, UnfaithfulError, check_structure
+from flame.checkpoint.structure import ConversionError, Structure, check_structure
 from flame.convert.conversion import convert_hf_to_dcp
 from flame.convert.hf_structure import read_structure
 from flame.convert.hf_weights import checksum, under_own_names, untied
@@ -34,7 +34,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def convert(given: argparse.Namespace) -> str:
-    """Convert as the command line says; returns what to tell. Raises UserError, UnfaithfulError and OSError."""
+    """Convert as the command line says; returns what to tell. Raises UserError, ConversionError and OSError."""
     if given.checkpoint.exists():
         raise UserError(f"--checkpoint {given.checkpoint}: exists already; name a folder that does not")
     folder = given.model[0] if len(given.model) == 1 and given.model[0].is_dir() else None
@@ -64,7 +64,7 @@ def convert(given: argparse.Namespace) -> str:
 def check(folder: Path, entries: dict[str, Entry]) -> tuple[Structure, dict[str, Entry]]:
     """The structure of the folder's config.json, and the tensors without those that transformers leaves aside.
 
-    Raises UserError and UnfaithfulError.
+    Raises UserError and ConversionError.
     """
     from flame.runtime import device
 
@@ -79,7 +79,7 @@ def check(folder: Path, entries: dict[str, Entry]) -> tuple[Structure, dict[str,
     entries = under_own_names(entries, published)
     check_structure({name: (entry.dtype, entry.shape) for name, entry in entries.items()}, published)
     for complaint in untied(entries.keys(), published, lambda name: checksum(entries[name])):
-        raise UnfaithfulError(f"--model {folder}: {complaint}")
+        raise ConversionError(f"--model {folder}: {complaint}")
     return structure, entries
 
 
@@ -91,7 +91,7 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(f"convert_hf_to_dcp: {error}", file=sys.stderr)
         return 2
-    except UnfaithfulError as error:
+    except ConversionError as error:
         print(f"convert_hf_to_dcp: {error}", file=sys.stderr)
         return 1
     except OSError as error:

@@ -24,7 +24,7 @@ from flame.errors import UserError
 from flame.runtime.versions import versions
 
 MARKER, METADATA = "complete.json", ".metadata"
-FOLLOWS = f"+{MARKER}"  # how the save id in .metadata ends when a marker was to follow
+EXPECTS_MARKER = f"+{MARKER}"  # how the save id in .metadata ends when a marker was to follow
 BLOCK_BYTES = 8 << 20
 DELETING = ".deleting-"  # before the name of a checkpoint that is being deleted
 
@@ -75,13 +75,13 @@ def read_marker(checkpoint: Path) -> dict[str, Any]:
     return content
 
 
-def withdraw(checkpoint: Path) -> None:
+def invalidate(checkpoint: Path) -> None:
     """Make a checkpoint that is about to be overwritten incomplete; its marker goes first."""
     for name in (MARKER, METADATA):
         (checkpoint / name).unlink(missing_ok=True)
 
 
-def complaint(checkpoint: Path) -> str | None:
+def find_corruption(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint as far as names and sizes tell, naming the file; None if nothing is.
 
     Raises UserError if that cannot be seen: what cannot be read today may be whole.
@@ -104,7 +104,7 @@ def complaint(checkpoint: Path) -> str | None:
     return None
 
 
-def verify(checkpoint: Path, rank: int = 0, ranks: int = 1) -> list[str]:
+def verify_hashes(checkpoint: Path, rank: int = 0, ranks: int = 1) -> list[str]:
     """What is wrong with the bytes of every `ranks`-th file, which are hashed; nothing is known without a marker.
 
     Raises UserError if one cannot be read.
@@ -139,14 +139,14 @@ def is_resumable(checkpoint: Path) -> bool:
     return "train_state.step" in read_pickle((checkpoint / METADATA).read_bytes()).state["state_dict_metadata"]
 
 
-def survey(folder: str | Path) -> dict[int, str | None]:
+def scan_checkpoints(folder: str | Path) -> dict[int, str | None]:
     """{step: what is wrong, None if nothing} of the checkpoints under `folder`, ascending. Raises as complaint does."""
-    return {step: complaint(path) for step, path in sorted(_find(folder).items())}
+    return {step: find_corruption(path) for step, path in sorted(_find(folder).items())}
 
 
 def complete_steps(folder: str | Path) -> list[int]:
     """Steps of the complete checkpoints under `folder`, ascending. Raises as complaint does."""
-    return [step for step, reason in survey(folder).items() if reason is None]
+    return [step for step, reason in scan_checkpoints(folder).items() if reason is None]
 
 
 def is_unfinished(checkpoint: Path) -> bool:
@@ -154,14 +154,14 @@ def is_unfinished(checkpoint: Path) -> bool:
     return not any((checkpoint / name).exists() for name in (MARKER, METADATA))
 
 
-def discard(checkpoint: Path) -> None:
+def remove_incomplete(checkpoint: Path) -> None:
     """Delete a checkpoint, unless it is complete, as far as that is possible."""
     with suppress(UserError):
-        if complaint(checkpoint) is not None:
+        if find_corruption(checkpoint) is not None:
             shutil.rmtree(checkpoint, ignore_errors=True)
 
 
-def condemn(checkpoint: Path) -> Path:
+def mark_for_deletion(checkpoint: Path) -> Path:
     """Give a checkpoint that is about to be deleted a name by which a start knows it should the deletion be cut short.
 
     Returns where it is now. Raises OSError.
@@ -171,12 +171,12 @@ def condemn(checkpoint: Path) -> Path:
     return target
 
 
-def condemned(folder: Path) -> list[Path]:
+def pending_deletions(folder: Path) -> list[Path]:
     """The checkpoints under `folder` whose deletion was cut short."""
     return sorted(folder.glob(f"{DELETING}step-*"))
 
 
-def set_aside(checkpoint: Path) -> Path:
+def archive(checkpoint: Path) -> Path:
     """Move a checkpoint of a course that is left to replaced/, where rotation and resume do not look; returns where."""
     target = _free(checkpoint.parent / "replaced" / checkpoint.name)
     target.parent.mkdir(exist_ok=True)
@@ -226,7 +226,7 @@ def _parse_sizes(checkpoint: Path, modified: int, size: int) -> dict[str, int]:
     try:
         fields = read_pickle(data).state
         origin, places = fields.get("storage_meta"), [place.state for place in fields["storage_data"].values()]
-        promised = origin is not None and str(origin.state["save_id"]).endswith(FOLLOWS)
+        promised = origin is not None and str(origin.state["save_id"]).endswith(EXPECTS_MARKER)
         sizes = {METADATA: len(data)}
         for place in places:
             end = place["offset"] + place["length"]

@@ -34,7 +34,7 @@ FLOATS = ("float64", "float32", "float16", "bfloat16")  # what can be cast
 Box = tuple[tuple[int, int], ...]  # (start, stop) in each dimension
 
 
-def raw(dtype: str) -> np.dtype:
+def raw_dtype(dtype: str) -> np.dtype:
     """The unsigned integer of the same bytes, by which elements are moved without a look at their values."""
     return np.dtype(f"u{SIZES[dtype]}")
 
@@ -44,7 +44,7 @@ def as_bytes(block: np.ndarray) -> memoryview:
     return block.reshape(-1).view(np.uint8).data
 
 
-def boxes(whole: Box, limit: int) -> Iterator[Box]:
+def split_box(whole: Box, limit: int) -> Iterator[Box]:
     """Cut a box into boxes of at most `limit` elements that follow each other in row-major order."""
     if math.prod(stop - start for start, stop in whole) <= limit:
         yield whole
@@ -53,14 +53,14 @@ def boxes(whole: Box, limit: int) -> Iterator[Box]:
     row = math.prod(stop - start for start, stop in inner)
     if row > limit:
         for i in range(start, stop):
-            for rest in boxes(inner, limit):
+            for rest in split_box(inner, limit):
                 yield ((i, i + 1), *rest)
         return
     for i in range(start, stop, limit // row):
         yield ((i, min(i + limit // row, stop)), *inner)
 
 
-def is_adjacent(box: Sequence[tuple[int, int]], sizes: tuple[int, ...]) -> bool:
+def is_contiguous(box: Sequence[tuple[int, int]], sizes: tuple[int, ...]) -> bool:
     """Whether the elements of a box follow each other in memory: below its first true range all is taken."""
     extents = [stop - start for start, stop in box]
     first = next((i for i, extent in enumerate(extents) if extent > 1), len(extents))
@@ -68,7 +68,7 @@ def is_adjacent(box: Sequence[tuple[int, int]], sizes: tuple[int, ...]) -> bool:
 
 
 @contextmanager
-def reading(file: Path) -> Iterator[None]:
+def report_unreadable(file: Path) -> Iterator[None]:
     """A block that reads a file which is there; raises UserError if that cannot be done, as its bytes may be fine."""
     try:
         yield
@@ -83,13 +83,13 @@ def read_box(file: Path, start: int, dtype: str, sizes: tuple[int, ...], box: Se
 
     Raises EOFError, and UserError if the file cannot be read.
     """
-    with reading(file):
-        if not is_adjacent(box, sizes):  # such as columns: the pages they lie in, for as long as it takes
-            return np.array(np.memmap(file, raw(dtype), "r", start, sizes)[tuple(slice(*each) for each in box)])
+    with report_unreadable(file):
+        if not is_contiguous(box, sizes):  # such as columns: the pages they lie in, for as long as it takes
+            return np.array(np.memmap(file, raw_dtype(dtype), "r", start, sizes)[tuple(slice(*each) for each in box)])
         first = 0  # element of the tensor
         for (low, _), size in zip(box, sizes, strict=True):
             first = first * size + low
-        block = np.empty([stop - low for low, stop in box], raw(dtype))
+        block = np.empty([stop - low for low, stop in box], raw_dtype(dtype))
         view, done = as_bytes(block), 0
         with open(file, "rb", buffering=0) as stream:
             stream.seek(start + first * block.itemsize)

@@ -17,19 +17,19 @@ from torchtitan.tools.utils import GarbageCollection
 
 from flame.checkpoint.commit import (
     MARKER,
-    complaint,
+    archive,
     complete_steps,
-    condemn,
-    condemned,
-    discard,
+    find_corruption,
     is_resumable,
     is_unfinished,
+    mark_for_deletion,
+    pending_deletions,
     read_marker,
-    set_aside,
-    survey,
+    remove_incomplete,
+    scan_checkpoints,
 )
-from flame.checkpoint.start import check_resumable, choose, compare, step_of
-from flame.checkpoint.verification import PATIENCE, find_whole
+from flame.checkpoint.start import changed_settings, check_resumable, plan_start, step_of
+from flame.checkpoint.verification import VERIFY_TIMEOUT, find_intact
 from flame.checkpoint.writer import Writer
 from flame.config.parser import recorded, to_toml
 from flame.errors import SaveError, UserError
@@ -57,7 +57,7 @@ class CheckpointManager(TitanCheckpointManager):
     def __init__(self, *args: Any, checkpoint_config: Any, **kwargs: Any) -> None:
         super().__init__(*args, checkpoint_config=checkpoint_config, **kwargs)
         self.config = checkpoint_config
-        self.ranks = Agreement(PATIENCE)
+        self.ranks = Agreement(VERIFY_TIMEOUT)
         self.every_seconds = checkpoint_config.interval_type == "seconds"
         self.due = False  # set by the trainer, agreed by all ranks, when saves are counted in seconds
         self.saving = ""  # the checkpoint that was begun last
@@ -150,7 +150,7 @@ class CheckpointManager(TitanCheckpointManager):
     def _is_saved(self, step: int) -> bool:
         """Whether a checkpoint that can be resumed is there; all ranks get the answer of the first."""
         path = Path(self._create_checkpoint_id(step))
-        return agree(self.ranks, lambda: complaint(path) is None and is_resumable(path))
+        return agree(self.ranks, lambda: find_corruption(path) is None and is_resumable(path))
 
     def _async_wait(self) -> None:
         try:
@@ -174,7 +174,7 @@ class CheckpointManager(TitanCheckpointManager):
         if not all(isinstance(failure, OSError) for failure in found):
             raise error
         if dist.get_rank() == 0:
-            discard(Path(self.saving))
+            remove_incomplete(Path(self.saving))
         message = f"{self.saving} could not be saved: {found[0]}"
         if final or self.config.on_save_failure == "stop":
             raise SaveError(f"{message}; what was saved before is as it was")
@@ -194,7 +194,7 @@ class CheckpointManager(TitanCheckpointManager):
             if step == 0 or (every and step % every == 0):  # step 0 is what the user began with
                 continue
             try:
-                self.purge_queue.put(str(condemn(path)))
+                self.purge_queue.put(str(mark_for_deletion(path)))
             except OSError as error:
                 logger.warning(f"{path} could not be deleted: {error}")
 
@@ -209,12 +209,12 @@ class CheckpointManager(TitanCheckpointManager):
         """
         folder, job_config = Path(self.folder) if self.enable else Path(), self.states[TRAIN_STATE].job_config
         last_step = job_config.training.steps
-        start = agree(self.ranks, lambda: choose(job_config))
+        start = agree(self.ranks, lambda: plan_start(job_config))
         source, restored = "", []
         if start.mode == "resume":
             agree(self.ranks, lambda: self._name_broken(folder))
             flag = f"--checkpoint.{'load_step' if start.steps == (self.config.load_step,) else 'folder'}"
-            path = find_whole(self.ranks, [folder / f"step-{step}" for step in start.steps], flag)
+            path = find_intact(self.ranks, [folder / f"step-{step}" for step in start.steps], flag)
             number = step_of(path)
             if number > 0:
                 agree(self.ranks, lambda: check_resumable(path, last_step))
@@ -222,30 +222,30 @@ class CheckpointManager(TitanCheckpointManager):
                 agree(self.ranks, lambda: self.sd_adapter.check(flag, path, ties=number == 0))
             source, restored = str(path), self._resume(path, number)
             if number < last_step:
-                agree(self.ranks, lambda: self._set_aside(folder, number))
+                agree(self.ranks, lambda: self._archive(folder, number))
         elif self.enable:
-            agree(self.ranks, lambda: self._set_aside(folder))
+            agree(self.ranks, lambda: self._archive(folder))
             if start.mode == "init":
                 source, restored = self.initial_load_path, self._load_initial()
                 if (step := self.states[TRAIN_STATE].step) >= last_step:
                     raise UserError(f"--training.steps: found {last_step}, must be more than {source}'s {step}")
         if self.enable and self.keep_latest_k and not self.load_only and dist.get_rank() == 0:
-            for path in condemned(folder):
+            for path in pending_deletions(folder):
                 self.purge_queue.put(str(path))
         self._say(start.mode, source, restored)
         return bool(source)
 
     def _name_broken(self, folder: Path) -> None:
-        for step, reason in survey(folder).items():
+        for step, reason in scan_checkpoints(folder).items():
             if reason:
                 logger.warning(f"{folder / f'step-{step}'} is not complete and is not used: {reason}")
 
-    def _set_aside(self, folder: Path, after: int | None = None) -> None:
+    def _archive(self, folder: Path, after: int | None = None) -> None:
         """Move away the checkpoints after the step that is resumed; at a new start, the first save, cut short."""
-        for step in [] if self.load_only else survey(folder):
+        for step in [] if self.load_only else scan_checkpoints(folder):
             path = folder / f"step-{step}"
             if after is None or (step > after and not is_unfinished(path)):  # that one will be overwritten
-                logger.warning(f"{path} is moved to {set_aside(path)}")
+                logger.warning(f"{path} is moved to {archive(path)}")
 
     def _resume(self, checkpoint: Path, step: int) -> list[str]:
         """Load a checkpoint of this job; returns the names of what was loaded."""
@@ -273,7 +273,7 @@ class CheckpointManager(TitanCheckpointManager):
         if self.initial_load_in_hf:
             self.dcp_load(self._states_to_load(True), self.initial_load_path, from_hf=True, from_quantized=False)
             return [MODEL]
-        checkpoint = find_whole(self.ranks, [Path(self.initial_load_path)], "--checkpoint.initial_load_path")
+        checkpoint = find_intact(self.ranks, [Path(self.initial_load_path)], "--checkpoint.initial_load_path")
         return self._load(checkpoint, self.initial_load_model_only, self.exclude_from_loading)
 
     def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, *args: Any, **kwargs: Any) -> None:
@@ -309,6 +309,6 @@ class CheckpointManager(TitanCheckpointManager):
             marker = read_marker(Path(source))
             if not marker:
                 logger.warning(f"{source} has no {MARKER}: no more than its names and sizes could be checked")
-            changes = compare(marker["config"], self._settings()) if "config" in marker else ()
+            changes = changed_settings(marker["config"], self._settings()) if "config" in marker else ()
             for change in changes if len(restored) > 1 else ():  # of a model alone no setting is taken over
                 logger.info(f"changed since {Path(source).name}: {change}")

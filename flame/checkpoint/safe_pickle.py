@@ -14,7 +14,7 @@ _MODULES = (  # whose classes are read as records
 )
 
 
-class Record:
+class PickledObject:
     """Whatever object a pickle asks for: its constructor's arguments, or its state, and nothing else of it."""
 
     def __init__(self, *args: Any) -> None:
@@ -25,7 +25,7 @@ class Record:
 
 
 def read_pickle(data: bytes) -> Any:
-    """The content of a pickle: objects as Records, torch.Size as tuple, torch's types by name, a storage by its key.
+    """The content of a pickle: objects as PickledObject, torch.Size as a tuple, types by name, storages by key.
 
     A tensor is (storage's key, offset, sizes, strides), in elements. Raises pickle.UnpicklingError for anything else,
     and whatever a damaged pickle makes Python raise.
@@ -38,7 +38,7 @@ class _Unpickler(pickle.Unpickler):
         if known := _KNOWN.get((module, name)):
             return known
         if module in _MODULES or (module == "torch" and name.endswith("Storage")):
-            return Record
+            return PickledObject
         if module == "torch":
             return name  # a string: torch.float32 and its kin
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint of tensors")

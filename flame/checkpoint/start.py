@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import tomli
 
-from flame.checkpoint.commit import complaint, is_resumable, is_unfinished, survey
+from flame.checkpoint.commit import find_corruption, is_resumable, is_unfinished, scan_checkpoints
 from flame.config.parser import recorded, to_toml
 from flame.errors import UserError
 
@@ -18,14 +18,14 @@ _ONLY_AT_FIRST = "checkpoint.initial_load_"
 
 
 @dataclass(frozen=True)
-class Start:
+class StartPlan:
     """How a job starts; steps: the checkpoints to resume from, the first that is whole, newest first."""
 
     mode: Literal["resume", "init", "scratch"]
     steps: tuple[int, ...] = ()
 
 
-def choose(job_config: Any) -> Start:
+def plan_start(job_config: Any) -> StartPlan:
     """How a job with these settings starts. A model alone, as last_save_model_only saves it, can be its last step only.
 
     Raises UserError where what is asked for cannot be, or would leave out or overwrite what is there.
@@ -38,11 +38,11 @@ def choose(job_config: Any) -> Start:
             raise UserError(f"--checkpoint.start: found {asked}, but checkpoint.enable is false")
         if path:
             raise UserError(f"--checkpoint.initial_load_path: found {path}, but checkpoint.enable is false")
-        return Start("scratch")
-    found = survey(folder)
+        return StartPlan("scratch")
+    found = scan_checkpoints(folder)
     steps = [step for step, reason in found.items() if reason is None]
     broken = {step: reason for step, reason in found.items() if reason}
-    if config.load_step >= 0 and not went_back(job_config):
+    if config.load_step >= 0 and not already_rewound(job_config):
         return _choose_step(config, folder, last_step, steps, broken)
     if asked == "init" and not path:
         raise UserError("--checkpoint.start: found init, but --checkpoint.initial_load_path is not set")
@@ -53,21 +53,21 @@ def choose(job_config: Any) -> Start:
     if later := [step for step in reversed(steps) if step > 0]:
         check_resumable(folder / f"step-{later[0]}", last_step)
         _check_load_only(config, folder / f"step-{later[0]}", last_step)
-        return Start("resume", tuple(later))
+        return StartPlan("resume", tuple(later))
     if not _may_begin(config, folder, broken):
         reasons = "; ".join(f"step-{step}: {reason}" for step, reason in broken.items())
         raise UserError(
             f"--checkpoint.folder: no complete checkpoint in {folder} ({reasons}); move it away to start anew"
         )
     if steps:  # a model to begin with
-        return Start("resume", (0,))
+        return StartPlan("resume", (0,))
     if asked == "resume":
         raise UserError(f"--checkpoint.start: found resume, but there is no complete checkpoint in {folder}")
-    if path and not config.initial_load_in_hf and (reason := complaint(Path(path))):
+    if path and not config.initial_load_in_hf and (reason := find_corruption(Path(path))):
         raise UserError(
             f"--checkpoint.initial_load_path: found {path}, must be a whole RUN/checkpoint/step-N: {reason}"
         )
-    return Start("init" if path else "scratch")
+    return StartPlan("init" if path else "scratch")
 
 
 def check_resumable(checkpoint: Path, last_step: int) -> None:
@@ -80,7 +80,7 @@ def check_resumable(checkpoint: Path, last_step: int) -> None:
         )
 
 
-def went_back(job_config: Any) -> bool:
+def already_rewound(job_config: Any) -> bool:
     """Whether this very job, started before, went back to its checkpoint.load_step, from which it now goes on."""
     run = Path(job_config.job.dump_folder)
     try:
@@ -100,17 +100,17 @@ def _check_load_only(config: Any, checkpoint: Path, last_step: int) -> None:
         )
 
 
-def check_left_out(config: Any, run: Path) -> None:
+def check_orphaned_checkpoints(config: Any, run: Path) -> None:
     """Raises UserError if a start anew in a run folder leaves out the checkpoints that its config.toml speaks of.
 
-    config: as in `choose`. The run's records would give way to those of another run.
+    config: as in `plan_start`. The run's records would give way to those of another run.
     """
     try:
         recorded = tomli.loads((run / "config.toml").read_text())
     except (OSError, ValueError):  # no run folder as yet, or not one of ours
         return
     folder = run / recorded.get("checkpoint", {}).get("folder", config.folder)
-    if steps := survey(folder):
+    if steps := scan_checkpoints(folder):
         asked = f"folder: found {config.folder}" if config.enable else "enable: found false"
         raise UserError(
             f"--checkpoint.{asked}, but the run in {run} has checkpoints, {folder}/step-{max(steps)}, and would begin "
@@ -123,7 +123,7 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def compare(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+def changed_settings(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     """A line for each setting of a checkpoint's config that is another today, and what becomes of it."""
     before, after = dict(_flatten(was)), dict(_flatten(now))
     for path in sorted(before.keys() | after.keys()):
@@ -132,7 +132,7 @@ def compare(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
             yield f"{path} {before.get(path, 'none')} -> {after.get(path, 'none')}, {used}"
 
 
-def _choose_step(config: Any, folder: Path, last_step: int, steps: list[int], broken: Mapping[int, str]) -> Start:
+def _choose_step(config: Any, folder: Path, last_step: int, steps: list[int], broken: Mapping[int, str]) -> StartPlan:
     step, asked = config.load_step, config.start
     if asked in ("init", "scratch"):
         raise UserError(f"--checkpoint.load_step: found {step}, must be -1 with --checkpoint.start {asked}")
@@ -143,7 +143,7 @@ def _choose_step(config: Any, folder: Path, last_step: int, steps: list[int], br
     if step > 0:
         check_resumable(folder / f"step-{step}", last_step)
         _check_load_only(config, folder / f"step-{step}", last_step)
-    return Start("resume", (step,))
+    return StartPlan("resume", (step,))
 
 
 def _may_begin(config: Any, folder: Path, broken: Mapping[int, str]) -> bool:

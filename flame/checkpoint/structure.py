@@ -9,7 +9,7 @@ from hashlib import sha256
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from flame.checkpoint.dtypes import FLOATS, Box
 
@@ -18,7 +18,7 @@ STRUCTURE = "structure.json"  # in a folder with a config.json: the tensors that
 SHOWN = 20  # complaints that are listed
 
 
-class UnfaithfulError(ValueError):
+class ConversionError(ValueError):
     """A conversion whose result is not, or would not be, the model it was made from."""
 
 
@@ -94,16 +94,23 @@ class Structure:
         return name not in self.tensors and any(re.search(pattern, name) for pattern in self.ignored)
 
 
-def name_tensors(model: Any) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, str], dict[int, str]]:
-    """The tensors of a torch module, the further names of tied ones, {name: tensor}, and {id: name} of all."""
-    names: dict[int, str] = {}
-    tensors, shared = {}, {}
+class NamedTensors(NamedTuple):
+    """The tensors of a torch module by name."""
+
+    specs: dict[str, tuple[str, tuple[int, ...]]]  # {name: (dtype, shape)}, a tied tensor under its first name alone
+    tied: dict[str, str]  # {further name: first name}
+    names: dict[int, str]  # {id of a tensor: its first name}
+
+
+def name_tensors(model: Any) -> NamedTensors:
+    """The parameters and persistent buffers of a torch module."""
+    found = NamedTensors({}, {}, {})
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if names.setdefault(id(tensor), name) == name:
-            tensors[name] = (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+        if found.names.setdefault(id(tensor), name) == name:
+            found.specs[name] = (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
         else:
-            shared[name] = names[id(tensor)]
-    return tensors, shared, names
+            found.tied[name] = found.names[id(tensor)]
+    return found
 
 
 def save_structure(structure: Structure, folder: Path) -> None:
@@ -142,13 +149,13 @@ def main_dtype(found: TensorSpecs) -> str:
 
 
 def check_structure(found: TensorSpecs, structure: Structure) -> None:
-    """Raises UnfaithfulError, a line for each complaint of `compare`."""
-    if complaints := compare(found, structure):
+    """Raises ConversionError, a line for each complaint of `find_mismatches`."""
+    if complaints := find_mismatches(found, structure):
         more = [f"and {len(complaints) - SHOWN} more"] if len(complaints) > SHOWN else []
-        raise UnfaithfulError("not the tensors of the config's model\n  " + "\n  ".join(complaints[:SHOWN] + more))
+        raise ConversionError("not the tensors of the config's model\n  " + "\n  ".join(complaints[:SHOWN] + more))
 
 
-def compare(found: TensorSpecs, structure: Structure) -> list[str]:
+def find_mismatches(found: TensorSpecs, structure: Structure) -> list[str]:
     """A complaint for each tensor that is missing, unexpected, of the wrong shape or of the wrong type.
 
     Floating tensors are to be all of one type, which the model may have been cast to, or of the type the model gives

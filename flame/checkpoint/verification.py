@@ -7,11 +7,11 @@ from pathlib import Path
 import torch.distributed as dist
 from torchtitan.tools.logging import logger
 
-from flame.checkpoint.commit import verify
+from flame.checkpoint.commit import verify_hashes
 from flame.errors import UserError
 from flame.runtime.agreement import Agreement
 
-PATIENCE = timedelta(days=1)  # a rank may have a file of terabytes to hash, while the others wait for it
+VERIFY_TIMEOUT = timedelta(days=1)  # a rank may have a file of terabytes to hash, while the others wait for it
 
 
 def _prove(ranks: Agreement, checkpoint: Path) -> list[str]:
@@ -21,7 +21,7 @@ def _prove(ranks: Agreement, checkpoint: Path) -> list[str]:
     """
     found: list[str] | UserError
     try:
-        found = verify(checkpoint, dist.get_rank(), dist.get_world_size())
+        found = verify_hashes(checkpoint, dist.get_rank(), dist.get_world_size())
     except UserError as error:
         found = error
     everywhere = ranks.gather(found)
@@ -31,7 +31,7 @@ def _prove(ranks: Agreement, checkpoint: Path) -> list[str]:
     return [complaint for of_rank in everywhere for complaint in of_rank]
 
 
-def find_whole(ranks: Agreement, checkpoints: Sequence[Path], flag: str) -> Path:
+def find_intact(ranks: Agreement, checkpoints: Sequence[Path], flag: str) -> Path:
     """The first of these checkpoints that is whole; says what is wrong with those before it.
 
     Raises UserError, in which `flag` stands for the setting that named them.

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.futures import Future
 
-from flame.checkpoint.commit import FOLLOWS, METADATA, SavedFile, withdraw, write_marker
+from flame.checkpoint.commit import EXPECTS_MARKER, METADATA, SavedFile, invalidate, write_marker
 
 
 class Writer(_FileSystemWriter):
@@ -35,13 +35,13 @@ class Writer(_FileSystemWriter):
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Called on every rank before any writes; whatever fails here fails on all of them."""
         if self.coordinates and self.overwrite:
-            withdraw(Path(self.path))
+            invalidate(Path(self.path))
             for data in Path(self.path).glob("__*.distcp"):  # of more ranks than there are now, perhaps
                 data.unlink()
         return super().prepare_local_plan(plan)
 
     def storage_meta(self) -> StorageMeta:
-        return StorageMeta(self.checkpoint_id, self.save_id + FOLLOWS)
+        return StorageMeta(self.checkpoint_id, self.save_id + EXPECTS_MARKER)
 
     def write_data(self, plan: SavePlan, planner: Any) -> Future:
         """What torch returns, and a SavedFile for each file that was written."""

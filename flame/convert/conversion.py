@@ -10,7 +10,7 @@ from zlib import crc32
 import numpy as np
 
 from flame.checkpoint.dtypes import FLOATS, READ_BYTES, SIZES, as_bytes, cast
-from flame.checkpoint.structure import PublishedTensor, Structure, TensorSpecs, UnfaithfulError, whole
+from flame.checkpoint.structure import ConversionError, PublishedTensor, Structure, TensorSpecs, whole
 from flame.convert.dcp_file import StoredTensor, check_tensor, read_blocks, read_tensors
 from flame.convert.safetensors_file import Entry, check_file, lay_out, read_bytes, write_file
 
@@ -82,7 +82,7 @@ def convert_hf_to_dcp(
     """Write tensors of safetensors files to `folder` as a DCP checkpoint of a model alone; types are kept.
 
     They get the names and shapes of the model in `structure`, or else keep their own. What was written is read again
-    and compared. `advance` is told the bytes that were written. Raises UnfaithfulError.
+    and compared. `advance` is told the bytes that were written. Raises ConversionError.
     """
     from flame.convert.dcp_writer import write_checkpoint  # imports torch, which the other direction does without
 
@@ -101,7 +101,7 @@ def convert_hf_to_dcp(
         for block in read_blocks(part.tensor, tensors[part.tensor], part.box):
             found = crc32(as_bytes(block), found)
         if (tensors[part.tensor].dtype, found) != (entries[name].dtype, expected):
-            raise UnfaithfulError(f"{folder}: {part.tensor} reads back as other bytes than {entries[name].file} holds")
+            raise ConversionError(f"{folder}: {part.tensor} reads back as other bytes than {entries[name].file} holds")
 
 
 def _split(wanted: TensorSpecs, shard_bytes: int) -> Iterator[list[str]]:

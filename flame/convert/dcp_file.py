@@ -16,7 +16,18 @@ from typing import Any
 
 import numpy as np
 
-from flame.checkpoint.dtypes import CODES, READ_BYTES, SIZES, Box, as_bytes, boxes, is_adjacent, raw, read_box, reading
+from flame.checkpoint.dtypes import (
+    CODES,
+    READ_BYTES,
+    SIZES,
+    Box,
+    as_bytes,
+    is_contiguous,
+    raw_dtype,
+    read_box,
+    report_unreadable,
+    split_box,
+)
 from flame.checkpoint.safe_pickle import read_pickle
 from flame.errors import UserError
 
@@ -72,7 +83,7 @@ class ChunkReader:
     def read(self, box: Box) -> np.ndarray:
         """The raw elements of a box of the tensor that lies in this chunk; boxes come in row-major order."""
         local = [(start - low, stop - low) for (start, stop), low in zip(box, self.chunk.offsets, strict=True)]
-        if not (self.row_major and is_adjacent(local, self.chunk.sizes)):
+        if not (self.row_major and is_contiguous(local, self.chunk.sizes)):
             return np.ascontiguousarray(self._map()[tuple(slice(*each) for each in local)])
         try:
             block = read_box(self.chunk.file, self.start, self.dtype, self.chunk.sizes, local)
@@ -89,7 +100,7 @@ class ChunkReader:
 
     def _read_crc(self) -> int:
         crc, left = 0, self.nbytes
-        with reading(self.chunk.file), open(self.chunk.file, "rb", buffering=0) as stream:
+        with report_unreadable(self.chunk.file), open(self.chunk.file, "rb", buffering=0) as stream:
             stream.seek(self.memory)
             while left:
                 if not (data := stream.read(min(left, READ_BYTES))):
@@ -100,8 +111,8 @@ class ChunkReader:
     def _map(self) -> np.ndarray:
         """The chunk by its strides: torch saves the memory of a transposed tensor as it is."""
         reach = 1 + sum((size - 1) * stride for size, stride in zip(self.chunk.sizes, self.strides, strict=True))
-        with reading(self.chunk.file):
-            memory = np.memmap(self.chunk.file, raw(self.dtype), "r", self.start, (reach,))
+        with report_unreadable(self.chunk.file):
+            memory = np.memmap(self.chunk.file, raw_dtype(self.dtype), "r", self.start, (reach,))
         strides = [stride * memory.itemsize for stride in self.strides]
         return np.lib.stride_tricks.as_strided(memory, self.chunk.sizes, strides)
 
@@ -122,7 +133,7 @@ class _Range(io.RawIOBase):
     """A chunk's bytes as a file, which is how zipfile reads them."""
 
     def __init__(self, chunk: Chunk) -> None:
-        with reading(chunk.file):
+        with report_unreadable(chunk.file):
             self.file, self.chunk, self.position = chunk.file.open("rb"), chunk, 0
 
     def readable(self) -> bool:
@@ -136,7 +147,7 @@ class _Range(io.RawIOBase):
         return self.position
 
     def readinto(self, buffer: Any) -> int:
-        with reading(self.chunk.file):  # here: zipfile would call it a bad zip
+        with report_unreadable(self.chunk.file):  # here: zipfile would call it a bad zip
             self.file.seek(self.chunk.start + self.position)
             data = self.file.read(min(len(buffer), max(0, self.chunk.length - self.position)))
         buffer[: len(data)] = data
@@ -198,7 +209,7 @@ def read_blocks(
     """
     box = box or tensor.box
     readers = [ChunkReader(chunk, name, tensor.dtype) for chunk in tensor.chunks if _overlap(chunk, box) is not None]
-    for each in boxes(box, max(1, block_bytes // SIZES[tensor.dtype])):
+    for each in split_box(box, max(1, block_bytes // SIZES[tensor.dtype])):
         yield _assemble(name, tensor, readers, each)
     for reader in readers if box == tensor.box else ():
         reader.check()
@@ -226,7 +237,7 @@ def _tensor(checkpoint: Path, name: str, entry: dict[str, Any], places: dict[Any
 
 
 def _assemble(name: str, tensor: StoredTensor, readers: list[ChunkReader], box: Box) -> np.ndarray:
-    block, filled = np.empty([stop - start for start, stop in box], raw(tensor.dtype)), 0
+    block, filled = np.empty([stop - start for start, stop in box], raw_dtype(tensor.dtype)), 0
     for reader in readers:
         inside = _overlap(reader.chunk, box)
         if inside is None:

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.futures import Future
 
-from flame.checkpoint.dtypes import READ_BYTES, SIZES, Box, as_bytes, boxes, read_box
+from flame.checkpoint.dtypes import READ_BYTES, SIZES, Box, as_bytes, read_box, split_box
 from flame.convert.hf_weights import Weights
 from flame.convert.safetensors_file import Entry
 from flame.errors import UserError
@@ -91,7 +91,7 @@ def _read(entry: Entry, box: Box) -> Iterator[tuple[Box, torch.Tensor]]:
     """The pieces of a box of an entry, at most READ_BYTES each, with their places in the entry."""
     if any(start == stop for start, stop in box):
         return
-    for piece in boxes(box, READ_BYTES // SIZES[entry.dtype]):
+    for piece in split_box(box, READ_BYTES // SIZES[entry.dtype]):
         try:
             block = read_box(entry.file, entry.start, entry.dtype, entry.shape, piece)
         except EOFError:

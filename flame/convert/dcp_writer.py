@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
-from flame.checkpoint.dtypes import SIZES, boxes
+from flame.checkpoint.dtypes import SIZES, split_box
 from flame.checkpoint.structure import PublishedTensor
 from flame.checkpoint.writer import Writer
 from flame.convert.safetensors_file import Entry
@@ -68,7 +68,7 @@ def _cut(
     entry: Entry, part: PublishedTensor, shapes: Mapping[str, tuple[int, ...]], piece_bytes: int
 ) -> Iterator[_Piece]:
     properties, start = TensorProperties(dtype=getattr(torch, entry.dtype)), entry.start
-    for box in boxes(part.box, max(1, piece_bytes // SIZES[entry.dtype])):
+    for box in split_box(part.box, max(1, piece_bytes // SIZES[entry.dtype])):
         offsets, sizes = torch.Size(a for a, _ in box), torch.Size(b - a for a, b in box)
         chunk = ChunkStorageMetadata(offsets, sizes)
         data = TensorWriteData(chunk, properties, torch.Size(shapes[part.tensor]))

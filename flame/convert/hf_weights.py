@@ -7,7 +7,7 @@ from pathlib import Path
 
 import xxhash
 
-from flame.checkpoint.structure import Structure, TensorSpecs, compare
+from flame.checkpoint.structure import Structure, TensorSpecs, find_mismatches
 from flame.convert.safetensors_file import Entry, find_files, read_bytes, read_headers
 from flame.errors import UserError
 
@@ -60,7 +60,8 @@ def read_weights(folder: Path, structure: Structure, *, grow: bool = False) -> W
         raise UserError(f"{FLAG} {folder}: {complaint}")
     found = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
     smaller = published.before_growth(found)
-    hint = "" if grow or compare(found, smaller) else "; --model.grow_vocab or --model.add_tokens starts from fewer ids"
+    may_grow = not grow and not find_mismatches(found, smaller)
+    hint = "; --model.grow_vocab or --model.add_tokens starts from fewer ids" if may_grow else ""
     check_found(f"{FLAG} {folder}", found, smaller if grow else published, hint)
     return Weights(folder, {name: e for name, e in entries.items() if name in published.tensors}, structure)
 
@@ -90,7 +91,7 @@ def checksum(entry: Entry) -> str:
 
 def check_found(where: str, found: TensorSpecs, structure: Structure, hint: str = "") -> None:
     """Raises UserError, in one line with a hint, for tensors that are not those of the structure."""
-    if complaints := compare(found, structure):
+    if complaints := find_mismatches(found, structure):
         more = f" and {len(complaints) - SHOWN} more" if len(complaints) > SHOWN else ""
         said = "; ".join(complaints[:SHOWN])
         raise UserError(f"{where}: not the tensors of --model.config's model: {said}{more}{hint}")

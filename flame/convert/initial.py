@@ -9,7 +9,7 @@ import xxhash
 from torchtitan.protocols.state_dict_adapter import StateDictAdapter
 
 from flame.checkpoint.dtypes import as_bytes
-from flame.checkpoint.start import choose
+from flame.checkpoint.start import plan_start
 from flame.checkpoint.structure import Structure
 from flame.convert.dcp_file import StoredTensor, read_blocks, read_tensors
 from flame.convert.dcp_reader import WeightReader
@@ -52,7 +52,7 @@ def build_adapter(job_config: Any, structure: Structure) -> Any:
     checkpoint, source = job_config.checkpoint, job_config.checkpoint.initial_load_path
     grow = job_config.model.grow_vocab or bool(job_config.model.add_tokens)
     weights = None
-    if source and choose(job_config).mode == "init":
+    if source and plan_start(job_config).mode == "init":
         if not checkpoint.initial_load_in_hf:
             hint = "; only Hugging Face weights grow (--checkpoint.initial_load_in_hf)" if grow else ""
             check_checkpoint(FLAG, Path(source), structure, hint, ties=True)

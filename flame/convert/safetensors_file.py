@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from flame.checkpoint.dtypes import CODES, NAMES, READ_BYTES, SIZES, as_bytes
-from flame.checkpoint.structure import UnfaithfulError
+from flame.checkpoint.structure import ConversionError
 from flame.errors import UserError
 
 HEADER_BYTES = 100 << 20  # what the safetensors library reads at most
@@ -125,7 +125,7 @@ def write_file(
 
 
 def check_file(file: Path, header: bytes, entries: Mapping[str, Entry], checksums: Mapping[str, int]) -> str:
-    """Read a file that `write_file` wrote; returns its sha256. Raises UnfaithfulError if it holds other bytes."""
+    """Read a file that `write_file` wrote; returns its sha256. Raises ConversionError if it holds other bytes."""
     digest = hashlib.sha256(header)
     for name, entry in entries.items():
         checksum = 0
@@ -133,7 +133,7 @@ def check_file(file: Path, header: bytes, entries: Mapping[str, Entry], checksum
             digest.update(view)
             checksum = zlib.crc32(view, checksum)
         if checksum != checksums[name]:
-            raise UnfaithfulError(f"{file}: {name} reads back as other bytes than were written")
+            raise ConversionError(f"{file}: {name} reads back as other bytes than were written")
     return digest.hexdigest()
 
 

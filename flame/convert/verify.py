@@ -14,7 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from flame.checkpoint.structure import TensorSpecs, UnfaithfulError, check_structure, save_structure
+from flame.checkpoint.structure import ConversionError, TensorSpecs, check_structure, save_structure
 from flame.convert.export import export_checkpoint
 from flame.convert.hf_structure import read_structure, read_trained
 from flame.convert.safetensors_file import find_files, read_headers
@@ -39,7 +39,7 @@ def export_proven(checkpoint: Path, assets: Path, folder: Path, dtype: str | Non
 def prove(checkpoint: Path, dtype: str | None, folder: Path) -> dict[str, Any]:
     """Check an export made from `checkpoint` with a cast to `dtype`; returns what was found.
 
-    What cannot be checked, such as a model that needs a GPU to run, is said and is no failure. Raises UnfaithfulError.
+    What cannot be checked, such as a model that needs a GPU to run, is said and is no failure. Raises ConversionError.
     """
     found = _found(folder)
     try:
@@ -65,7 +65,7 @@ def compare_logits(checkpoint: Path, dtype: str | None, folder: Path) -> dict[st
     """The training forward of a DCP checkpoint against `from_pretrained` of its export, in float32 on the CPU.
 
     The first has the checkpoint's weights as torch's own reader loads them, rounded to `dtype` as the export's are;
-    `change_by_the_cast` is what that rounding alone does. Both are fed the same fixed tokens. Raises UnfaithfulError,
+    `change_by_the_cast` is what that rounding alone does. Both are fed the same fixed tokens. Raises ConversionError,
     and UserError for a model that does not run on a CPU.
     """
     import torch
@@ -104,12 +104,12 @@ def compare_logits(checkpoint: Path, dtype: str | None, folder: Path) -> dict[st
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
         exported, info = loaded
         if wrong := [f"{kind}: {keys}" for kind, keys in info.items() if keys]:
-            raise UnfaithfulError(f"{folder} does not load as it is: {'; '.join(wrong)}")
+            raise ConversionError(f"{folder} does not load as it is: {'; '.join(wrong)}")
         logits = exported.eval()(tokens, use_cache=False).logits
     largest, difference = expected.abs().max().item(), (logits - expected).abs().max().item()
     found = {"tokens": tokens.numel(), "largest": largest, "max_abs_difference": difference}
     if not difference <= TOLERANCE * largest:  # nor if it is NaN
-        raise UnfaithfulError(f"{folder}: its logits differ from the training forward's by {difference} of {largest}")
+        raise ConversionError(f"{folder}: its logits differ from the training forward's by {difference} of {largest}")
     if rounded:
         found["change_by_the_cast"] = (expected - trained).abs().max().item()
     return found
@@ -161,7 +161,7 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(f"flame: {error}", file=sys.stderr)
         return 2
-    except UnfaithfulError as error:
+    except ConversionError as error:
         print(f"flame: {error}", file=sys.stderr)
         return 1
     return 0

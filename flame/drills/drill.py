@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from flame.checkpoint.commit import complaint, complete_steps, verify
+from flame.checkpoint.commit import complete_steps, find_corruption, verify_hashes
 from flame.drills.job import FAULT, INTERVAL, STALL, STEPS, Job
 from flame.errors import PREEMPTED
 
@@ -184,11 +184,11 @@ def _newest(job: Job, step: int) -> Finding:
 
 def _newest_is_whole(job: Job) -> bool:
     steps = complete_steps(job.checkpoints)
-    return bool(steps) and not verify(job.checkpoints / f"step-{steps[-1]}")
+    return bool(steps) and not verify_hashes(job.checkpoints / f"step-{steps[-1]}")
 
 
 def _is_saving(job: Job) -> bool:
-    return any(complaint(path) is not None for path in job.checkpoints.glob("step-*"))
+    return any(find_corruption(path) is not None for path in job.checkpoints.glob("step-*"))
 
 
 def _says(status: dict, name: str, *reasons: str) -> bool:

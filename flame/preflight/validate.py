@@ -7,7 +7,7 @@ from collections.abc import Callable
 from operator import attrgetter
 from pathlib import Path
 
-from flame.checkpoint.start import check_left_out, choose
+from flame.checkpoint.start import check_orphaned_checkpoints, plan_start
 from flame.config.parser import JobConfig, validation_as_training
 from flame.data.skip import parse_skip
 from flame.errors import UserError
@@ -273,9 +273,9 @@ def _check_folders(config: JobConfig) -> None:
     if unknown := set(checkpoint.exclude_from_loading) - set(_MAY_BE_LEFT_OUT):
         allowed = ", ".join(_MAY_BE_LEFT_OUT)
         raise UserError(f"--checkpoint.exclude_from_loading: found {min(unknown)}, must be among {allowed}")
-    start = choose(config)
+    start = plan_start(config)
     if start.mode != "resume":
-        check_left_out(checkpoint, dump)
+        check_orphaned_checkpoints(checkpoint, dump)
     if start.mode == "init" and checkpoint.initial_load_in_hf:
         from flame.convert.hf_weights import check_source  # here: it imports numpy
 

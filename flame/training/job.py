@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torchtitan.tools.logging import logger
 
 from flame.checkpoint.commit import complete_steps
-from flame.checkpoint.structure import UnfaithfulError
+from flame.checkpoint.structure import ConversionError
 from flame.convert.dcp_file import CorruptedError
 from flame.convert.verify import export_proven
 from flame.errors import EXHAUSTED, PREEMPTED, SaveError, UserError
@@ -52,7 +52,7 @@ def run_job(trainer_class: type[FlameTrainer], job_config: Any, signals: stop.Si
         except stop.Stopped as stopped:
             trainer.stopped = str(stopped)
             trainer.run.set_status("preempted", reason=f"{stopped}, before the export was done")
-        except (OSError, UserError, CorruptedError, UnfaithfulError) as error:
+        except (OSError, UserError, CorruptedError, ConversionError) as error:
             said = f"step {trainer.step} is saved, but was not exported: {error}"
             trainer.run.set_status("failed", reason=said)
             raise SaveError(f"{said}; the same command tries that again") from None

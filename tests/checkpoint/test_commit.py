@@ -10,13 +10,13 @@ from safetensors.torch import save_file
 from flame.checkpoint.commit import (
     MARKER,
     METADATA,
-    complaint,
+    archive,
     complete_steps,
+    find_corruption,
     is_resumable,
     read_marker,
-    set_aside,
-    survey,
-    verify,
+    scan_checkpoints,
+    verify_hashes,
 )
 from flame.checkpoint.structure import whole
 from flame.checkpoint.writer import Writer
@@ -53,7 +53,7 @@ def delete(path):
 
 def found(checkpoint):
     """What is wrong, by names and sizes or else by hashes; at most one line."""
-    lines = [line for line in [complaint(checkpoint)] if line] or verify(checkpoint)
+    lines = [line for line in [find_corruption(checkpoint)] if line] or verify_hashes(checkpoint)
     assert len(lines) < 2
     return lines[0] if lines else None
 
@@ -64,7 +64,7 @@ def test_the_marker_lists_every_file_and_says_what_it_was_told(tmp_path):
     assert {path.name for path in checkpoint.iterdir()} == {MARKER, *marker["files"]} == {MARKER, METADATA, DATA}
     assert marker["files"][DATA]["size"] == (checkpoint / DATA).stat().st_size
     assert (marker["step"], marker["tokens"]) == (3, 12) and "torch" in marker["versions"]
-    assert found(checkpoint) is None and complete_steps(tmp_path) == [3] and survey(tmp_path) == {3: None}
+    assert found(checkpoint) is None and complete_steps(tmp_path) == [3] and scan_checkpoints(tmp_path) == {3: None}
 
 
 @pytest.mark.parametrize(
@@ -93,23 +93,23 @@ def test_a_number_changed_in_the_marker_is_found(tmp_path):
     checkpoint = save(tmp_path / "step-3", step=3)
     text = (checkpoint / MARKER).read_text()
     (checkpoint / MARKER).write_text(text.replace('"step": 3', '"step": 4'))
-    assert f"{MARKER} is damaged" in complaint(checkpoint)
+    assert f"{MARKER} is damaged" in find_corruption(checkpoint)
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", "3", '{"xxh3_128": 1}', ""])
 def test_a_marker_that_is_none_is_damaged(content, tmp_path):
     checkpoint = save(tmp_path / "step-3")
     (checkpoint / MARKER).write_text(content)
-    assert f"{MARKER} is damaged" in complaint(checkpoint)
+    assert f"{MARKER} is damaged" in find_corruption(checkpoint)
 
 
 def test_ranks_share_out_the_files_to_hash(tmp_path):
     checkpoint = save(tmp_path / "step-3")
     for name in (DATA, METADATA):
         flip(checkpoint / name)
-    each = [verify(checkpoint, rank, 3) for rank in range(3)]
+    each = [verify_hashes(checkpoint, rank, 3) for rank in range(3)]
     assert sorted(len(lines) for lines in each) == [0, 1, 1]
-    assert sorted(line for lines in each for line in lines) == sorted(verify(checkpoint))
+    assert sorted(line for lines in each for line in lines) == sorted(verify_hashes(checkpoint))
 
 
 @pytest.mark.parametrize(
@@ -126,9 +126,9 @@ def test_a_checkpoint_saved_without_a_marker_goes_by_its_metadata(name, damage, 
     checkpoint = save_unmarked(tmp_path / "step-3")
     if name:
         damage(checkpoint / name)
-        assert words in complaint(checkpoint) and complete_steps(tmp_path) == []
+        assert words in find_corruption(checkpoint) and complete_steps(tmp_path) == []
     else:
-        assert complaint(checkpoint) is None and complete_steps(tmp_path) == [3] and is_resumable(checkpoint)
+        assert find_corruption(checkpoint) is None and complete_steps(tmp_path) == [3] and is_resumable(checkpoint)
 
 
 def test_saving_anew_leaves_nothing_of_what_was_there(tmp_path):
@@ -145,11 +145,11 @@ def test_only_folders_of_steps_count(tmp_path):
     (tmp_path / "step-4").write_text("a file")
     (tmp_path / "step-6").mkdir()
     assert complete_steps(tmp_path) == [2, 10]
-    assert list(survey(tmp_path)) == [2, 6, 10] and METADATA in survey(tmp_path)[6]
+    assert list(scan_checkpoints(tmp_path)) == [2, 6, 10] and METADATA in scan_checkpoints(tmp_path)[6]
 
 
-def test_a_checkpoint_set_aside_overwrites_none_that_was(tmp_path):
-    names = [set_aside(save(tmp_path / "step-3", step=step)).name for step in (1, 2, 3)]
+def test_an_archived_checkpoint_overwrites_no_other(tmp_path):
+    names = [archive(save(tmp_path / "step-3", step=step)).name for step in (1, 2, 3)]
     assert names == ["step-3", "step-3.2", "step-3.3"]
     assert [json.loads((tmp_path / "replaced" / name / MARKER).read_text())["step"] for name in names] == [1, 2, 3]
 

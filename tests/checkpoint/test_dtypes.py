@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from flame.checkpoint.dtypes import CODES, FLOATS, SIZES, as_bytes, boxes, cast, raw
+from flame.checkpoint.dtypes import CODES, FLOATS, SIZES, as_bytes, cast, raw_dtype, split_box
 from flame.errors import UserError
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -24,7 +24,7 @@ def floats(dtype):
 def test_a_cast_is_torchs_bit_by_bit(source, target):
     given = floats(source)
     wanted = given.to(getattr(torch, target))
-    bits = given.view(BITS[given.itemsize]).numpy().view(raw(source))
+    bits = given.view(BITS[given.itemsize]).numpy().view(raw_dtype(source))
     found = torch.from_numpy(cast(bits, source, target).view(f"i{SIZES[target]}")).view(wanted.dtype)
     number = ~wanted.isnan()
     assert torch.equal(found.isnan(), ~number)
@@ -37,7 +37,7 @@ def test_only_floats_of_16_bits_or_more_are_cast():
 
 
 def test_sizes_are_torchs():
-    assert all(getattr(torch, name).itemsize == SIZES[name] == raw(name).itemsize for name in CODES)
+    assert all(getattr(torch, name).itemsize == SIZES[name] == raw_dtype(name).itemsize for name in CODES)
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (5, 3), (2, 3, 4), (1, 1, 9), (0, 4), (4, 0)])
@@ -45,7 +45,7 @@ def test_sizes_are_torchs():
 def test_boxes_follow_each_other_and_leave_nothing_out(shape, limit):
     whole = np.arange(int(np.prod(shape))).reshape(shape)
     box = tuple((n // 3, n) for n in shape)
-    parts = [whole[tuple(slice(*each) for each in part)] for part in boxes(box, limit)]
+    parts = [whole[tuple(slice(*each) for each in part)] for part in split_box(box, limit)]
     wanted = whole[tuple(slice(*each) for each in box)]
     assert np.array_equal(np.concatenate([part.reshape(-1) for part in parts]), wanted.reshape(-1))
     assert all(part.size <= limit for part in parts)

@@ -14,12 +14,12 @@ from flame.checkpoint.commit import (
     DELETING,
     MARKER,
     METADATA,
-    complaint,
     complete_steps,
+    find_corruption,
     is_resumable,
     read_marker,
-    survey,
-    verify,
+    scan_checkpoints,
+    verify_hashes,
 )
 from flame.errors import SaveError, UserError
 from tests.checkpoint.managed import Job
@@ -262,7 +262,7 @@ def test_a_save_that_fails_stops_the_job_and_leaves_the_last_good_one(mode, tmp_
 @pytest.mark.parametrize("mode", ASYNC)
 def test_a_save_that_fails_may_be_gone_without_until_the_next(mode, tmp_path, disk, log):
     FullDisk(tmp_path, async_mode=mode, on_save_failure="continue").fill(disk).run(8)
-    assert steps(tmp_path) == [2, 6, 8] and not any(survey(tmp_path / "checkpoint").values())
+    assert steps(tmp_path) == [2, 6, 8] and not any(scan_checkpoints(tmp_path / "checkpoint").values())
     assert sum("step-4 could not be saved" in line for line in log.messages) == 1
 
 
@@ -369,5 +369,5 @@ def test_the_process_that_saves_beside_the_job_makes_the_checkpoint_complete(tmp
             job.manager._flattened_model_states_sd(), str(path), AsyncMode.ASYNC_WITH_PINNED_MEM
         )
         getattr(response, "upload_completion", response).result()
-        assert read_marker(path)["step"] == step and complaint(path) is None and not verify(path)
+        assert read_marker(path)["step"] == step and find_corruption(path) is None and not verify_hashes(path)
     job.manager.close()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flame.checkpoint.commit import METADATA, SavedFile, write_marker
-from flame.checkpoint.start import check_left_out, choose, compare
+from flame.checkpoint.start import changed_settings, check_orphaned_checkpoints, plan_start
 from flame.config.schema import Checkpoint, JobConfig
 from flame.errors import UserError
 from tests.checkpoint.managed import Job
@@ -101,7 +101,7 @@ def test_a_job_starts_as_the_table_says_or_not_at_all(state, mode, with_path, do
 def chosen(folder, **settings):
     config = JobConfig(checkpoint=Checkpoint(**settings, folder=folder.name))
     config.job.dump_folder, config.training.steps = str(folder.parent), 1000
-    return choose(config)
+    return plan_start(config)
 
 
 def mark(folder, *steps, resumable=True):
@@ -214,22 +214,22 @@ def test_a_step_by_another_name_is_not_passed_over(tmp_path):
 )
 def test_another_folder_for_checkpoints_is_no_way_to_begin_a_run_anew(settings, said, tmp_path):
     config = Checkpoint(**settings)
-    check_left_out(config, tmp_path / "new")
+    check_orphaned_checkpoints(config, tmp_path / "new")
     (tmp_path / "config.toml").write_text('[checkpoint]\nfolder = "saved"\n')
-    check_left_out(config, tmp_path)  # nothing was saved
+    check_orphaned_checkpoints(config, tmp_path)  # nothing was saved
     mark(tmp_path / "saved", 2, 4)
     with pytest.raises(UserError, match=f"^--checkpoint.{said}, but the run in .* has checkpoints, .*saved/step-4"):
-        check_left_out(config, tmp_path)
+        check_orphaned_checkpoints(config, tmp_path)
     for marker in tmp_path.glob("saved/step-*/complete.json"):
         marker.write_text("damaged")
     with pytest.raises(UserError, match="has checkpoints"):
-        check_left_out(config, tmp_path)
+        check_orphaned_checkpoints(config, tmp_path)
 
 
 def test_every_change_of_a_setting_is_listed():
     was = {"optimizer": {"lr": 0.1, "eps": 1}, "job": {"dump_folder": "a"}, "checkpoint": {"initial_load_path": "x"}}
     now = {"optimizer": {"lr": 0.2, "eps": 1}, "job": {"dump_folder": "b"}, "training": {"varlen": True}}
-    assert list(compare(was, now)) == [
+    assert list(changed_settings(was, now)) == [
         "checkpoint.initial_load_path x -> none, not used by a run that resumes",
         "optimizer.lr 0.1 -> 0.2, applied",
         "training.varlen none -> True, applied",

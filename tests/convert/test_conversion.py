@@ -9,7 +9,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from flame.checkpoint.structure import UnfaithfulError, whole
+from flame.checkpoint.structure import ConversionError, whole
 from flame.convert.conversion import convert_dcp_to_hf, convert_hf_to_dcp
 from flame.convert.dcp_file import read_tensors
 from flame.convert.dcp_writer import write_checkpoint
@@ -82,7 +82,7 @@ def test_what_was_written_is_read_again(tmp_path):
             file.write(bytes([len(calls)] * 4))
 
     calls = []
-    with pytest.raises(UnfaithfulError, match=r"model\.norm\.weight reads back as other bytes"):
+    with pytest.raises(ConversionError, match=r"model\.norm\.weight reads back as other bytes"):
         convert_hf_to_dcp(entries, tmp_path / "step-0", advance=spoil)
 
 
@@ -95,7 +95,7 @@ def test_a_written_file_is_read_again(tmp_path):
     with open(file, "r+b") as stream:
         stream.seek(entries["b"].start)
         stream.write(b"spoiled")
-    with pytest.raises(UnfaithfulError, match=r"model\.safetensors: b reads back as other bytes"):
+    with pytest.raises(ConversionError, match=r"model\.safetensors: b reads back as other bytes"):
         check_file(file, header, entries, checksums)
 
 

@@ -6,7 +6,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from flame.checkpoint.structure import UnfaithfulError
+from flame.checkpoint.structure import ConversionError
 from flame.convert.conversion import convert_hf_to_dcp
 from flame.convert.export import export_checkpoint
 from flame.convert.hf_structure import model_structure, read_structure
@@ -104,14 +104,14 @@ def spoiled(run):
 )
 def test_tensors_other_than_the_configs_are_refused_by_name(run, spoiled, changes, said):
     spoiled(**changes)
-    with pytest.raises(UnfaithfulError, match=said):
+    with pytest.raises(ConversionError, match=said):
         prove(run / "checkpoint" / "step-1", None, run / "hf")
 
 
 def test_an_export_with_other_values_gives_other_logits_and_is_refused(run, spoiled):
     queries = load_file(run / "hf" / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
     spoiled(**{"layers.0.self_attn.q_proj": queries.roll(1, 0)})
-    with pytest.raises(UnfaithfulError, match="its logits differ from the training forward's"):
+    with pytest.raises(ConversionError, match="its logits differ from the training forward's"):
         prove(run / "checkpoint" / "step-1", None, run / "hf")
 
 

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torchtitan.protocols import train_spec
 from transformers import AutoModelForCausalLM
 
-from flame.checkpoint.structure import UnfaithfulError, load_structure
+from flame.checkpoint.structure import ConversionError, load_structure
 from flame.config.parser import parse
 from flame.convert.dcp_reader import WeightReader
 from flame.convert.export import export_checkpoint
@@ -89,7 +89,7 @@ def test_rows_of_heads_are_put_in_transformers_order_and_else_the_proof_fails(tm
     wrong = {key: replace(part, heads=0) for key, part in parts.items()}
     checkpoint = tmp_path / "checkpoint" / "step-1"
     export_checkpoint(checkpoint, tmp_path / "model", tmp_path / "hf", parts=wrong)
-    with pytest.raises(UnfaithfulError, match="its logits differ"):
+    with pytest.raises(ConversionError, match="its logits differ"):
         prove(checkpoint, None, tmp_path / "hf")
 
 
