@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from flame.runtime.atomic import write_atomically
 from flame.runtime.versions import versions
 
 Status = Literal["running", "completed", "data_exhausted", "preempted", "failed"]
@@ -34,8 +35,8 @@ class Run:
         if not self.writes:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        _replace(self.folder / "config.toml", config_toml)
-        _replace(self.folder / "environment.json", _to_json(describe_environment(device)))
+        write_atomically(self.folder / "config.toml", config_toml)
+        write_atomically(self.folder / "environment.json", _to_json(describe_environment(device)))
         self.set_status("running")
 
     def set_status(self, status: Status, **fields: Any) -> None:
@@ -45,7 +46,7 @@ class Run:
         self._flush()
         kept = {"step": 0, "tokens": 0} | self.read_status()
         text = _to_json({**kept, "reason": None, **fields, "status": status})
-        self._write("status.json", lambda path: _replace(path, text))
+        self._write("status.json", lambda path: write_atomically(path, text))
 
     def read_status(self) -> dict[str, Any]:
         """The last status, or {} if there is none."""
@@ -74,7 +75,7 @@ class Run:
         if len(kept) < len(lines):
             with open(self.folder / "metrics.replaced.jsonl", "ab") as file:
                 file.writelines(line + b"\n" for line in lines if _step(line) > step)
-        _replace(path, "".join(line.decode() + "\n" for line in kept))
+        write_atomically(path, "".join(line.decode() + "\n" for line in kept))
 
     def _flush(self) -> None:
         if self._waiting and self._write("metrics.jsonl", lambda path: _append(path, self._waiting)):
@@ -135,9 +136,3 @@ def _append(path: Path, text: str) -> None:
         except OSError:
             file.truncate(end)
             raise
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)  # a reader, or a kill, sees the old file or the new one
