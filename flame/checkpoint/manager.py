@@ -33,7 +33,7 @@ from flame.checkpoint.verification import VERIFY_TIMEOUT, find_intact
 from flame.checkpoint.writer import Writer
 from flame.config.parser import recorded, to_toml
 from flame.errors import SaveError, UserError
-from flame.runtime.agreement import Agreement, agree
+from flame.runtime.consensus import RankConsensus
 
 _OF_CHECKPOINT = (
     "params",
@@ -57,7 +57,7 @@ class CheckpointManager(TitanCheckpointManager):
     def __init__(self, *args: Any, checkpoint_config: Any, **kwargs: Any) -> None:
         super().__init__(*args, checkpoint_config=checkpoint_config, **kwargs)
         self.config = checkpoint_config
-        self.ranks = Agreement(VERIFY_TIMEOUT)
+        self.consensus = RankConsensus(VERIFY_TIMEOUT)
         self.every_seconds = checkpoint_config.interval_type == "seconds"
         self.due = False  # set by the trainer, agreed by all ranks, when saves are counted in seconds
         self.saving = ""  # the checkpoint that was begun last
@@ -150,7 +150,7 @@ class CheckpointManager(TitanCheckpointManager):
     def _is_saved(self, step: int) -> bool:
         """Whether a checkpoint that can be resumed is there; all ranks get the answer of the first."""
         path = Path(self._create_checkpoint_id(step))
-        return agree(self.ranks, lambda: find_corruption(path) is None and is_resumable(path))
+        return self.consensus.first(lambda: find_corruption(path) is None and is_resumable(path))
 
     def _async_wait(self) -> None:
         try:
@@ -209,22 +209,22 @@ class CheckpointManager(TitanCheckpointManager):
         """
         folder, job_config = Path(self.folder) if self.enable else Path(), self.states[TRAIN_STATE].job_config
         last_step = job_config.training.steps
-        start = agree(self.ranks, lambda: plan_start(job_config))
+        start = self.consensus.first(lambda: plan_start(job_config))
         source, restored = "", []
         if start.mode == "resume":
-            agree(self.ranks, lambda: self._name_broken(folder))
+            self.consensus.first(lambda: self._name_broken(folder))
             flag = f"--checkpoint.{'load_step' if start.steps == (self.config.load_step,) else 'folder'}"
-            path = find_intact(self.ranks, [folder / f"step-{step}" for step in start.steps], flag)
+            path = find_intact(self.consensus, [folder / f"step-{step}" for step in start.steps], flag)
             number = step_of(path)
             if number > 0:
-                agree(self.ranks, lambda: check_resumable(path, last_step))
+                self.consensus.first(lambda: check_resumable(path, last_step))
             if self.sd_adapter is not None:  # of a model whose structure is known
-                agree(self.ranks, lambda: self.sd_adapter.check(flag, path, ties=number == 0))
+                self.consensus.first(lambda: self.sd_adapter.check(flag, path, ties=number == 0))
             source, restored = str(path), self._resume(path, number)
             if number < last_step:
-                agree(self.ranks, lambda: self._archive(folder, number))
+                self.consensus.first(lambda: self._archive(folder, number))
         elif self.enable:
-            agree(self.ranks, lambda: self._archive(folder))
+            self.consensus.first(lambda: self._archive(folder))
             if start.mode == "init":
                 source, restored = self.initial_load_path, self._load_initial()
                 if (step := self.states[TRAIN_STATE].step) >= last_step:
@@ -249,10 +249,10 @@ class CheckpointManager(TitanCheckpointManager):
 
     def _resume(self, checkpoint: Path, step: int) -> list[str]:
         """Load a checkpoint of this job; returns the names of what was loaded."""
-        if step == 0 or agree(self.ranks, lambda: is_resumable(checkpoint)):
+        if step == 0 or self.consensus.first(lambda: is_resumable(checkpoint)):
             return self._load(checkpoint, model_only=step == 0)
         # The end of the job, of which the marker alone has what it counted.
-        marker = agree(self.ranks, lambda: read_marker(checkpoint))
+        marker = self.consensus.first(lambda: read_marker(checkpoint))
         counted: dict[str, Any] = {name: marker[name] for name in ("tokens", "data_digest") if name in marker}
         self.states[TRAIN_STATE].load_state_dict({"step": step, **counted})
         return self._load(checkpoint, model_only=True)
@@ -273,7 +273,7 @@ class CheckpointManager(TitanCheckpointManager):
         if self.initial_load_in_hf:
             self.dcp_load(self._states_to_load(True), self.initial_load_path, from_hf=True, from_quantized=False)
             return [MODEL]
-        checkpoint = find_intact(self.ranks, [Path(self.initial_load_path)], "--checkpoint.initial_load_path")
+        checkpoint = find_intact(self.consensus, [Path(self.initial_load_path)], "--checkpoint.initial_load_path")
         return self._load(checkpoint, self.initial_load_model_only, self.exclude_from_loading)
 
     def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, *args: Any, **kwargs: Any) -> None:

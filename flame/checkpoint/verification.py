@@ -9,12 +9,12 @@ from torchtitan.tools.logging import logger
 
 from flame.checkpoint.commit import verify_hashes
 from flame.errors import UserError
-from flame.runtime.agreement import Agreement
+from flame.runtime.consensus import RankConsensus
 
 VERIFY_TIMEOUT = timedelta(days=1)  # a rank may have a file of terabytes to hash, while the others wait for it
 
 
-def _prove(ranks: Agreement, checkpoint: Path) -> list[str]:
+def _prove(consensus: RankConsensus, checkpoint: Path) -> list[str]:
     """What is wrong with a checkpoint, whose files the ranks share out to hash; the same on all ranks.
 
     Raises UserError, on all ranks, if one of them cannot read a file.
@@ -24,21 +24,21 @@ def _prove(ranks: Agreement, checkpoint: Path) -> list[str]:
         found = verify_hashes(checkpoint, dist.get_rank(), dist.get_world_size())
     except UserError as error:
         found = error
-    everywhere = ranks.gather(found)
+    everywhere = consensus.gather(found)
     for of_rank in everywhere:
         if isinstance(of_rank, UserError):
             raise of_rank
     return [complaint for of_rank in everywhere for complaint in of_rank]
 
 
-def find_intact(ranks: Agreement, checkpoints: Sequence[Path], flag: str) -> Path:
+def find_intact(consensus: RankConsensus, checkpoints: Sequence[Path], flag: str) -> Path:
     """The first of these checkpoints that is whole; says what is wrong with those before it.
 
     Raises UserError, in which `flag` stands for the setting that named them.
     """
     damage: list[str] = []
     for checkpoint in checkpoints:
-        damage = _prove(ranks, checkpoint)
+        damage = _prove(consensus, checkpoint)
         if not damage:
             return checkpoint
         if dist.get_rank() == 0 and len(checkpoints) > 1:

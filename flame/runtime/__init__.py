@@ -1,1 +1,1 @@
-"""How ranks and run folders live: launch, device, signals, lock, log, agreement. Imports: errors, config."""
+"""How ranks and run folders live: launch, device, signals, lock, log, consensus. Imports: errors, config."""

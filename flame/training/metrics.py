@@ -14,7 +14,7 @@ from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import NoColor, get_peak_flops
 
-from flame.runtime.agreement import Agreement, agree
+from flame.runtime.consensus import RankConsensus
 from flame.runtime.run_folder import Run
 
 _FALLBACK_PEAK = 312e12  # torchtitan takes an unknown device for an A100
@@ -144,7 +144,7 @@ def _name_wandb_run(folder: Path) -> None:
             known.write_text(os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12])
         return known.read_text()
 
-    os.environ.setdefault("WANDB_RUN_ID", agree(Agreement(), name))  # of a pipeline, the last stage logs
+    os.environ.setdefault("WANDB_RUN_ID", RankConsensus().first(name))  # of a pipeline, the last stage logs
     os.environ.setdefault("WANDB_RESUME", "allow")
     os.environ.setdefault("WANDB_PROJECT", "flame")
     os.environ.setdefault("WANDB_RUN_NAME", folder.resolve().name)

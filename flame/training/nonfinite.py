@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from flame.models.parameters import local_tensor, strip_wrappers
-from flame.runtime.agreement import Agreement
+from flame.runtime.consensus import RankConsensus
 
 Named = Iterable[tuple[str, torch.Tensor]]  # tensors of this rank: its shard of each, without the others'
 SHOWN = 3  # names of bad tensors in a report
@@ -44,27 +44,29 @@ def find(tensors: Named) -> list[str]:
     return [name for name, tensor in filled.items() if not tensor.isfinite().all()]
 
 
-def find_bad_step(loss: torch.Tensor, parts: Iterable[nn.Module], ranks: Agreement) -> str:
+def find_bad_step(loss: torch.Tensor, parts: Iterable[nn.Module], consensus: RankConsensus) -> str:
     """What of a step is not finite on any rank, "" if all is; asked by all ranks, before gradients are clipped.
 
     Clipping spreads one NaN over all of them. loss: this rank's part of it.
     """
     names = find(name_gradients(parts))
-    bad_loss, bad_gradient = ranks.highest(not loss.isfinite(), bool(names))
+    bad_loss, bad_gradient = consensus.max(not loss.isfinite(), bool(names))
     found = ["the loss"] if bad_loss else []
-    return " and ".join([*found, _describe(names, ranks, "gradient")] if bad_gradient else found)
+    return " and ".join([*found, _describe(names, consensus, "gradient")] if bad_gradient else found)
 
 
-def find_bad_state(parts: Iterable[nn.Module], optimizers: Iterable[torch.optim.Optimizer], ranks: Agreement) -> str:
+def find_bad_state(
+    parts: Iterable[nn.Module], optimizers: Iterable[torch.optim.Optimizer], consensus: RankConsensus
+) -> str:
     """What of weights and optimizers is not finite on any rank, "" if all is; asked by all ranks."""
     names = find(name_state(parts, optimizers))
-    (bad,) = ranks.highest(bool(names))
-    return _describe(names, ranks, "tensor") if bad else ""
+    (bad,) = consensus.max(bool(names))
+    return _describe(names, consensus, "tensor") if bad else ""
 
 
-def _describe(bad: list[str], ranks: Agreement, kind: str) -> str:
+def _describe(bad: list[str], consensus: RankConsensus, kind: str) -> str:
     """Such as "2 gradients (model.norm.weight, ...; on rank 1)", of all ranks."""
-    found = ranks.gather(bad)
+    found = consensus.gather(bad)
     names = list(dict.fromkeys(name for of_rank in found for name in of_rank))
     where = [str(rank) for rank, of_rank in enumerate(found) if of_rank]
     return f"{_count(names, kind)} ({_shorten(names)}; on {'rank' if len(where) == 1 else 'ranks'} {_shorten(where)})"

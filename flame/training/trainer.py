@@ -22,7 +22,7 @@ from flame.data.document import Bad, allow_bad
 from flame.data.ledger import digest_batch, roll
 from flame.errors import NonFiniteError, UserError
 from flame.runtime import stop
-from flame.runtime.agreement import Agreement, agree
+from flame.runtime.consensus import RankConsensus
 from flame.runtime.run_folder import Run
 from flame.training import nonfinite
 
@@ -52,7 +52,7 @@ class FlameTrainer(torchtitan.train.Trainer):
         self.last_save = time.monotonic()
         self.started = False
         self.stopped = ""  # why, once it is
-        self.ranks = Agreement()
+        self.consensus = RankConsensus()
         self.signals = signals or stop.Signals(stop.note, stop.end_at_once)
         limit = training.max_wall_time
         self.deadline = stop.launched_at() + stop.seconds(limit) if limit else math.inf
@@ -103,7 +103,7 @@ class FlameTrainer(torchtitan.train.Trainer):
         self.tokens += self.step_tokens
         self.data_digest = roll(self.data_digest, digest)
         self.metrics_processor.steps_since_last_log += 1
-        bad = nonfinite.find_bad_step(loss, self.model_parts, self.ranks)
+        bad = nonfinite.find_bad_step(loss, self.model_parts, self.consensus)
         grad_norm = math.nan if bad else self._clip()
         if not bad and not math.isfinite(grad_norm):
             bad = "the norm of finite gradients"
@@ -192,7 +192,7 @@ class FlameTrainer(torchtitan.train.Trainer):
             raise DataloaderExhaustedError
         if self.checkpointer.enable and self.checkpointer.every_seconds:
             due = time.monotonic() - self.last_save >= self.job_config.checkpoint.interval
-            self.checkpointer.due = bool(self.ranks.highest(due)[0])
+            self.checkpointer.due = bool(self.consensus.max(due)[0])
             if self.checkpointer.due:
                 self.last_save = time.monotonic()
         return local[0].float(), torch.tensor(float(total), device=self.device), digest
@@ -259,7 +259,7 @@ class FlameTrainer(torchtitan.train.Trainer):
 
     def _check_state(self) -> None:
         """Refuse, all ranks alike, to save weights or an optimizer that are not finite. Raises NonFiniteError."""
-        if bad := nonfinite.find_bad_state(self.model_parts, self.optimizers, self.ranks):
+        if bad := nonfinite.find_bad_state(self.model_parts, self.optimizers, self.consensus):
             raise NonFiniteError(
                 f"step {self.step}: not finite after it: {bad}; it is not saved, what was saved before is kept; "
                 f"{self._show_data()}"
@@ -326,7 +326,7 @@ class FlameTrainer(torchtitan.train.Trainer):
         self.started = True
         if self.step < self.job_config.training.steps:
             self.lr_schedulers.apply()
-        agree(self.ranks, self._record)
+        self.consensus.first(self._record)
 
     def _record(self) -> None:
         trains = self.step < self.job_config.training.steps  # else what was recorded stays
@@ -345,7 +345,7 @@ class FlameTrainer(torchtitan.train.Trainer):
     def _stop_if_asked(self) -> None:
         """Raise Stopped, on all ranks alike, if one of them was sent a signal or the first one's time is over."""
         late = dist.get_rank() == 0 and time.monotonic() >= self.deadline
-        (asked,) = self.ranks.highest(stop.OUT_OF_TIME if late else self.signals.asked)
+        (asked,) = self.consensus.max(stop.OUT_OF_TIME if late else self.signals.asked)
         if asked:
             raise stop.Stopped(asked)
 
