@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 
 from flame.checkpoint.commit import complete_steps
 from flame.config.parser import JobConfig, parse
-from flame.data.ledger import digest_batch, roll
+from flame.data.ledger import roll
 from flame.data.loader import Row, build_dataloader
 from flame.data.source import build_sources
 from flame.data.tokenize import Tokenizer, build_tokenizer
@@ -101,7 +101,7 @@ def replay(folder: Path, step: int) -> Fed:
         fed = next(batches, None)
         if fed is None:
             raise UserError(f"--step: found {step}, but the data of {folder} ends before step {at}")
-        digest = roll(digest, digest_batch(fed[0]["input"], fed[1], range(len(fed[1]))))
+        digest = roll(digest, loader.digest)
         if at == step:
             rows, first = loader.rows, loader.position().sequence - len(fed[1])
     expected = None if logged is None else records[logged]["data_digest"]

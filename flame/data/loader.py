@@ -15,6 +15,7 @@ from flame.data import mixture, pack
 from flame.data.cursor import Cursor, Encoder, Place, encode
 from flame.data.document import Bad
 from flame.data.lane import Lane, LaneState, dump_state, parse_state
+from flame.data.ledger import digest_batch
 from flame.data.order import Order
 from flame.data.prefetch import read_in_turn
 from flame.data.skip import parse_skip
@@ -51,9 +52,10 @@ class Loader(BaseDataLoader):
     """Batches: ({"input"}, labels), each int64 (batch, seq); with varlen also "positions" and "cu_seqlens".
 
     Rank r of W owns the lanes l with l % W == r; its rows are the sequences r, r + W, r + 2W ... of the run. Iterating
-    starts behind the last batch handed out, or where load_state_dict put it. It ends, unless epochs is 0, before the
-    first batch for which one of its lanes has no whole row left. skip: first and last steps of the data that are read
-    and not handed out; step: sequences of a step, if a step is more than one batch on each rank.
+    starts after the last batch handed out, or where load_state_dict put it, and takes this for the start of a step. It
+    ends, unless epochs is 0, before the first batch for which one of its lanes has no whole row left. skip: first and
+    last steps of the data that are read and not handed out; step: sequences of a step, if a step is more than one batch
+    on each rank.
     """
 
     def __init__(
@@ -78,7 +80,7 @@ class Loader(BaseDataLoader):
     ) -> None:
         if lanes % world:
             raise UserError(f"--data.lanes {lanes}: not a multiple of the {world} data-parallel ranks")
-        self._sources, self._encoder, self._world = sources, encoder, world
+        self._sources, self._encoder, self._rank, self._world = sources, encoder, rank, world
         self._batch, self._seq_len, self._varlen, self._context_len = batch, seq_len, varlen, context_len
         self._noted: dict[str, list[Bad]] = {source.name: [] for source in sources}
         self._names, self._epochs = [source.name for source in sources], epochs
@@ -99,6 +101,7 @@ class Loader(BaseDataLoader):
         self._sequence = 0  # sequences of the run, on all ranks, that were handed out
         self._turn: object = None
         self.rows: Sequence[Row] = ()  # of the last batch handed out
+        self.digest = 0  # of the last batch handed out, its rows at their indices in the step; see flame.data.ledger
 
     def __iter__(self) -> Generator[tuple[dict[str, torch.Tensor], torch.Tensor], None, None]:
         turn = self._turn = object()
@@ -106,6 +109,7 @@ class Loader(BaseDataLoader):
         first = self._sequence // self._world % len(own)
         order = own[first:] + own[:first]
         lanes, turns = self._open_lanes(), cycle(order)
+        handed_out = 0  # sequences since then, on all ranks
         with closing(read_in_turn([_read(lanes[lane]) for lane in order], self._workers, self._ahead)) as stream:
             while len(rows := list(islice(stream, self._batch))) == self._batch:
                 if self._turn is not turn:
@@ -118,7 +122,9 @@ class Loader(BaseDataLoader):
                         logger.info(f"--data.skip: the data of steps {steps} is not trained on")
                     continue
                 self.rows = rows
-                yield self._collate(rows)
+                batch = self._collate(rows, handed_out % self._order.step + self._rank)
+                handed_out += self._batch * self._world
+                yield batch
 
     def _open_lanes(self) -> dict[int, Lane]:
         windows = [
@@ -142,12 +148,14 @@ class Loader(BaseDataLoader):
             for lane, state in self._states.items()
         }
 
-    def _collate(self, rows: Sequence[Row]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    def _collate(self, rows: Sequence[Row], index: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """A batch of rows; index: that of the first of them in the step."""
         inputs, labels = pack.shift([row.tokens for row in rows])
         batch = {"input": torch.from_numpy(inputs)}
         if self._varlen:
             labels, positions, cu_seqlens = pack.mark_documents(labels, [row.starts for row in rows], self._context_len)
             batch |= {"positions": torch.from_numpy(positions), "cu_seqlens": torch.from_numpy(cu_seqlens)}
+        self.digest = digest_batch(inputs, labels, range(index, index + len(rows) * self._world, self._world))
         return batch, torch.from_numpy(labels)
 
     @property

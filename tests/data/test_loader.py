@@ -11,6 +11,7 @@ import pytest
 import torch.distributed.checkpoint as dcp
 
 from flame.config.parser import JobConfig
+from flame.data.ledger import digest_batch
 from flame.data.loader import build_dataloader
 from flame.data.source import Source, build_sources
 from flame.data.tokenize import build_tokenizer
@@ -71,6 +72,35 @@ def test_the_runs_rows_are_the_same_on_any_number_of_ranks_and_across_a_change_o
     second, state = rows(sources, 1, 11, state)
     third, _ = rows(sources, 4, 16, state)
     assert first + second + third == expected
+
+
+def digests(steps, size, world=1, batch=None, states=None, **options):
+    """The digest of each step of so many sequences, summed over ranks and microbatches; and the merged states."""
+    batch = batch or size // world
+    loaders = [loader(three(), rank, world, batch, step=size, varlen=True, **options) for rank in range(world)]
+    for each in loaders if states else ():
+        each.load_state_dict(states)
+    iterators, found = [iter(each) for each in loaders], []
+    for _ in range(steps):
+        total = 0
+        for _ in range(size // (world * batch)):
+            for each, iterator in zip(loaders, iterators, strict=True):
+                inputs, labels = next(iterator)
+                total += each.digest
+        found.append(total % 2**64)
+        if world * batch == size == batch:
+            assert found[-1] == digest_batch(inputs["input"], labels, range(size)) % 2**64
+    return found, {key: value for each in loaders for key, value in each.state_dict().items()}
+
+
+@pytest.mark.parametrize("world, batch, workers", [(1, 2, 0), (2, 4, 2), (2, 1, 0), (4, 1, 0)])
+def test_the_digests_of_a_step_add_up_to_the_same_in_every_layout(world, batch, workers):
+    layout = {"world": world, "batch": batch, "workers": workers}
+    for skip in ([], [(2, 3), (6, 6)]):
+        assert digests(5, 8, skip=skip, **layout)[0] == digests(5, 8, skip=skip)[0]
+    _, state = digests(5, 8)
+    expected, _ = digests(4, 16, states=state)  # resumed amid what would be a step of this size
+    assert digests(4, 16, states=state, **layout)[0] == expected
 
 
 @pytest.mark.parametrize("kind", [Texts, Tape])
