@@ -217,7 +217,7 @@ class CheckpointManager(TitanCheckpointManager):
             path = find_intact(self.consensus, [folder / f"step-{step}" for step in start.steps], flag)
             number = step_of(path)
             if number > 0:
-                self.consensus.first(lambda: check_resumable(path, last_step))
+                check_resumable(path, start.checkpoints[number], last_step)
             if self.sd_adapter is not None:  # of a model whose structure is known
                 self.consensus.first(lambda: self.sd_adapter.check(flag, path, ties=number == 0))
             source, restored = str(path), self._resume(path, number)
@@ -236,9 +236,9 @@ class CheckpointManager(TitanCheckpointManager):
         return bool(source)
 
     def _name_broken(self, folder: Path) -> None:
-        for step, reason in scan_checkpoints(folder).items():
-            if reason:
-                logger.warning(f"{folder / f'step-{step}'} is not complete and is not used: {reason}")
+        for step, status in scan_checkpoints(folder).items():
+            if status.corruption:
+                logger.warning(f"{folder / f'step-{step}'} is not complete and is not used: {status.corruption}")
 
     def _archive(self, folder: Path, after: int | None = None) -> None:
         """Move away the checkpoints after the step that is resumed; at a new start, the first save, cut short."""

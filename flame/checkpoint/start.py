@@ -1,16 +1,17 @@
-"""Where a job starts: the rules that are asked before it is launched and again on its ranks. Imports no torch."""
+"""How a job starts: the rules, applied before it is launched and again on its ranks. Imports no torch."""
 
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import tomli
 
-from flame.checkpoint.commit import find_corruption, is_resumable, is_unfinished, scan_checkpoints
+from flame.checkpoint.commit import Status, find_checkpoints, find_corruption, scan_checkpoints
 from flame.config.parser import recorded, to_toml
+from flame.config.schema import Checkpoint, JobConfig
 from flame.errors import UserError
 
 _NAMES = ("job.dump_folder", "job.config_file", "job.description", "checkpoint.folder")  # nothing of what is trained
@@ -19,103 +20,93 @@ _ONLY_AT_FIRST = "checkpoint.initial_load_"
 
 @dataclass(frozen=True)
 class StartPlan:
-    """How a job starts; steps: the checkpoints to resume from, the first that is whole, newest first."""
+    """How a job starts. Picklable: rank 0 makes it and sends it to the others.
+
+    steps: the checkpoints to resume from, newest first; the first intact one is taken. checkpoints: {step: status} of
+    all in the run's checkpoint folder when the plan was made.
+    """
 
     mode: Literal["resume", "init", "scratch"]
     steps: tuple[int, ...] = ()
+    checkpoints: Mapping[int, Status] = field(default_factory=dict)
 
 
-def plan_start(job_config: Any) -> StartPlan:
-    """How a job with these settings starts. A model alone, as last_save_model_only saves it, can be its last step only.
+def plan_start(job_config: JobConfig, found: Mapping[int, Status] | None = None) -> StartPlan:
+    """Decide how a job with these settings starts. A checkpoint of the model alone can only be the last step.
 
-    Raises UserError where what is asked for cannot be, or would leave out or overwrite what is there.
+    found: `StartPlan.checkpoints` of an earlier plan, so that no checkpoint is read again; None: scan the folder, which
+    stats every file of every checkpoint, so let one rank do it.
+
+    Raises UserError if the settings contradict each other or what is on disk, or would leave out or overwrite
+    checkpoints.
     """
     config, last_step = job_config.checkpoint, job_config.training.steps
     folder = Path(job_config.job.dump_folder, config.folder)
     asked, path = config.start, config.initial_load_path
     if not config.enable:
         if asked in ("resume", "init"):
-            raise UserError(f"--checkpoint.start: found {asked}, but checkpoint.enable is false")
+            raise UserError("--checkpoint.start", asked, "auto or scratch", "checkpoint.enable is false")
         if path:
-            raise UserError(f"--checkpoint.initial_load_path: found {path}, but checkpoint.enable is false")
+            raise UserError("--checkpoint.initial_load_path", path, hint="checkpoint.enable is false")
         return StartPlan("scratch")
-    found = scan_checkpoints(folder)
-    steps = [step for step, reason in found.items() if reason is None]
-    broken = {step: reason for step, reason in found.items() if reason}
-    if config.load_step >= 0 and not already_rewound(job_config):
-        return _choose_step(config, folder, last_step, steps, broken)
-    if asked == "init" and not path:
-        raise UserError("--checkpoint.start: found init, but --checkpoint.initial_load_path is not set")
-    if asked == "scratch" and path:
-        raise UserError(f"--checkpoint.start: found scratch, but --checkpoint.initial_load_path is {path}")
-    if steps and asked in ("init", "scratch"):
-        raise UserError(f"--checkpoint.start: found {asked}, but there is {folder}/step-{steps[-1]}; move it away")
-    if later := [step for step in reversed(steps) if step > 0]:
-        check_resumable(folder / f"step-{later[0]}", last_step)
-        _check_load_only(config, folder / f"step-{later[0]}", last_step)
-        return StartPlan("resume", tuple(later))
-    if not _may_begin(config, folder, broken):
-        reasons = "; ".join(f"step-{step}: {reason}" for step, reason in broken.items())
+    if found is None:
+        found = scan_checkpoints(folder)
+    steps = [step for step in sorted(found, reverse=True) if not found[step].corruption]
+    if config.load_step >= 0 and not _already_rewound(job_config):
+        steps = [_check_load_step(config, folder, found)]
+    else:
+        if asked == "init" and not path:
+            raise UserError("--checkpoint.start", asked, hint="--checkpoint.initial_load_path is not set")
+        if asked == "scratch" and path:
+            raise UserError("--checkpoint.start", asked, hint=f"--checkpoint.initial_load_path is {path}")
+        if steps and asked in ("init", "scratch"):
+            raise UserError("--checkpoint.start", asked, "auto or resume", f"or move {folder}/step-{steps[0]} away")
+        steps = [step for step in steps if step > 0]
+        if not steps:
+            _check_restartable(config, folder, found)
+            if 0 not in found:
+                return StartPlan(_choose_beginning(config, folder), checkpoints=found)
+            steps = [0]  # a model to begin with
+    if steps[0] > 0:
+        checkpoint = folder / f"step-{steps[0]}"
+        check_resumable(checkpoint, found[steps[0]], last_step)
+        if config.load_only and steps[0] < last_step:
+            raise UserError(
+                *("--checkpoint.load_only", "true", "false to resume a run's own checkpoints"),
+                "the run's records would give way to those of steps that are not saved; give another "
+                f"--job.dump_folder, and --checkpoint.initial_load_path {checkpoint}",
+            )
+    return StartPlan("resume", tuple(steps), found)
+
+
+def check_resumable(checkpoint: Path, status: Status, last_step: int) -> None:
+    """Raises UserError if the checkpoint holds the model alone and there are steps to do after it."""
+    if step_of(checkpoint) < last_step and not status.resumable:
         raise UserError(
-            f"--checkpoint.folder: no complete checkpoint in {folder} ({reasons}); move it away to start anew"
-        )
-    if steps:  # a model to begin with
-        return StartPlan("resume", (0,))
-    if asked == "resume":
-        raise UserError(f"--checkpoint.start: found resume, but there is no complete checkpoint in {folder}")
-    if path and not config.initial_load_in_hf and (reason := find_corruption(Path(path))):
-        raise UserError(
-            f"--checkpoint.initial_load_path: found {path}, must be a whole RUN/checkpoint/step-N: {reason}"
-        )
-    return StartPlan("init" if path else "scratch")
-
-
-def check_resumable(checkpoint: Path, last_step: int) -> None:
-    """Raises UserError for a checkpoint of a model alone, unless there is no step to do after it."""
-    if step_of(checkpoint) < last_step and not is_resumable(checkpoint):
-        raise UserError(
-            f"--checkpoint.last_save_model_only: {checkpoint} holds the model alone and cannot be resumed; go on "
-            "from one before it with --checkpoint.load_step, or start another run from it with "
-            "--checkpoint.initial_load_path"
-        )
-
-
-def already_rewound(job_config: Any) -> bool:
-    """Whether this very job, started before, went back to its checkpoint.load_step, from which it now goes on."""
-    run = Path(job_config.job.dump_folder)
-    try:
-        start = json.loads((run / "status.json").read_bytes())["start"]
-        again = (run / "config.toml").read_text() == to_toml(recorded(job_config))
-        return again and start["load_step"] == job_config.checkpoint.load_step
-    except (OSError, ValueError, KeyError, TypeError):  # no run folder as yet, or what is left of one
-        return False
-
-
-def _check_load_only(config: Any, checkpoint: Path, last_step: int) -> None:
-    if config.load_only and step_of(checkpoint) < last_step:
-        raise UserError(
-            "--checkpoint.load_only: found true, but --job.dump_folder has a run's own checkpoints, and its records "
-            "would give way to those of steps that are not saved; give another folder, and "
-            f"--checkpoint.initial_load_path {checkpoint}"
+            *(
+                str(checkpoint),
+                "the model alone (--checkpoint.last_save_model_only)",
+                "a full checkpoint to be resumed",
+            ),
+            "resume an earlier one with --checkpoint.load_step, or start another run from it with "
+            "--checkpoint.initial_load_path",
         )
 
 
-def check_orphaned_checkpoints(config: Any, run: Path) -> None:
-    """Raises UserError if a start anew in a run folder leaves out the checkpoints that its config.toml speaks of.
+def check_orphaned_checkpoints(config: Checkpoint, run: Path) -> None:
+    """Raises UserError if a run folder's config.toml names a folder of checkpoints that a new start would leave out.
 
-    config: as in `plan_start`. The run's records would give way to those of another run.
+    The run's records would give way to those of another run.
     """
     try:
-        recorded = tomli.loads((run / "config.toml").read_text())
+        before = tomli.loads((run / "config.toml").read_text())
     except (OSError, ValueError):  # no run folder as yet, or not one of ours
         return
-    folder = run / recorded.get("checkpoint", {}).get("folder", config.folder)
-    if steps := scan_checkpoints(folder):
-        asked = f"folder: found {config.folder}" if config.enable else "enable: found false"
-        raise UserError(
-            f"--checkpoint.{asked}, but the run in {run} has checkpoints, {folder}/step-{max(steps)}, and would begin "
-            "anew; give another --job.dump_folder"
-        )
+    folder = run / before.get("checkpoint", {}).get("folder", config.folder)
+    if steps := find_checkpoints(folder):
+        name, found = ("folder", config.folder) if config.enable else ("enable", "false")
+        hint = f"the run has checkpoints, {folder}/step-{max(steps)}, and would begin anew"
+        raise UserError(f"--checkpoint.{name}", found, hint=f"{hint}; give another --job.dump_folder")
 
 
 def step_of(checkpoint: Path) -> int:
@@ -132,26 +123,46 @@ def changed_settings(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator
             yield f"{path} {before.get(path, 'none')} -> {after.get(path, 'none')}, {used}"
 
 
-def _choose_step(config: Any, folder: Path, last_step: int, steps: list[int], broken: Mapping[int, str]) -> StartPlan:
-    step, asked = config.load_step, config.start
-    if asked in ("init", "scratch"):
-        raise UserError(f"--checkpoint.load_step: found {step}, must be -1 with --checkpoint.start {asked}")
-    if step not in steps:
-        found = f"steps there: {', '.join(map(str, steps))}" if steps else "there is none at all"
-        why = f" ({broken[step]})" if step in broken else ""
-        raise UserError(f"--checkpoint.load_step: no whole step-{step} in {folder}{why}, {found}")
-    if step > 0:
-        check_resumable(folder / f"step-{step}", last_step)
-        _check_load_only(config, folder / f"step-{step}", last_step)
-    return StartPlan("resume", (step,))
+def _already_rewound(job_config: JobConfig) -> bool:
+    """Whether an earlier start of this very job went back to its checkpoint.load_step, from which it now goes on."""
+    run = Path(job_config.job.dump_folder)
+    try:
+        start = json.loads((run / "status.json").read_bytes())["start"]
+        same = (run / "config.toml").read_text() == to_toml(recorded(job_config))
+        return same and start["load_step"] == job_config.checkpoint.load_step
+    except (OSError, ValueError, KeyError, TypeError):  # no run folder as yet, or a broken one
+        return False
 
 
-def _may_begin(config: Any, folder: Path, broken: Mapping[int, str]) -> bool:
-    """Whether all that is broken is the first save, cut short: more were whole once, and are not to be forgotten."""
+def _check_load_step(config: Checkpoint, folder: Path, found: Mapping[int, Status]) -> int:
+    step, name = config.load_step, "--checkpoint.load_step"
+    if config.start in ("init", "scratch"):
+        raise UserError(name, step, f"-1 with --checkpoint.start {config.start}")
+    if step not in found or found[step].corruption:
+        complete = ", ".join(str(step) for step, status in found.items() if not status.corruption)
+        why = f"step-{step}: {found[step].corruption}" if step in found else ""
+        raise UserError(name, step, f"a complete checkpoint in {folder}: {complete or 'there is none'}", why)
+    return step
+
+
+def _check_restartable(config: Checkpoint, folder: Path, found: Mapping[int, Status]) -> None:
+    """Raises UserError if a corrupted checkpoint is more than the first save cut short: its run may be worth saving."""
+    corrupted = {step: status for step, status in found.items() if status.corruption}
     first_save = config.interval if config.interval_type == "steps" else math.inf
-    return not broken or (
-        len(broken) == 1 and all(0 < step <= first_save and is_unfinished(folder / f"step-{step}") for step in broken)
-    )
+    if len(corrupted) > 1 or not all(0 < step <= first_save and s.unfinished for step, s in corrupted.items()):
+        reasons = "; ".join(f"step-{step}: {status.corruption}" for step, status in corrupted.items())
+        found_there = f"no complete checkpoint in {folder} ({reasons})"
+        raise UserError("--checkpoint.folder", found_there, hint="move it away to start anew")
+
+
+def _choose_beginning(config: Checkpoint, folder: Path) -> Literal["init", "scratch"]:
+    """How a run without checkpoints begins."""
+    path = config.initial_load_path
+    if config.start == "resume":
+        raise UserError("--checkpoint.start", "resume", hint=f"there is no complete checkpoint in {folder}")
+    if path and not config.initial_load_in_hf and (reason := find_corruption(Path(path))):
+        raise UserError("--checkpoint.initial_load_path", path, "a complete RUN/checkpoint/step-N", reason)
+    return "init" if path else "scratch"
 
 
 def _flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,4 +1,4 @@
-"""The ranks' word on checkpoints: what one of them finds, all of them act on."""
+"""Verification of checkpoints by all ranks: they share the files out to hash, and all get one result."""
 
 from collections.abc import Sequence
 from datetime import timedelta
@@ -11,37 +11,36 @@ from flame.checkpoint.commit import verify_hashes
 from flame.errors import UserError
 from flame.runtime.consensus import RankConsensus
 
-VERIFY_TIMEOUT = timedelta(days=1)  # a rank may have a file of terabytes to hash, while the others wait for it
+VERIFY_TIMEOUT = timedelta(days=1)  # one rank may hash a file of terabytes while the others wait
 
 
-def _prove(consensus: RankConsensus, checkpoint: Path) -> list[str]:
-    """What is wrong with a checkpoint, whose files the ranks share out to hash; the same on all ranks.
+def find_intact(consensus: RankConsensus, checkpoints: Sequence[Path], flag: str) -> Path:
+    """The first of these checkpoints whose files have their saved hashes; the corrupted ones before it are logged.
 
-    Raises UserError, on all ranks, if one of them cannot read a file.
+    flag: the setting that named them. Raises UserError, on all ranks, if none is intact or a file cannot be read.
     """
+    problems: list[str] = []
+    for checkpoint in checkpoints:
+        problems = _verify(consensus, checkpoint)
+        if not problems:
+            return checkpoint
+        if dist.get_rank() == 0 and len(checkpoints) > 1:
+            logger.error(f"{checkpoint} is corrupted and is not used: {'; '.join(problems)}")
+    more = "; those after it are corrupted too" if len(checkpoints) > 1 else ""
+    raise UserError(flag, checkpoints[-1], "an intact checkpoint", f"{problems[0]}{more}")
+
+
+def _verify(consensus: RankConsensus, checkpoint: Path) -> list[str]:
+    """What is wrong with the files of a checkpoint, the same on all ranks. Raises UserError on all of them."""
     found: list[str] | UserError
     try:
         found = verify_hashes(checkpoint, dist.get_rank(), dist.get_world_size())
     except UserError as error:
         found = error
-    everywhere = consensus.gather(found)
-    for of_rank in everywhere:
-        if isinstance(of_rank, UserError):
-            raise of_rank
-    return [complaint for of_rank in everywhere for complaint in of_rank]
-
-
-def find_intact(consensus: RankConsensus, checkpoints: Sequence[Path], flag: str) -> Path:
-    """The first of these checkpoints that is whole; says what is wrong with those before it.
-
-    Raises UserError, in which `flag` stands for the setting that named them.
-    """
-    damage: list[str] = []
-    for checkpoint in checkpoints:
-        damage = _prove(consensus, checkpoint)
-        if not damage:
-            return checkpoint
-        if dist.get_rank() == 0 and len(checkpoints) > 1:
-            logger.error(f"{checkpoint} is damaged and is not used: {'; '.join(damage)}")
-    more = ", and so are those after it" if len(checkpoints) > 1 else ""
-    raise UserError(f"{flag}: {checkpoints[-1]} is damaged{more}: {damage[0]}")
+    results = consensus.gather(found)
+    problems = []
+    for result in results:
+        if isinstance(result, UserError):
+            raise result
+        problems += result
+    return problems

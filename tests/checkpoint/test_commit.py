@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from flame.checkpoint.commit import (
     MARKER,
     METADATA,
+    Status,
     archive,
     complete_steps,
     find_corruption,
@@ -58,13 +59,14 @@ def found(checkpoint):
     return lines[0] if lines else None
 
 
-def test_the_marker_lists_every_file_and_says_what_it_was_told(tmp_path):
+def test_the_marker_lists_every_file_and_holds_the_facts(tmp_path):
     checkpoint = save(tmp_path / "step-3", step=3, tokens=12)
     marker = read_marker(checkpoint)
     assert {path.name for path in checkpoint.iterdir()} == {MARKER, *marker["files"]} == {MARKER, METADATA, DATA}
     assert marker["files"][DATA]["size"] == (checkpoint / DATA).stat().st_size
     assert (marker["step"], marker["tokens"]) == (3, 12) and "torch" in marker["versions"]
-    assert found(checkpoint) is None and complete_steps(tmp_path) == [3] and scan_checkpoints(tmp_path) == {3: None}
+    assert found(checkpoint) is None and complete_steps(tmp_path) == [3]
+    assert scan_checkpoints(tmp_path) == {3: Status(resumable=True)}
 
 
 @pytest.mark.parametrize(
@@ -76,16 +78,16 @@ def test_the_marker_lists_every_file_and_says_what_it_was_told(tmp_path):
         (METADATA, truncate, "bytes, must have"),
         (METADATA, flip, "other bytes than were saved"),
         (METADATA, delete, "is missing"),
-        (MARKER, truncate, "is damaged"),
-        (MARKER, flip, "is damaged"),
+        (MARKER, truncate, "is corrupted"),
+        (MARKER, flip, "is corrupted"),
         (MARKER, delete, "is missing"),
     ],
 )
-def test_damage_is_found_and_the_file_is_named(name, damage, words, tmp_path):
+def test_corruption_is_found_and_the_file_is_named(name, damage, words, tmp_path):
     checkpoint = save(tmp_path / "step-3")
     damage(checkpoint / name)
-    said = found(checkpoint)
-    assert name in said and words in said
+    problem = found(checkpoint)
+    assert name in problem and words in problem
     assert complete_steps(tmp_path) == ([3] if "other bytes" in words else [])
 
 
@@ -93,17 +95,17 @@ def test_a_number_changed_in_the_marker_is_found(tmp_path):
     checkpoint = save(tmp_path / "step-3", step=3)
     text = (checkpoint / MARKER).read_text()
     (checkpoint / MARKER).write_text(text.replace('"step": 3', '"step": 4'))
-    assert f"{MARKER} is damaged" in find_corruption(checkpoint)
+    assert f"{MARKER} is corrupted" in find_corruption(checkpoint)
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", "3", '{"xxh3_128": 1}', ""])
-def test_a_marker_that_is_none_is_damaged(content, tmp_path):
+def test_a_file_that_is_not_a_marker_is_corrupted(content, tmp_path):
     checkpoint = save(tmp_path / "step-3")
     (checkpoint / MARKER).write_text(content)
-    assert f"{MARKER} is damaged" in find_corruption(checkpoint)
+    assert f"{MARKER} is corrupted" in find_corruption(checkpoint)
 
 
-def test_ranks_share_out_the_files_to_hash(tmp_path):
+def test_each_rank_hashes_its_share_of_the_files(tmp_path):
     checkpoint = save(tmp_path / "step-3")
     for name in (DATA, METADATA):
         flip(checkpoint / name)
@@ -118,11 +120,11 @@ def test_ranks_share_out_the_files_to_hash(tmp_path):
         (None, None, None),
         (DATA, truncate, f"{DATA} has"),
         (DATA, delete, f"{DATA} is missing"),
-        (METADATA, truncate, f"{METADATA} is damaged"),
+        (METADATA, truncate, f"{METADATA} is corrupted"),
         (METADATA, delete, f"{METADATA} is missing"),
     ],
 )
-def test_a_checkpoint_saved_without_a_marker_goes_by_its_metadata(name, damage, words, tmp_path):
+def test_a_checkpoint_without_a_marker_is_checked_against_its_metadata(name, damage, words, tmp_path):
     checkpoint = save_unmarked(tmp_path / "step-3")
     if name:
         damage(checkpoint / name)
@@ -131,7 +133,7 @@ def test_a_checkpoint_saved_without_a_marker_goes_by_its_metadata(name, damage, 
         assert find_corruption(checkpoint) is None and complete_steps(tmp_path) == [3] and is_resumable(checkpoint)
 
 
-def test_saving_anew_leaves_nothing_of_what_was_there(tmp_path):
+def test_overwriting_a_checkpoint_leaves_no_old_file(tmp_path):
     checkpoint = save(tmp_path / "step-3", step=3)
     (checkpoint / "__7_0.distcp").write_bytes(b"of a rank that there is no longer")
     save(checkpoint, step=4)
@@ -145,7 +147,7 @@ def test_only_folders_of_steps_count(tmp_path):
     (tmp_path / "step-4").write_text("a file")
     (tmp_path / "step-6").mkdir()
     assert complete_steps(tmp_path) == [2, 10]
-    assert list(scan_checkpoints(tmp_path)) == [2, 6, 10] and METADATA in scan_checkpoints(tmp_path)[6]
+    assert list(scan_checkpoints(tmp_path)) == [2, 6, 10] and METADATA in find_corruption(tmp_path / "step-6")
 
 
 def test_an_archived_checkpoint_overwrites_no_other(tmp_path):
@@ -154,7 +156,7 @@ def test_an_archived_checkpoint_overwrites_no_other(tmp_path):
     assert [json.loads((tmp_path / "replaced" / name / MARKER).read_text())["step"] for name in names] == [1, 2, 3]
 
 
-def test_a_checkpoint_made_of_safetensors_is_complete_and_no_run_to_resume(tmp_path):
+def test_a_checkpoint_made_of_safetensors_is_complete_and_cannot_be_resumed(tmp_path):
     save_file({"weight": torch.arange(64.0)}, tmp_path / "model.safetensors")
     entries = read_header(tmp_path / "model.safetensors")
     write_checkpoint(

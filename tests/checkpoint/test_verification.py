@@ -22,8 +22,8 @@ def test_a_rank_that_hashes_for_longer_than_the_timeout_is_waited_for(said):
 
 
 def test_a_file_that_one_rank_cannot_read_stops_all_of_them(said):
-    found = [line for line in said if "step-6/b cannot be read (Input/output error)" in line]
-    assert len(found) == 2 and all("may be whole" in line for line in found)
+    found = [line for line in said if "step-6/b: cannot be read (Input/output error)" in line]
+    assert len(found) == 2 and all("may be intact" in line for line in found)
 
 
 def test_what_the_first_rank_could_not_do_stops_all_of_them(said):

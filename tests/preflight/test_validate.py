@@ -237,7 +237,7 @@ def test_a_step_to_resume_from_must_be_there_whole():
     message = refusal("--job.dump_folder run --checkpoint.load_step 30")
     assert "step-30" in message and "10, 20" in message
     for step in (0, 30):
-        assert "none at all" in refusal(f"--job.dump_folder other --checkpoint.load_step {step}")
+        assert "there is none" in refusal(f"--job.dump_folder other --checkpoint.load_step {step}")
 
 
 def test_nothing_is_written():
