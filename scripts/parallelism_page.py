@@ -22,7 +22,7 @@ def row(model_type: str, family: Family) -> str:
     cells += ["one graph" if family.fullgraph else "graph breaks", "no" if family.packing is None else "yes"]
     cells += ["not in PP" if "PP" in allowed else "yes"]
     cells += ["no" if family.float8 is not True else "not gathered" if family.from_fla else "yes"]
-    reasons = [f"TP, CP: {family.cut}"] if isinstance(family.cut, str) else []
+    reasons = [f"TP, CP: {family.tp_plan}"] if isinstance(family.tp_plan, str) else []
     reasons += [f"PP: {family.stages}"] if isinstance(family.stages, str) else []
     reasons += [f"float8: {family.float8}"] if isinstance(family.float8, str) else []
     return f"| `{model_type}` | {' | '.join(cells)} | {'; '.join(reasons)} |"

@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from flame.errors import UserError
 from tests.launch import REPO, SMALL, metrics, train_each
 
 _SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 320}
@@ -102,20 +103,19 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {  # name: (ranks, flags)
 }
 
 
-def refusal(name: str, layout: str) -> str | None:
+def layout_error(name: str, layout: str) -> UserError | None:
     """Why flame does not train the model of MODELS in a layout; None if it does."""
-    return refusal_of(name, LAYOUTS[layout][1])
+    return error_of(name, LAYOUTS[layout][1])
 
 
-def refusal_of(name: str, flags: list[str]) -> str | None:
-    """The same of flags."""
-    from flame.errors import UserError
+def error_of(name: str, flags: list[str]) -> UserError | None:
+    """Why flame does not train the model of MODELS with these flags; None if it does."""
     from flame.parallel.layout import validate
 
     try:
         validate(*_built(name), _parsed(*flags))
     except UserError as error:
-        return str(error)
+        return error
     return None
 
 
@@ -208,7 +208,7 @@ def table(root: Path, layouts: list[str]) -> str:
         for layout in layouts:
             found = records(root, name, layout)
             measured = "{:.0e}, {:.0e}".format(*differences(one, found)) if one and found else "-"
-            cells.append("refused" if refusal(name, layout) else measured)
+            cells.append("refused" if layout_error(name, layout) else measured)
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -226,7 +226,7 @@ def main(argv: list[str]) -> None:
         root = given.keep or Path(temporary)
         root.mkdir(parents=True, exist_ok=True)
         try:
-            run(root, [(name, layout) for name in MODELS for layout in layouts if refusal(name, layout) is None])
+            run(root, [(name, layout) for name in MODELS for layout in layouts if layout_error(name, layout) is None])
         finally:  # what was measured before a failure or a stop counts
             page.write_text(f"{before}{mark}\n{table(root, layouts)}\n")
 

@@ -75,7 +75,7 @@ class CausalLM(ModelProtocol):
         super().__init__(args)
         self.model_args = args
         self.family = family = args.hf_family
-        self.sequence_part = (0, 1)  # of so many: what a rank has of each sequence behind the blocks
+        self.sequence_shard = (0, 1)  # of so many: what a rank has of each sequence behind the blocks
         hf = build_hf(args.hf_config)
         # Not a child: its children are registered below, under their names. It keeps `_init_weights` and its forward.
         self.__dict__["hf"] = hf
@@ -136,7 +136,7 @@ class CausalLM(ModelProtocol):
     def _apart(self) -> bool:
         return self.family.fused_loss and not self.tied
 
-    def keep(self, parts: set[str], blocks: dict[str, nn.Module]) -> None:
+    def keep_stage(self, parts: set[str], blocks: dict[str, nn.Module]) -> None:
         """Become a pipeline stage of these blocks and, of "tok_embeddings", "norm" and "output", these parts."""
         setattr(self.backbone, self.family.blocks, Blocks(blocks))
         if "tok_embeddings" not in parts:
@@ -195,7 +195,7 @@ class CausalLM(ModelProtocol):
         return loss if routed is None else self._balanced(loss, labels, routed(self.hf.config, output.router_logits))
 
     def _own_part(self, labels: torch.Tensor) -> torch.Tensor:
-        rank, ranks = self.sequence_part
+        rank, ranks = self.sequence_shard
         return labels.chunk(ranks, 1)[rank]
 
     @property

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from flame.models.family import state_flops
-from flame.models.fla import cut_heads, fla_family, hybrid
+from flame.models.fla import fla_family, fla_tp_plan, hybrid
 
 
 def _delta_net(config: Any) -> float:  # reads the old value, writes the difference, reads
@@ -29,27 +29,27 @@ def _own_heads(config: Any, parameter: torch.Tensor, rank: int, ranks: int) -> t
 
 
 _HEADS = ("num_heads", "num_v_heads")
-_SIZES = {"counts": ("num_heads", "num_v_heads", "key_dim", "value_dim")}
+_SIZES = {"head_count_attrs": ("num_heads", "num_v_heads", "key_dim", "value_dim")}
 DELTA_NET = fla_family(
-    "delta_net", flops=hybrid(_delta_net), cut=cut_heads("b_proj.*")
+    "delta_net", flops=hybrid(_delta_net), tp_plan=fla_tp_plan("b_proj.*")
 )  # https://arxiv.org/abs/2406.06484
 GATED_DELTANET = fla_family(  # https://arxiv.org/abs/2412.06464
     "gated_deltanet",
     flops=hybrid(_gated),
-    cut=cut_heads("a_proj.*", "b_proj.*", "A_log", "dt_bias", divides=_HEADS, **_SIZES),
+    tp_plan=fla_tp_plan("a_proj.*", "b_proj.*", "A_log", "dt_bias", must_divide=_HEADS, **_SIZES),
 )
 KDA = fla_family(  # https://arxiv.org/abs/2510.26692: a decay a channel
     "kda",
     flops=hybrid(_gated),
-    cut=cut_heads("b_proj.*", "[fg]_proj.1.*", "A_log", "dt_bias", divides=_HEADS, **_SIZES),
+    tp_plan=fla_tp_plan("b_proj.*", "[fg]_proj.1.*", "A_log", "dt_bias", must_divide=_HEADS, **_SIZES),
 )
 GATED_DELTAPRODUCT = fla_family(  # https://arxiv.org/abs/2502.10297
     "gated_deltaproduct",
     flops=hybrid(_product),
-    cut=cut_heads(
+    tp_plan=fla_tp_plan(
         *("a_proj.*", "A_log", "dt_bias"),
-        divides=_HEADS,
-        picks=dict.fromkeys(["attn.[kvb]_proj.*", "attn.[kv]_conv1d.*"], _own_heads),
+        must_divide=_HEADS,
+        slicers=dict.fromkeys(["attn.[kvb]_proj.*", "attn.[kv]_conv1d.*"], _own_heads),
         **_SIZES,
     ),
 )

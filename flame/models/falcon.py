@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from flame.models.family import Cut, Family
+from flame.models.family import Family, TPPlan
 from flame.models.llama import rotary_attention_flops
 
 
@@ -24,14 +24,14 @@ FALCON = Family(
     norm="ln_f",
     mixer_flops=rotary_attention_flops,
     packing="mask",  # transformers' Falcon builds its own from the length alone, whatever the positions say
-    cut=Cut(
-        mixers=("self_attention",),
-        columns=("mlp",),
-        split={"self_attention.dense.weight": 1, "mlp.dense_h_to_4h.*": 0, "mlp.dense_4h_to_h.weight": 1},
-        picks={"self_attention.query_key_value.*": _own_heads},
-        divides=("num_attention_heads", "num_kv_heads"),  # which is the former where all heads share one
-        counts=("num_heads", "num_kv_heads"),
-        needs={"alibi": False},
+    tp_plan=TPPlan(
+        token_mixers=("self_attention",),
+        mlps=("mlp",),
+        shard_dims={"self_attention.dense.weight": 1, "mlp.dense_h_to_4h.*": 0, "mlp.dense_4h_to_h.weight": 1},
+        slicers={"self_attention.query_key_value.*": _own_heads},
+        must_divide=("num_attention_heads", "num_kv_heads"),  # which is the former where all heads share one
+        head_count_attrs=("num_heads", "num_kv_heads"),
+        requires={"alibi": False},
     ),
     float8="its blocks add in place to what torchao's linear layers return",
 )

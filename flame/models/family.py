@@ -1,46 +1,49 @@
-"""What flame must know of a model family: one frozen row, and no `if model_type ==` anywhere else."""
+"""What flame knows about a model family, as one frozen row; no other module compares `model_type`."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-Pick = Callable[[Any, Any, int, int], Any]  # (config, parameter, rank, ranks) -> the rank's part of the parameter
+Slicer = Callable[[Any, Any, int, int], Any]  # (config, parameter, rank, world_size) -> the rank's slice
 
 
 @dataclass(frozen=True)
-class Cut:
-    """How blocks are cut by heads and columns over ranks. Modules and parameters are named as in the block.
+class TPPlan:
+    """How tensor and context parallelism divide a block: its token mixers by heads, its MLPs by columns.
 
-    `mixers` are the modules that mix tokens, head by head; `columns` those that work column by column on each token
-    alone. `split` is the dimension along which a parameter (a pattern) is cut: 0 for heads or columns, 1 for the inputs
-    of a sum, whose bias is added once. `picks` are for parameters whose heads lie otherwise: every rank keeps all of it
-    and computes with its part. `counts` are attributes of mixers and their children that count heads, `divides` the
-    config's fields that the number of ranks must divide, `needs` those that must have a value.
+    Names of modules and parameters are those in the block; those of parameters may be fnmatch patterns.
+
+    token_mixers: attention and what takes its place, divided by heads. mlps: modules that see one token at a time,
+    divided by columns (tensor parallelism only). shard_dims: the dimension a parameter is sharded along, 0 for
+    column-wise, 1 for row-wise linear layers, whose bias is added once. slicers: for parameters whose heads are not
+    contiguous; every rank holds the whole parameter and computes with its slice. head_count_attrs: attributes of token
+    mixers and their children that count heads. must_divide: config fields that the TP times the CP degree must divide.
+    requires: config fields that must have a value.
     """
 
-    mixers: tuple[str, ...]
-    split: Mapping[str, int]
-    divides: tuple[str, ...]
-    columns: tuple[str, ...] = ()
-    picks: Mapping[str, Pick] = field(default_factory=dict)
-    counts: tuple[str, ...] = ()
-    needs: Mapping[str, Any] = field(default_factory=dict)
+    token_mixers: tuple[str, ...]
+    shard_dims: Mapping[str, int]
+    must_divide: tuple[str, ...]
+    mlps: tuple[str, ...] = ()
+    slicers: Mapping[str, Slicer] = field(default_factory=dict)
+    head_count_attrs: tuple[str, ...] = ()
+    requires: Mapping[str, Any] = field(default_factory=dict)
 
-    def dimension(self, name: str) -> int | None:
-        """The dimension along which a parameter is cut; None: every rank has all of it."""
-        return None if self.pick(name) else _find(self.split, name)
+    def shard_dim(self, name: str) -> int | None:
+        """The dimension a parameter is sharded along; None: it is replicated."""
+        return None if self.slicer(name) else _match(self.shard_dims, name)
 
-    def pick(self, name: str) -> Pick | None:
-        """How a rank picks its part of a parameter it has all of, if it computes with a part."""
-        return _find(self.picks, name)
+    def slicer(self, name: str) -> Slicer | None:
+        """The function that takes a rank's slice of a replicated parameter, if the rank computes with a slice."""
+        return _match(self.slicers, name)
 
-    def is_summed(self, name: str) -> bool:
-        """Whether the parameter is the bias of a sum over the ranks."""
-        return name.endswith(".bias") and self.dimension(name) is None and self.dimension(f"{name[:-4]}weight") == 1
+    def is_rowwise_bias(self, name: str) -> bool:
+        """Whether a parameter is the bias of a row-wise linear layer."""
+        return name.endswith(".bias") and self.shard_dim(name) is None and self.shard_dim(f"{name[:-4]}weight") == 1
 
 
-def _find(patterns: Mapping[str, Any], name: str) -> Any:
+def _match(patterns: Mapping[str, Any], name: str) -> Any:
     return next((value for pattern, value in patterns.items() if fnmatchcase(name, pattern)), None)
 
 
@@ -48,17 +51,16 @@ def _find(patterns: Mapping[str, Any], name: str) -> Any:
 class Family:
     """A row of the model table.
 
-    `blocks`, `embedding`, `norm` are attribute names on the Hugging Face backbone (`model.<base_model_prefix>`);
-    `constants` are parameters the backbone itself holds, with the value each begins with.
-    `mixer_flops(config, seq_len)` is the forward FLOPs a token spends in all token mixers beyond their weight
-    matrices.
-    `packing` says how documents of a packed row are told apart: by "cu_seqlens" (fla's kernels), by restarting
-    "positions" (transformers builds the block-diagonal mask from them), by that "mask" itself, or not at all (None).
-    `router_loss(config, logits)` is the load-balancing loss of the routers' logits, one (tokens, experts) a layer.
-    `fused_loss` is False where only transformers' own forward knows how hidden states become logits.
-    `cut` is how blocks are divided over ranks by heads and columns (tensor and context parallelism), and `stages`
-    whether the model is divided by blocks (pipeline parallelism), or else why not; `fullgraph` says whether a block
-    compiles as one graph. `float8` says why linear layers cannot be torchao's, if they cannot.
+    blocks, embedding, norm: attributes of the Hugging Face backbone (`model.<base_model_prefix>`). constants:
+    parameters of the backbone itself, with their initial values. mixer_flops(config, seq_len): forward FLOPs per token
+    of all token mixers, without their weight matrices.
+    packing: how the documents of a packed row are kept apart: by "cu_seqlens" (fla's kernels), by restarting
+    "positions" (transformers makes the block-diagonal mask), by that "mask" itself, or not at all (None).
+    router_loss(config, logits): the load-balancing loss of the routers' logits, one (tokens, experts) per layer.
+    fused_loss: False if only transformers' own forward knows how hidden states become logits.
+    tp_plan: how tensor and context parallelism divide blocks, or why they cannot. stages: True if pipeline parallelism
+    can divide the model, else why not. fullgraph: whether a block compiles as one graph. float8: True if torchao's
+    linear layers work, else why not.
     """
 
     model_types: tuple[str, ...]
@@ -72,40 +74,40 @@ class Family:
     router_loss: Callable[[Any, Any], Any] | None = None
     fused_loss: bool = True
     fullgraph: bool = True
-    cut: Cut | str = "its row does not say how heads are divided"
+    tp_plan: TPPlan | str = "its row has no TP plan"
     stages: bool | str = True
     float8: bool | str = True
 
 
 def layouts(family: Family) -> tuple[str, ...]:
-    """The ways in which ranks may share the work of a family's models."""
-    cut = ("TP", "CP") if isinstance(family.cut, Cut) else ()
-    return ("FSDP2", "HSDP", "DDP", *cut, *(("PP",) if family.stages is True and family.fused_loss else ()))
+    """The parallelisms that a family's models support."""
+    divided = ("TP", "CP") if isinstance(family.tp_plan, TPPlan) else ()
+    return ("FSDP2", "HSDP", "DDP", *divided, *(("PP",) if family.stages is True and family.fused_loss else ()))
 
 
 def each_layer(config: Any) -> list[Any]:
-    """The config of each layer: Gemma 4's refuses to be asked for what its layers do not share."""
+    """The config of each layer; Gemma 4's layers differ, and its config raises for attributes they do not share."""
     if getattr(config, "is_heterogeneous", False):
         return list(config.per_layer_config)
     return [config] * config.num_hidden_layers
 
 
 def attention_flops(width: int, seq_len: int, window: int | None = None, value_width: int | None = None) -> float:
-    """Forward FLOPs a token of one layer of causal softmax attention: QK^T and AV, 2 FLOPs a MAC.
+    """Forward FLOPs per token of one layer of causal softmax attention: QK^T and AV, 2 FLOPs per MAC.
 
-    `width` is heads x head_dim of the queries (`value_width` of the values, where it differs); a token sees half the
-    row on average, or the `window` tokens before it.
+    width: heads x head_dim of the queries (value_width: of the values, if it differs). A token attends to half the row
+    on average, or to the `window` tokens before it.
     """
-    seen = seq_len / 2
+    keys = seq_len / 2
     if window is not None and window < seq_len:
-        seen = window - window**2 / (2 * seq_len)
-    return 2 * (width + (width if value_width is None else value_width)) * seen
+        keys = window - window**2 / (2 * seq_len)
+    return 2 * (width + (width if value_width is None else value_width)) * keys
 
 
 def state_flops(heads: float, d_k: float, d_v: float, passes: int = 2) -> float:
-    """Forward FLOPs a token of one layer whose state is `heads` matrices (d_k, d_v): 2 a MAC, one an entry and pass.
+    """Forward FLOPs per token of one layer whose state is `heads` matrices (d_k, d_v): one MAC per entry and pass.
 
-    The recurrence is what counts, however a kernel computes it: a write k v^T and a read q S are two passes. Gates
-    and decays are elementwise and count nothing.
+    The recurrence counts, however a kernel computes it: a write k v^T and a read q S are two passes. Gates and decays
+    are elementwise and not counted.
     """
     return passes * 2 * heads * d_k * d_v

@@ -6,7 +6,7 @@ Their kernels need a GPU; flame.models.reference serves them on a CPU. The delta
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from flame.models.family import Cut, Family, attention_flops, state_flops
+from flame.models.family import Family, TPPlan, attention_flops, state_flops
 
 
 def fla_family(
@@ -15,7 +15,7 @@ def fla_family(
     norm: str = "norm",
     packed: bool = True,
     constants: Mapping[str, float] | None = None,
-    cut: Cut | str,
+    tp_plan: TPPlan | str,
     stages: bool | str = True,
 ) -> Family:
     """A row of fla: its models share names, and mixers that take `cu_seqlens` keep packed documents apart."""
@@ -29,17 +29,18 @@ def fla_family(
         from_fla=True,
         constants=constants or {},
         fullgraph=False,  # its dispatched kernels are torch.compiler.disable'd, and its rotary embedding breaks as well
-        cut=cut,
+        tp_plan=tp_plan,
         stages=stages,
     )
 
 
-def cut_heads(*more: str, divides: tuple[str, ...] = ("num_heads", "num_kv_heads"), **others: Any) -> Cut:
-    """Queries, keys, values, what convolves them and `more` of the mixer are cut by heads, the MLP by columns."""
-    heads = [f"attn.{name}" for name in ("q_proj.*", "k_proj.*", "v_proj.*", "g_proj.weight", "?_conv1d.*", *more)]
+def fla_tp_plan(*by_heads: str, must_divide: tuple[str, ...] = ("num_heads", "num_kv_heads"), **others: Any) -> TPPlan:
+    """The TP plan of a mixer whose queries, keys, values, convolutions and parameters `by_heads` divide by heads."""
+    heads = [f"attn.{name}" for name in ("[qkv]_proj.*", "g_proj.weight", "?_conv1d.*", *by_heads)]
     mlp = {"mlp.gate_proj.*": 0, "mlp.up_proj.*": 0, "mlp.down_proj.weight": 1}
-    split = {**dict.fromkeys(heads, 0), "attn.o_proj.weight": 1, **mlp}
-    return Cut(("attn",), split, divides, ("mlp",), **{"counts": ("num_heads", "num_kv_heads"), **others})
+    shard_dims = {**dict.fromkeys(heads, 0), "attn.o_proj.weight": 1, **mlp}
+    others = {"head_count_attrs": ("num_heads", "num_kv_heads"), **others}
+    return TPPlan(token_mixers=("attn",), mlps=("mlp",), shard_dims=shard_dims, must_divide=must_divide, **others)
 
 
 def hybrid(mixer: Callable[[Any], float]) -> Callable[[Any, int], float]:
@@ -114,49 +115,49 @@ _SPANS = "its output norm spans all heads"
 _SCAN = "its scan is not divided by heads"
 _BOUNDS = "the bounds of its decays, which every block reads, would be one parameter of several stages"
 
-FLA_TRANSFORMER = fla_family("transformer", flops=_transformer, cut=cut_heads())
+FLA_TRANSFORMER = fla_family("transformer", flops=_transformer, tp_plan=fla_tp_plan())
 MLA = fla_family(
-    "mla", flops=_mla, cut="its low-rank keys and values are not divided"
+    "mla", flops=_mla, tp_plan="its low-rank keys and values are not divided"
 )  # https://arxiv.org/abs/2405.04434
 # https://arxiv.org/abs/2006.16236
-LINEAR = fla_family("linear_attn", flops=hybrid(_linear), packed=False, cut=cut_heads())
+LINEAR = fla_family("linear_attn", flops=hybrid(_linear), packed=False, tp_plan=fla_tp_plan())
 # https://arxiv.org/abs/2307.08621: the decay of a head is its number's
-RETNET = fla_family("retnet", flops=hybrid(_linear), cut="the decay of each of its heads is by the head's number")
-GLA = fla_family("gla", flops=hybrid(_linear), cut=cut_heads("gk_proj.1.*"))  # https://arxiv.org/abs/2312.06635
-GSA = fla_family("gsa", flops=hybrid(_gsa), cut=_SPANS)  # https://arxiv.org/abs/2409.07146
+RETNET = fla_family("retnet", flops=hybrid(_linear), tp_plan="the decay of each of its heads is by the head's number")
+GLA = fla_family("gla", flops=hybrid(_linear), tp_plan=fla_tp_plan("gk_proj.1.*"))  # https://arxiv.org/abs/2312.06635
+GSA = fla_family("gsa", flops=hybrid(_gsa), tp_plan=_SPANS)  # https://arxiv.org/abs/2409.07146
 HGRN = fla_family(  # https://arxiv.org/abs/2311.04823
-    "hgrn", flops=hybrid(_hgrn), constants={"lower_bounds": 0.0}, cut=_SPANS, stages=_BOUNDS
+    "hgrn", flops=hybrid(_hgrn), constants={"lower_bounds": 0.0}, tp_plan=_SPANS, stages=_BOUNDS
 )
 HGRN2 = fla_family(  # https://arxiv.org/abs/2404.07904
-    "hgrn2", flops=hybrid(_hgrn2), constants={"lower_bounds": 0.0}, cut=_SPANS, stages=_BOUNDS
+    "hgrn2", flops=hybrid(_hgrn2), constants={"lower_bounds": 0.0}, tp_plan=_SPANS, stages=_BOUNDS
 )
-LIGHTNET = fla_family("lightnet", flops=hybrid(_lightnet), cut=_SPANS)  # https://arxiv.org/abs/2405.21022
+LIGHTNET = fla_family("lightnet", flops=hybrid(_lightnet), tp_plan=_SPANS)  # https://arxiv.org/abs/2405.21022
 RWKV6 = fla_family(
-    "rwkv6", flops=hybrid(_linear), cut="its token shift is not divided"
+    "rwkv6", flops=hybrid(_linear), tp_plan="its token shift is not divided"
 )  # https://arxiv.org/abs/2404.05892
 RWKV7 = fla_family(  # https://arxiv.org/abs/2503.14456
     "rwkv7",
     flops=hybrid(_rwkv7),
-    cut=Cut(
-        mixers=("attn", "ffn"),
-        split={
+    tp_plan=TPPlan(
+        token_mixers=("attn", "ffn"),
+        shard_dims={
             **dict.fromkeys([f"attn.{name}" for name in ("k_k", "k_a", "r_k", "[rkv]_proj.weight", "g_norm.*")], 0),
             "attn.?_lora.lora.2.*": 0,
             "attn.o_proj.weight": 1,
             "ffn.key.weight": 0,
             "ffn.value.weight": 1,
         },
-        divides=("num_heads",),
-        counts=("num_heads", "num_groups"),
+        must_divide=("num_heads",),
+        head_count_attrs=("num_heads", "num_groups"),
     ),
     stages="the values of its first block go to every other",
 )
 # These scans know no document boundaries, and would silently ignore them; linear_attn's model takes none.
 # https://arxiv.org/abs/2312.00752
-MAMBA = fla_family("mamba", flops=_mamba, norm="norm_f", packed=False, cut=_SCAN)
+MAMBA = fla_family("mamba", flops=_mamba, norm="norm_f", packed=False, tp_plan=_SCAN)
 # https://arxiv.org/abs/2405.21060
-MAMBA2 = fla_family("mamba2", flops=_mamba2, norm="norm_f", packed=False, cut=_SPANS)
+MAMBA2 = fla_family("mamba2", flops=_mamba2, norm="norm_f", packed=False, tp_plan=_SPANS)
 # https://arxiv.org/abs/2406.07522
-SAMBA = fla_family("samba", flops=hybrid(_samba), norm="norm_f", packed=False, cut=_SCAN)
+SAMBA = fla_family("samba", flops=hybrid(_samba), norm="norm_f", packed=False, tp_plan=_SCAN)
 
 ROWS = (FLA_TRANSFORMER, MLA, LINEAR, RETNET, GLA, GSA, HGRN, HGRN2, LIGHTNET, RWKV6, RWKV7, MAMBA, MAMBA2, SAMBA)

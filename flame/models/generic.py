@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 
 from flame.errors import UserError
-from flame.models.family import Cut, Family
+from flame.models.family import Family, TPPlan
 from flame.models.llama import rotary_attention_flops
 
 # {a style of transformers' plans: the parameters it divides, and along which dimension}
@@ -51,11 +51,11 @@ def read_family(hf: nn.Module, model_type: str, from_fla: bool) -> Family:
         from_fla=from_fla,
         fused_loss=False,
         fullgraph=False,
-        cut=_cut(config, blocks[0], children[blocks[0]]),
+        tp_plan=_cut(config, blocks[0], children[blocks[0]]),
     )
 
 
-def _cut(config: Any, name: str, blocks: nn.Module) -> Cut | str:
+def _cut(config: Any, name: str, blocks: nn.Module) -> TPPlan | str:
     """How the blocks of this name are divided by transformers' plan, or why they are not."""
     whole, none = f"{name}.*.", "and flame.models.table no row"
     if getattr(config, "is_heterogeneous", False) and (differing := config.per_layer_attributes):
@@ -74,12 +74,12 @@ def _cut(config: Any, name: str, blocks: nn.Module) -> Cut | str:
     if left := [key for key in matrices if not mixers or key.rpartition(".")[0] not in divided]:
         return f"transformers' plan for it (base_model_tp_plan) leaves out {left[0]}, {none}"
     heads = ("num_attention_heads", "num_key_value_heads")
-    return Cut(
-        mixers=mixers,
-        columns=tuple(region for region in regions if region not in mixers),
-        split={f"{key}.{parameters}": dim for key, (parameters, dim) in divided.items()},
-        divides=tuple(name for name in heads if getattr(config, name, None) is not None),
-        counts=("num_heads", *heads),
+    return TPPlan(
+        token_mixers=mixers,
+        mlps=tuple(region for region in regions if region not in mixers),
+        shard_dims={f"{key}.{parameters}": dim for key, (parameters, dim) in divided.items()},
+        must_divide=tuple(name for name in heads if getattr(config, name, None) is not None),
+        head_count_attrs=("num_heads", *heads),
     )
 
 

@@ -5,7 +5,7 @@
 from dataclasses import replace
 from typing import Any
 
-from flame.models.family import Cut, Family, attention_flops, each_layer
+from flame.models.family import Family, TPPlan, attention_flops, each_layer
 
 
 def rotary_attention_flops(config: Any, seq_len: int) -> float:
@@ -31,17 +31,17 @@ LLAMA = Family(
     norm="norm",
     mixer_flops=rotary_attention_flops,
     packing="positions",
-    cut=Cut(
-        mixers=("self_attn",),
-        columns=("mlp",),
-        split={
+    tp_plan=TPPlan(
+        token_mixers=("self_attn",),
+        mlps=("mlp",),
+        shard_dims={
             **{f"self_attn.{name}_proj.*": 0 for name in "qkv"},
             "self_attn.o_proj.weight": 1,
             **{f"mlp.{name}_proj.*": 0 for name in ("gate", "up")},
             "mlp.down_proj.weight": 1,
         },
-        divides=("num_attention_heads", "num_key_value_heads", "intermediate_size"),
+        must_divide=("num_attention_heads", "num_key_value_heads", "intermediate_size"),
     ),
 )
 
-OLMO2 = replace(LLAMA, model_types=("olmo2",), cut="its norms of queries and keys span all heads")
+OLMO2 = replace(LLAMA, model_types=("olmo2",), tp_plan="its norms of queries and keys span all heads")

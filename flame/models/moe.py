@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flame.models.family import Cut, Family
+from flame.models.family import Family, TPPlan
 from flame.models.llama import rotary_attention_flops
 
 
@@ -30,12 +30,12 @@ MOE = Family(
     packing="positions",
     router_loss=_router_loss,
     fullgraph=False,  # which experts are hit is only known in the step
-    cut=Cut(  # every rank has all experts, and sends its part of the sequence through them
-        mixers=("self_attn",),
-        split={**{f"self_attn.{name}_proj.*": 0 for name in "qkv"}, "self_attn.o_proj.weight": 1},
-        divides=("num_attention_heads", "num_key_value_heads"),
-        needs={"output_router_logits": False},  # a balance is that of all tokens of a batch
+    tp_plan=TPPlan(  # every rank has all experts, and sends its part of the sequence through them
+        token_mixers=("self_attn",),
+        shard_dims={**{f"self_attn.{name}_proj.*": 0 for name in "qkv"}, "self_attn.o_proj.weight": 1},
+        must_divide=("num_attention_heads", "num_key_value_heads"),
+        requires={"output_router_logits": False},  # a balance is that of all tokens of a batch
     ),
 )
 
-OLMOE = replace(MOE, model_types=("olmoe",), cut="its norms of queries and keys span all heads")
+OLMOE = replace(MOE, model_types=("olmoe",), tp_plan="its norms of queries and keys span all heads")

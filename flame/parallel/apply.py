@@ -15,37 +15,33 @@ from torchtitan.distributed.tensor_parallel import maybe_enable_async_tp
 from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list, apply_compile, apply_ddp, apply_fsdp
 from torchtitan.tools.utils import device_type
 
-from flame.parallel.context import divide_heads, divide_sequences
-from flame.parallel.tensor import apply_tensor_parallel, divide_activations
+from flame.config.schema import JobConfig
+from flame.parallel.context import apply_context_parallel, shard_sequence
+from flame.parallel.tensor import apply_tensor_parallel, shard_activations
 
 
-def parallelize(model: Any, parallel_dims: ParallelDims, job_config: Any) -> nn.Module:
+def parallelize(model: Any, parallel_dims: ParallelDims, job_config: JobConfig) -> nn.Module:
     """torchtitan's `parallelize_fn` for a flame.models.causal_lm.CausalLM on the meta device."""
     if parallel_dims.cp_enabled:
-        divide_heads(model, parallel_dims.get_mesh("cp"), model.family.cut)
+        apply_context_parallel(model, parallel_dims.get_mesh("cp"), model.family.tp_plan)
     if parallel_dims.tp_enabled:
-        apply_tensor_parallel(model, parallel_dims.get_mesh("tp"), model.family.cut)
+        apply_tensor_parallel(model, parallel_dims.get_mesh("tp"), model.family.tp_plan)
         if model.head is not None:
             model.head.gather = job_config.parallelism.disable_loss_parallel
         if job_config.parallelism.enable_async_tensor_parallel:
             enable_async_tp(parallel_dims.get_mesh("tp"), job_config)
-    compiled = job_config.compile.enable
-    if job_config.activation_checkpoint.mode != "none":
-        apply_ac(
-            model,
-            job_config.activation_checkpoint,
-            model_compile_enabled=compiled,
-            op_sac_save_list=_op_sac_save_list,
-            base_folder=job_config.job.dump_folder,
-        )
+    compiled, ac = job_config.compile.enable, job_config.activation_checkpoint
+    if ac.mode != "none":
+        folder = job_config.job.dump_folder
+        apply_ac(model, ac, model_compile_enabled=compiled, op_sac_save_list=_op_sac_save_list, base_folder=folder)
     if compiled and not model.family.fullgraph:
         _compile_with_graph_breaks(model, job_config.compile.backend)
     elif compiled:
         apply_compile(model, job_config.compile)
     if parallel_dims.tp_enabled:
-        divide_activations(model, parallel_dims.get_mesh("tp"))
+        shard_activations(model, parallel_dims.get_mesh("tp"))
     if parallel_dims.cp_enabled:
-        divide_sequences(model, parallel_dims.get_mesh("cp"))
+        shard_sequence(model, parallel_dims.get_mesh("cp"))
 
     if parallel_dims.fsdp_enabled:
         names = ["dp_replicate", "fsdp"] if parallel_dims.dp_replicate_enabled else ["fsdp"]
@@ -64,24 +60,30 @@ def parallelize(model: Any, parallel_dims: ParallelDims, job_config: Any) -> nn.
     return model
 
 
-def enable_async_tp(mesh: DeviceMesh, job_config: Any) -> None:
-    """Have torch.compile hide the collectives of regions behind their matrix products."""
+def enable_async_tp(mesh: DeviceMesh, job_config: JobConfig) -> None:
+    """Have torch.compile overlap tensor parallelism's collectives with its matrix products.
+
+    A workaround for torchtitan 0.2.2, whose `maybe_enable_async_tp` (distributed/tensor_parallel.py) does not call
+    `enable_symm_mem_for_group`: torch 2.13 deprecates it, yet its pass (micro_pipeline_tp.py) skips other groups.
+    """
     maybe_enable_async_tp(job_config, mesh)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        # torch calls it deprecated, and yet its pass leaves alone all groups but those it was called for; torchtitan
-        # 0.2.2 does not call it.
         enable_symm_mem_for_group(mesh.get_group().group_name)
 
 
 def _compile_with_graph_breaks(model: Any, backend: str) -> None:
-    # torchtitan asks for fullgraph=True, which the family's row denies.
+    """Compile each block; torchtitan 0.2.2's `apply_compile` (models/llama3/infra/parallelize.py) forces fullgraph."""
     for name, block in model.layers.items():
         model.layers.register_module(name, torch.compile(block, backend=backend))
 
 
 def force_sum_reduction(model: nn.Module) -> None:
-    """Have FSDP2 add gradients on a CPU: gloo has no PREMUL_SUM, its choice for torchtitan's gradient factor of 1."""
+    """Have FSDP2 sum gradients on a CPU.
+
+    A workaround for torchtitan 0.2.2, whose `disable_fsdp_gradient_division` (models/llama3/infra/parallelize.py) sets
+    a divide factor of 1: FSDP2 then chooses PREMUL_SUM, which gloo does not have, over SUM, which is the same here.
+    """
     for module in model.modules() if device_type == "cpu" else ():
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)

@@ -1,9 +1,9 @@
-"""Context parallelism: a rank holds a part of the sequence, and in a mixer the whole of it for a part of the heads.
+"""Context parallelism: each rank holds a shard of the sequence, and in token mixers all of it for its own heads.
 
-What mixes tokens sees the whole sequence (see flame.parallel.sequence_parallel); everything else works on the rank's
-own tokens. So any mixer, kernel and packing of documents is exact, and no rank has more work than another. Parameters
-stay whole, and FSDP adds the gradients of the ranks, each of which knows those of its heads and tokens. In place of the
-gathered hidden states, the all-to-all of https://arxiv.org/abs/2309.14509 moves heads; the shares of work are the same.
+Token mixers are sequence-parallel (see flame.parallel.sequence_parallel), and everything else works on the rank's own
+tokens. So any mixer, kernel and packing of documents is exact, and all ranks have equal work. Parameters stay whole,
+and FSDP sums the gradients of the ranks. Ulysses (https://arxiv.org/abs/2309.14509) divides the same work by an
+all-to-all of heads in place of the all-gather of hidden states.
 """
 
 from functools import partial
@@ -12,47 +12,38 @@ from typing import Any
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Partial, Replicate
 
-from flame.models.family import Cut
-from flame.parallel.sequence_parallel import (
-    SEQUENCE,
-    Change,
-    open_region,
-    redistribute,
-    transform_input,
-    transform_output,
-    transform_parameters,
-)
+from flame.models.family import TPPlan
+from flame.parallel import sequence_parallel as sp
 
 
-def divide_heads(model: Any, mesh: DeviceMesh, cut: Cut) -> None:
-    """Have each rank compute its heads of a flame.models.causal_lm.CausalLM's mixers, before tensor parallelism."""
-    rank, ranks = mesh.get_local_rank(), mesh.size()
+def apply_context_parallel(model: Any, mesh: DeviceMesh, plan: TPPlan) -> None:
+    """Divide the heads of a flame.models.causal_lm.CausalLM's token mixers over `mesh`; before tensor parallelism."""
+    rank, size = mesh.get_local_rank(), mesh.size()
     for block in model.layers.values():
-        for region in (module for name, module in block.named_modules() if name in cut.mixers):
-            open_region(region, mesh, cut.counts)
-        transform_parameters(block, partial(_change, model.hf.config, rank, ranks, cut))
+        sp.make_sequence_parallel(block, mesh, plan.token_mixers, plan.head_count_attrs)
+        sp.transform_parameters(block, partial(_own_heads, model.hf.config, rank, size, plan))
 
 
-def divide_sequences(model: Any, mesh: DeviceMesh) -> None:
-    """Give each rank its part of the sequence between mixers; behind tensor parallelism, which divides the part again.
+def shard_sequence(model: Any, mesh: DeviceMesh) -> None:
+    """Give each rank its shard of the sequence between token mixers; the model's input stays the whole sequence.
 
-    The model still takes whole sequences on every rank.
+    Call it after tensor parallelism, which divides the shard again.
     """
-    rank, ranks = mesh.get_local_rank(), mesh.size()
+    rank, size = mesh.get_local_rank(), mesh.size()
     blocks = list(model.layers.values())
-    transform_input(blocks[0], lambda x: x.chunk(ranks, 1)[rank].contiguous())
+    sp.transform_hidden(blocks[0], before=lambda x: x.chunk(size, 1)[rank].contiguous())
     if model.head is None:  # a pipeline's next stage begins with the whole sequence again
-        transform_output(blocks[-1], lambda x: redistribute(x, mesh, SEQUENCE, Replicate(), Partial()))
-    model.sequence_part = (rank, ranks)
+        sp.transform_hidden(blocks[-1], after=lambda x: sp.redistribute(x, mesh, sp.SEQUENCE, Replicate(), Partial()))
+    model.sequence_shard = (rank, size)
 
 
-def _change(config: Any, rank: int, ranks: int, cut: Cut, name: str) -> Change | None:
-    """How the rank's heads of a mixer's parameter are taken; None: it needs all of the parameter."""
-    if not name.startswith(tuple(f"{mixer}." for mixer in cut.mixers)):
+def _own_heads(config: Any, rank: int, size: int, plan: TPPlan, name: str) -> sp.Transform | None:
+    """How the rank's heads of a token mixer's parameter are taken; None: it needs all of the parameter."""
+    if not name.startswith(tuple(f"{mixer}." for mixer in plan.token_mixers)):
         return None
-    if cut.is_summed(name):
-        return lambda parameter: parameter / ranks
-    if pick := cut.pick(name):
-        return lambda parameter: pick(config, parameter, rank, ranks)
-    dim = cut.dimension(name)
-    return None if dim is None else lambda parameter: parameter.chunk(ranks, dim)[rank]
+    if plan.is_rowwise_bias(name):
+        return lambda parameter: parameter / size
+    if slicer := plan.slicer(name):
+        return lambda parameter: slicer(config, parameter, rank, size)
+    dim = plan.shard_dim(name)
+    return None if dim is None else lambda parameter: parameter.chunk(size, dim)[rank]

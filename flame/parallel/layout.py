@@ -1,154 +1,137 @@
-"""Which layouts a model can be trained in: `check` refuses the others in one line, before any process group exists."""
+"""Which layouts a model can be trained in, checked before a process group exists, and which modules each stage gets."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch.nn as nn
 from torchtitan.distributed.pipeline_parallel import generate_llm_fqn_per_model_part
 
+from flame.config.schema import JobConfig
 from flame.errors import UserError
-from flame.models.family import Cut, Family
+from flame.models.family import Family
 from flame.parallel import pipeline_schedule
 
 TP_FLAG, PP_FLAG, CP_FLAG = (f"--parallelism.{kind}_parallel_degree" for kind in ("tensor", "pipeline", "context"))
 ASYNC_TP_FLAG = "--parallelism.enable_async_tensor_parallel"
 
 
-def validate(family: Family, config: Any, model: nn.Module, job_config: Any) -> None:
-    """Refuse a layout that a model (transformers' own, on the meta device) cannot have. Raises UserError."""
+def validate(family: Family, config: Any, model: nn.Module, job_config: JobConfig) -> None:
+    """Check a job's layout against a model, transformers' own on the meta device.
+
+    Raises UserError if TP, CP or PP cannot divide the model or its sequences, or cannot be combined with an option.
+    """
     layout = job_config.parallelism
-    tensor, context = layout.tensor_parallel_degree, layout.context_parallel_degree
-    if tensor * context > 1:
-        flag = TP_FLAG if tensor > 1 else CP_FLAG
-        if isinstance(family.cut, str):
-            raise UserError(f"{flag}: found {tensor * context}, must be 1 for {config.model_type}: {family.cut}")
-        _check_heads(family.cut, config, tensor, context, flag)
-        if tensor > 1:
-            _check_recomputation(job_config)
-            _check_columns(family, config, model, tensor)
-        for section in ("training", "validation") if job_config.validation.enable else ("training",):
-            if (seq_len := getattr(job_config, section).seq_len) % (tensor * context):
-                raise UserError(
-                    f"--{section}.seq_len: found {seq_len}, must be a multiple of {tensor * context}, the ranks that "
-                    "share a sequence (tensor_parallel_degree x context_parallel_degree)"
-                )
-    _check_async(job_config)
+    if layout.tensor_parallel_degree * layout.context_parallel_degree > 1:
+        _validate_division(family, config, model, job_config)
+    _validate_compile(job_config)
     if layout.pipeline_parallel_degree > 1:
-        for reason in _stage_reasons(family, config, job_config):
-            raise UserError(f"{PP_FLAG}: found {layout.pipeline_parallel_degree}, must be 1: {reason}")
-        pipeline_schedule.validate_csv(job_config, len(stages(config.num_hidden_layers, layout)))
+        _validate_pipeline(family, config, job_config)
 
 
-def _check_recomputation(job_config: Any) -> None:
-    mode = job_config.activation_checkpoint.mode
-    if mode != "none" and job_config.compile.enable:
-        # torch 2.13 takes the mesh of a parameter for one of the tensors that a compiled block keeps for it.
-        raise UserError(
-            f"--activation_checkpoint.mode: found {mode}, must be none with --compile.enable and {TP_FLAG} "
-            f"{job_config.parallelism.tensor_parallel_degree}: torch.compile cannot recompute blocks of DTensors"
-        )
-
-
-def _check_async(job_config: Any) -> None:
-    layout = job_config.parallelism
-    compiled = job_config.compile.enable and job_config.compile.backend == "inductor"
-    if layout.enable_async_tensor_parallel and not (compiled and layout.tensor_parallel_degree > 1):
-        raise UserError(
-            f"{ASYNC_TP_FLAG}: found true, which is a pass of torch.compile over TP: needs {TP_FLAG} of "
-            "2 or more, --compile.enable and --compile.backend inductor"
-        )
-
-
-def _check_heads(cut: Cut, config: Any, tensor: int, context: int, flag: str) -> None:
-    for name, needed in cut.needs.items():
-        if getattr(config, name) != needed:
-            raise UserError(f"{flag}: {config.model_type} is divided by heads only where {name} is {needed}")
+def _validate_division(family: Family, config: Any, model: Any, job_config: JobConfig) -> None:
+    layout, plan = job_config.parallelism, family.tp_plan
+    tensor, context = layout.tensor_parallel_degree, layout.context_parallel_degree
+    degree, flag = tensor * context, TP_FLAG if tensor > 1 else CP_FLAG
+    product = f"{degree} (tensor_parallel_degree {tensor} x context_parallel_degree {context})"
+    if isinstance(plan, str):
+        raise UserError(flag, degree, f"1 for {config.model_type}", plan)
+    for name, required in plan.requires.items():
+        if getattr(config, name) != required:
+            hint = f"its heads can be divided only where {name} is {required}"
+            raise UserError(flag, degree, f"1 for this {config.model_type}", hint)
     attn = getattr(config, "attn", None) or []
-    for owner in (vars(config), *(attn if isinstance(attn, list) else [attn])):
-        for name in cut.divides:
-            heads = owner.get(name)
-            if heads and heads % (tensor * context):
-                raise UserError(
-                    f"{flag}: tensor_parallel_degree {tensor} x context_parallel_degree {context} must divide the "
-                    f"model's {name}, {heads}"
-                )
+    for fields in (vars(config), *(attn if isinstance(attn, list) else [attn])):
+        for name in plan.must_divide:
+            if (heads := fields.get(name)) and heads % degree:
+                raise UserError(flag, product, f"a divisor of the model's {name}, {heads}")
+    if tensor > 1:
+        sizes = {"vocab_size": config.vocab_size}
+        for block in getattr(model.base_model, family.blocks):
+            for name, parameter in block.named_parameters():
+                if (dim := plan.shard_dim(name)) is not None:
+                    sizes[f"{name} (dimension {dim})"] = parameter.shape[dim]
+        for name, size in sizes.items():
+            if size % tensor:
+                raise UserError(TP_FLAG, tensor, f"a divisor of the model's {name}, {size}")
+    for section in ("training", "validation") if job_config.validation.enable else ("training",):
+        if (seq_len := getattr(job_config, section).seq_len) % degree:
+            raise UserError(f"--{section}.seq_len", seq_len, f"a multiple of {product}")
 
 
-def _check_columns(family: Family, config: Any, model: Any, tensor: int) -> None:
-    assert isinstance(family.cut, Cut)
-    sizes = {"vocab_size": config.vocab_size}
-    for block in getattr(model.base_model, family.blocks):
-        for name, parameter in block.named_parameters():
-            if (dim := family.cut.dimension(name)) is not None:
-                sizes[f"{name} (its dimension {dim})"] = parameter.shape[dim]
-    for name, size in sizes.items():
-        if size % tensor:
-            raise UserError(f"{TP_FLAG}: found {tensor}, must divide the model's {name}, {size}")
+def _validate_compile(job_config: JobConfig) -> None:
+    tensor, mode = job_config.parallelism.tensor_parallel_degree, job_config.activation_checkpoint.mode
+    if tensor > 1 and mode != "none" and job_config.compile.enable:
+        # torch 2.13 takes the mesh of a parameter for one of the tensors that a compiled block keeps for it.
+        rule, hint = f"none with --compile.enable and {TP_FLAG} {tensor}", "compiled DTensors cannot be recomputed"
+        raise UserError("--activation_checkpoint.mode", mode, rule, hint)
+    compiled = job_config.compile.enable and job_config.compile.backend == "inductor"
+    if job_config.parallelism.enable_async_tensor_parallel and not (compiled and tensor > 1):
+        needed = f"{TP_FLAG} of 2 or more, --compile.enable and --compile.backend inductor"
+        raise UserError(ASYNC_TP_FLAG, "true", f"false without {needed}", "it is a pass of torch.compile over TP")
 
 
-def _stage_reasons(family: Family, config: Any, job_config: Any) -> Iterator[str]:
-    """Why a model cannot be cut into the pipeline stages asked for."""
-    layout = job_config.parallelism
-    if family.stages is not True:
-        yield f"{config.model_type} has no stages: {family.stages}"
-    if not family.fused_loss:
-        yield f"{config.model_type} has no row in flame.models.table"
-    if getattr(config, "tie_word_embeddings", False):
-        yield "the first and the last stage would share the table of tied embeddings (tie_word_embeddings)"
-    if getattr(config, "output_router_logits", False):
-        yield "the routers' balance (output_router_logits) is one number over all stages"
-    if len(set(getattr(config, "layer_types", None) or [None])) > 1:
-        yield "blocks of several kinds (layer_types) are counted from the first of a stage"
-    yield from stage_errors(config.num_hidden_layers, layout)
+def _validate_pipeline(family: Family, config: Any, job_config: JobConfig) -> None:
+    layout, layer_types = job_config.parallelism, set(getattr(config, "layer_types", None) or [])
+    reasons = {
+        f"{config.model_type} has no stages: {family.stages}": family.stages is not True,
+        f"{config.model_type} has no row in flame.models.table": not family.fused_loss,
+        "both ends would share tied embeddings (tie_word_embeddings)": getattr(config, "tie_word_embeddings", False),
+        "the balance loss (output_router_logits) spans stages": getattr(config, "output_router_logits", False),
+        "stages count their blocks anew, which mixes up several kinds (layer_types)": len(layer_types) > 1,
+    }
+    if reason := next((reason for reason, applies in reasons.items() if applies), None):
+        raise _no_pipeline(layout, reason)
+    pipeline_schedule.validate_csv(job_config, len(stages(config.num_hidden_layers, layout)))
 
 
-def stage_errors(blocks: int, layout: Any) -> Iterator[str]:
-    """Why so many blocks do not make the pipeline stages asked for."""
-    try:
-        found = stages(blocks, layout)
-    except ValueError as error:
-        yield f"{error}".split(". ")[0]
-        return
-    names = [name for stage in found for name in stage]
-    whole = module_fqns(blocks)
-    if names != whole:  # as module_fqns_per_model_part has them
-        wrong = [name for name in whole if names.count(name) != 1] + [name for name in names if name not in whole]
-        yield f"its stages must have {', '.join(whole)}, each once, in this order; see {(wrong or names)[0]}"
-    for number, stage in enumerate(found, 1):
-        if not any(name.startswith("layers.") for name in stage):
-            yield f"stage {number} would have none of the model's {blocks} blocks"
+def _no_pipeline(layout: Any, reason: str) -> UserError:
+    return UserError(PP_FLAG, layout.pipeline_parallel_degree, "1", reason)
 
 
-def dp_degree(layout: Any, ranks: int) -> int:
-    """The ranks of `ranks` that read data of their own."""
-    return ranks // (layout.tensor_parallel_degree * layout.context_parallel_degree * layout.pipeline_parallel_degree)
+def dp_degree(layout: Any, world_size: int) -> int:
+    """The number of ranks that read data of their own."""
+    tensor, context = layout.tensor_parallel_degree, layout.context_parallel_degree
+    return world_size // (tensor * context * layout.pipeline_parallel_degree)
 
 
-def fsdp_degree(layout: Any, ranks: int) -> int:
-    """The ranks of `ranks` over which FSDP2 divides each parameter; 1: there is no FSDP2."""
-    return dp_degree(layout, ranks) * layout.context_parallel_degree // layout.data_parallel_replicate_degree
+def fsdp_degree(layout: Any, world_size: int) -> int:
+    """The number of ranks over which FSDP2 shards each parameter; 1: there is no FSDP2."""
+    return dp_degree(layout, world_size) * layout.context_parallel_degree // layout.data_parallel_replicate_degree
 
 
-def module_fqns(blocks: int) -> list[str]:
-    """torchtitan's names of all modules of a model, in their order."""
-    return ["tok_embeddings", *(f"layers.{i}" for i in range(blocks)), "norm", "output"]
+def module_fqns(num_layers: int) -> list[str]:
+    """torchtitan's names of a model's modules, in their order."""
+    return ["tok_embeddings", *(f"layers.{i}" for i in range(num_layers)), "norm", "output"]
 
 
-def stages(blocks: int, layout: Any) -> list[list[str]]:
-    """The modules of each pipeline stage, as torchtitan's pipeline_llm chooses them. Raises ValueError."""
-    chosen = pipeline_schedule.get_schedule(layout)
+def stages(num_layers: int, layout: Any) -> list[list[str]]:
+    """The modules of each pipeline stage, as torchtitan's pipeline_llm chooses them.
+
+    Raises UserError if the schedule cannot run so many stages, if modules are missing, repeated or out of order, or if
+    a stage has no block.
+    """
+    schedule = pipeline_schedule.get_schedule(layout)
     first, last = (getattr(layout, f"pipeline_parallel_{edge}_stage_less_layers") for edge in ("first", "last"))
     degree, named = layout.pipeline_parallel_degree, layout.module_fqns_per_model_part
-    size, number = layout.pipeline_parallel_layers_per_stage, degree * (chosen.stages_per_rank or 2)
-    asked = ""
+    size, number = layout.pipeline_parallel_layers_per_stage, degree * (schedule.stages_per_rank or 2)
+    setting = ""
     if named is not None:
-        asked, number = "module_fqns_per_model_part", len(named)
+        setting, number = "module_fqns_per_model_part", len(named)
     elif size is not None:
-        asked, number = f"pipeline_parallel_layers_per_stage {size}", -(-(blocks + first + last) // size)
-    on_each, rest = divmod(number, degree)
-    if rest or (on_each != chosen.stages_per_rank if chosen.stages_per_rank else on_each < 2):
-        needed = {None: "two or more", 1: "one", 2: "two"}[chosen.stages_per_rank]
-        raise ValueError(
-            f"{asked} makes {number} stages, of which {chosen.name} needs {needed} on each of {degree} ranks"
-        )
-    return named if named is not None else generate_llm_fqn_per_model_part(number, blocks, first, last)
+        setting, number = f"pipeline_parallel_layers_per_stage {size}", -(-(num_layers + first + last) // size)
+    per_rank, rest = divmod(number, degree)
+    if rest or (per_rank != schedule.stages_per_rank if schedule.stages_per_rank else per_rank < 2):
+        needed = {None: "two or more", 1: "one", 2: "two"}[schedule.stages_per_rank]
+        raise _no_pipeline(layout, f"{setting} makes {number} stages, {schedule.name} needs {needed} per rank")
+    try:
+        found = named or generate_llm_fqn_per_model_part(number, num_layers, first, last)
+    except ValueError as error:
+        raise _no_pipeline(layout, str(error).split(". ")[0]) from None
+    names, whole = [name for stage in found for name in stage], module_fqns(num_layers)
+    if names != whole:
+        wrong = [name for name in whole if names.count(name) != 1] + [name for name in names if name not in whole]
+        ordered = f"its stages must have {', '.join(whole)}, each once, in this order"
+        raise _no_pipeline(layout, f"{ordered}; see {(wrong or names)[0]}")
+    for stage, names in enumerate(found, 1):
+        if not any(name.startswith("layers.") for name in names):
+            raise _no_pipeline(layout, f"stage {stage} would have none of the model's {num_layers} blocks")
+    return found

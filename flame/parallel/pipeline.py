@@ -1,4 +1,4 @@
-"""Pipeline parallelism: torchtitan's `pipeline_llm`, for models that keep Hugging Face's names."""
+"""Pipeline parallelism: torchtitan's `pipeline_llm`, for models with Hugging Face's names."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,11 +8,12 @@ import torch.nn as nn
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.pipeline_parallel import pipeline_llm
 
+from flame.config.schema import JobConfig
 from flame.parallel.pipeline_schedule import disable_dualpipev_overlap
 
 
-class Split(nn.Module):
-    """A model under the names that torchtitan splits by: it copies this for each stage and sets to None what is not."""
+class TitanNames(nn.Module):
+    """A model under torchtitan's names; pipeline_llm copies it for each stage and sets to None what the stage lacks."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -20,19 +21,17 @@ class Split(nn.Module):
         self.__dict__["model"] = model  # not a child, but copied with the children, which are the same modules in it
 
     def stage(self) -> Any:
-        """The model without the parts that other stages have."""
+        """The model with this stage's modules only."""
+        parts = {name for name, part in self.named_children() if part is not None and name != "layers"}
         model = self.__dict__["model"]
-        model.keep(
-            {name for name, part in self.named_children() if part is not None and name != "layers"},
-            dict(self.layers.items()),
-        )
+        model.keep_stage(parts, dict(self.layers.items()))
         return model
 
 
 def pipeline(
     model: Any,
     parallel_dims: ParallelDims,
-    job_config: Any,
+    job_config: JobConfig,
     device: torch.device,
     model_args: Any,
     parallelize: Callable,
@@ -42,9 +41,6 @@ def pipeline(
 
     Returns the schedule, this rank's model parts, and whether they have the first and the last stage.
     """
-
-    def parallelize_stage(split: Any, *args: Any) -> nn.Module:
-        return parallelize(split.stage(), *args)
-
+    parallelize_stage = lambda named, *args: parallelize(named.stage(), *args)
     job_config = disable_dualpipev_overlap(job_config)
-    return pipeline_llm(Split(model), parallel_dims, job_config, device, model_args, parallelize_stage, loss)
+    return pipeline_llm(TitanNames(model), parallel_dims, job_config, device, model_args, parallelize_stage, loss)

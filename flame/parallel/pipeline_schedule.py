@@ -43,8 +43,8 @@ def get_schedule(layout: Any) -> PipelineSchedule:
     for schedule in SCHEDULES:
         if schedule.name.lower() == layout.pipeline_parallel_schedule.lower():
             return schedule
-    known = ", ".join(schedule.name for schedule in SCHEDULES)
-    raise UserError(SCHEDULE_FLAG, repr(layout.pipeline_parallel_schedule), f"one of {known}")
+    rule = f"one of {', '.join(schedule.name for schedule in SCHEDULES)}"
+    raise UserError(SCHEDULE_FLAG, repr(layout.pipeline_parallel_schedule), rule)
 
 
 def stage_rank(stage: int, layout: Any) -> int:
@@ -71,20 +71,12 @@ def validate(job_config: JobConfig) -> None:
     schedule, degree, count = get_schedule(layout), layout.pipeline_parallel_degree, num_microbatches(job_config)
     size = layout.pipeline_parallel_microbatch_size
     if schedule.fills_stages and count < (stages := (schedule.stages_per_rank or 1) * degree):
-        raise UserError(
-            "--training.local_batch_size",
-            batch,
-            f"{stages * size} or more",
-            f"{schedule.name} needs a microbatch (of parallelism.pipeline_parallel_microbatch_size {size}) for each of "
-            f"{stages} stages",
-        )
+        hint = f"{schedule.name} needs a microbatch (pipeline_parallel_microbatch_size {size}) per stage, of {stages}"
+        raise UserError("--training.local_batch_size", batch, f"{stages * size} or more", hint)
     if schedule.equal_rounds and count % (rounds := max(1, count // degree)):
         below, above = (number * degree * size for number in (rounds, rounds + 1))
-        raise UserError(
-            "--training.local_batch_size",
-            batch,
-            f"rounds of equal length for {schedule.name} on {degree} ranks: {below} or {above} would work",
-        )
+        rule = f"rounds of equal length for {schedule.name} on {degree} ranks: {below} or {above} would work"
+        raise UserError("--training.local_batch_size", batch, rule)
     if schedule.split_backward and job_config.compile.enable:
         raise UserError("--compile.enable", "true", f"false with {schedule.name}", "its backward is split in two")
 
@@ -92,8 +84,7 @@ def validate(job_config: JobConfig) -> None:
 def validate_csv(job_config: JobConfig, num_stages: int) -> None:
     """Check the actions of pipeline_parallel_schedule_csv for a model of `num_stages`, if it is set.
 
-    Raises UserError if the file is unreadable, an action is not this job's, is missing or repeated, or the order
-    deadlocks.
+    Raises UserError if the file is unreadable, an action is missing, repeated or not this job's, or it deadlocks.
     """
     from torch.distributed.pipelining.schedules import _Action, _add_send_recv, _validate_schedule
 
@@ -126,10 +117,10 @@ def validate_csv(job_config: JobConfig, num_stages: int) -> None:
             if kind == "I" and job_config.compile.enable:
                 raise UserError("--compile.enable", "true", f"false with {path}", f"{action} is half a backward")
             seen.add(action)
-    forwards = (f"{stage}F{microbatch}" for stage in range(num_stages) for microbatch in range(count))
-    if missing := next((action for action in forwards if _Action.from_str(action) not in seen), None):
-        hint = f"every stage has {count} microbatches (of pipeline_parallel_microbatch_size)"
-        raise UserError(setting, f"no {missing}", hint=hint)
+    for forward in (f"{stage}F{microbatch}" for stage in range(num_stages) for microbatch in range(count)):
+        if _Action.from_str(forward) not in seen:
+            hint = f"every stage has {count} microbatches (of pipeline_parallel_microbatch_size)"
+            raise UserError(setting, f"no {forward}", hint=hint)
     try:
         _validate_schedule(actions, degree, num_stages, count)
         _add_send_recv(actions, lambda stage: stage_rank(stage, layout), num_stages)

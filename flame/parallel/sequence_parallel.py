@@ -1,8 +1,8 @@
-"""Regions: modules of a block that see the whole sequence, while between them each rank holds a part of it.
+"""Sequence-parallel blocks: modules that all-gather the sequence, while between them each rank holds a shard of it.
 
-A region gathers the sequence, computes with the rank's own heads or columns, and sums and scatters its result
-(https://arxiv.org/abs/2205.05198). In a block all tensors are plain local ones, so that any kernel takes them.
-Modules are given classes, and no closures of their own: torch.compile then compiles alike blocks once.
+Such a module gathers its input, computes with the rank's own heads or columns, and reduce-scatters its output
+(https://arxiv.org/abs/2205.05198). Inside a block all tensors are plain local ones, so that any kernel takes them.
+Modules get mixin classes and not closures, so that torch.compile compiles identical blocks once.
 """
 
 from collections.abc import Callable
@@ -16,150 +16,133 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 SEQUENCE = Shard(1)  # of activations (batch, seq, hidden)
-Change = Callable[[Tensor], Tensor]
+Transform = Callable[[Tensor], Tensor]
 
 
-def redistribute(
-    x: Tensor, mesh: DeviceMesh, have: Placement, want: Placement, gradient: Placement | None = None
-) -> Tensor:
-    """A local tensor that is `have` of a whole one as `want` of it; gradient: what comes back, if it is not `want`."""
-    return _Move.apply(x, mesh, have, want, gradient or want)
+def redistribute(x: Tensor, mesh: DeviceMesh, src: Placement, dst: Placement, grad: Placement | None = None) -> Tensor:
+    """A local tensor of placement `src` as one of placement `dst`; grad: its incoming gradient's, if not `dst`."""
+    return _Redistribute.apply(x, mesh, src, dst, grad or dst)
 
 
-class _Move(torch.autograd.Function):
-    """DTensor's redistribution of local tensors; torch.compile does not get its own gradient right."""
+class _Redistribute(torch.autograd.Function):
+    """DTensor's redistribution; written as a Function, as torch.compile gets the gradient of DTensor's own wrong."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mesh: DeviceMesh, have: Placement, want: Placement, gradient: Placement) -> Tensor:
-        ctx.mesh, ctx.have, ctx.want = mesh, gradient, Replicate() if have.is_partial() else have
-        return _redistribute(x, mesh, have, want)
+    def forward(ctx: Any, x: Tensor, mesh: DeviceMesh, src: Placement, dst: Placement, gradient: Placement) -> Tensor:
+        ctx.mesh, ctx.src, ctx.dst = mesh, gradient, Replicate() if src.is_partial() else src
+        return _redistribute(x, mesh, src, dst)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
-        return _redistribute(gradient, ctx.mesh, ctx.have, ctx.want), None, None, None, None
+        return _redistribute(gradient, ctx.mesh, ctx.src, ctx.dst), None, None, None, None
 
 
-def _redistribute(x: Tensor, mesh: DeviceMesh, have: Placement, want: Placement) -> Tensor:
-    whole = DTensor.from_local(x, mesh, [have], run_check=False)
-    return whole.redistribute(placements=[want]).to_local()
+def _redistribute(x: Tensor, mesh: DeviceMesh, src: Placement, dst: Placement) -> Tensor:
+    return DTensor.from_local(x, mesh, [src], run_check=False).redistribute(placements=[dst]).to_local()
 
 
-def open_region(region: nn.Module, mesh: DeviceMesh, counts: tuple[str, ...]) -> None:
-    """Make a module gather its input over the mesh and scatter its output, with its share of what `counts` name.
+def make_sequence_parallel(
+    block: nn.Module, mesh: DeviceMesh, names: tuple[str, ...], head_count_attrs: tuple[str, ...]
+) -> None:
+    """Make a block's named modules all-gather their input and reduce-scatter their output; divide their head counts.
 
-    Of several meshes, the one opened last divides what the others have divided.
+    Called for several meshes, the last one divides what the others have divided.
     """
-    for module in region.modules():
-        for name in set(counts) & vars(module).keys():
-            count = getattr(module, name)
-            if count % mesh.size() == 0:  # else it is of what all heads share
-                setattr(module, name, count // mesh.size())
-    opened: Any = _mix(region, _Region)
-    opened.meshes = (mesh, *getattr(region, "meshes", ()))
+    for module in (module for name, module in block.named_modules() if name in names):
+        for child in module.modules():
+            for name in set(head_count_attrs) & vars(child).keys():
+                count = getattr(child, name)
+                if count % mesh.size() == 0:  # else all heads share it
+                    setattr(child, name, count // mesh.size())
+        _add_mixin(module, _SequenceParallel).meshes = (mesh, *getattr(module, "meshes", ()))
 
 
-class _Region(nn.Module):
+class _SequenceParallel(nn.Module):
     meshes: tuple[DeviceMesh, ...]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         for mesh in self.meshes:
-            args, kwargs = _with_input(partial(_gather, mesh), args, kwargs)
+            gather = partial(redistribute, mesh=mesh, src=SEQUENCE, dst=Replicate(), grad=Partial())
+            args, kwargs = _apply_to_input(gather, args, kwargs)
         output = super().forward(*args, **kwargs)
         for mesh in reversed(self.meshes):
-            output = _with_output(partial(_scatter, mesh), output)
+            scatter = partial(redistribute, mesh=mesh, src=Partial(), dst=SEQUENCE)
+            output = _apply_to_output(scatter, output)
         return output
 
 
-def _gather(mesh: DeviceMesh, x: Tensor) -> Tensor:
-    return redistribute(x, mesh, SEQUENCE, Replicate(), Partial())
-
-
-def _scatter(mesh: DeviceMesh, x: Tensor) -> Tensor:
-    return redistribute(x, mesh, Partial(), SEQUENCE)
-
-
-def transform_input(module: nn.Module, change: Change) -> None:
-    """Change the hidden states before a module's forward: its first argument, or the one of that name."""
+def transform_hidden(module: nn.Module, before: Transform | None = None, after: Transform | None = None) -> None:
+    """Transform the hidden states before a module's forward (its first argument, or `hidden_states`), or after it."""
 
     def run(forward: Callable, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = _with_input(change, args, kwargs)
-        return forward(*args, **kwargs)
+        if before is not None:
+            args, kwargs = _apply_to_input(before, args, kwargs)
+        output = forward(*args, **kwargs)
+        return output if after is None else _apply_to_output(after, output)
 
     module.forward = partial(run, module.forward)
 
 
-def transform_output(module: nn.Module, change: Change) -> None:
-    """Change the hidden states behind a module's forward: its result, or the first of several."""
-
-    def run(forward: Callable, *args: Any, **kwargs: Any) -> Any:
-        return _with_output(change, forward(*args, **kwargs))
-
-    module.forward = partial(run, module.forward)
-
-
-def _with_input(change: Change, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+def _apply_to_input(transform: Transform, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     if args:
-        return (change(args[0]), *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
+        return (transform(args[0]), *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": transform(kwargs["hidden_states"])}
 
 
-def _with_output(change: Change, output: Any) -> Any:
-    return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+def _apply_to_output(transform: Transform, output: Any) -> Any:
+    return (transform(output[0]), *output[1:]) if isinstance(output, tuple) else transform(output)
 
 
-def transform_parameters(module: nn.Module, choose: Callable[[str], Change | None]) -> None:
-    """Have a module's forward, and nothing else, see choose(name)(parameter) of its parameters, where it is not None.
+def transform_parameters(module: nn.Module, choose: Callable[[str], Transform | None]) -> None:
+    """Make a module's forward, and nothing else, see choose(name)(parameter), for each name where it is not None.
 
-    What is changed last is changed first in forward.
+    Called again, the later transform is applied first.
     """
-    seen: Any = _mix(module, _Forward)
-    seen.inside = getattr(module, "inside", None) or _Inside()
+    in_forward = getattr(module, "in_forward", None) or _InForward()
+    _add_mixin(module, _TracksForward).in_forward = in_forward
     for path, owner in module.named_modules():
         for name, _ in list(owner.named_parameters(recurse=False)):
-            if change := choose(f"{path}.{name}".lstrip(".")):
-                reader: Any = _mix(owner, _reader(name))
-                changes = getattr(owner, "changes", {})
-                reader.changes = {**changes, name: (change, *changes.get(name, ()))}
-                reader.inside = seen.inside
+            if transform := choose(f"{path}.{name}".lstrip(".")):
+                reader = _add_mixin(owner, _transformed_parameter(name))
+                earlier = getattr(owner, "transforms", {})
+                reader.transforms = {**earlier, name: (transform, *earlier.get(name, ()))}
+                reader.in_forward = in_forward
 
 
-class _Inside:
-    """Whether a module is in its forward; between forwards FSDP reads its parameters, and must see them whole."""
-
-    now = False
+class _InForward:
+    now = False  # between forwards FSDP reads a module's parameters, and must see them whole
 
 
-class _Forward(nn.Module):
-    inside: _Inside
+class _TracksForward(nn.Module):
+    in_forward: _InForward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.inside.now = True
+        self.in_forward.now = True
         try:
             return super().forward(*args, **kwargs)
         finally:
-            self.inside.now = False
+            self.in_forward.now = False
 
 
 @cache
-def _reader(name: str) -> type:
+def _transformed_parameter(name: str) -> type:
     def read(module: Any) -> Tensor:
         value = module._parameters[name]
-        if module.inside.now:
-            for change in module.changes[name]:
-                value = change(value)
+        if module.in_forward.now:
+            for transform in module.transforms[name]:
+                value = transform(value)
         return value
 
-    return type("_Reader", (nn.Module,), {name: property(read)})
+    return type("_TransformedParameter", (nn.Module,), {name: property(read)})
 
 
-def _mix(module: nn.Module, mixin: type) -> nn.Module:
+def _add_mixin(module: Any, mixin: type) -> Any:
     """The module, with the mixin before its class."""
     if not isinstance(module, mixin):
-        kind: Any = module.__class__
-        module.__class__ = _mixed(mixin, kind)
+        module.__class__ = _with_mixin(mixin, module.__class__)
     return module
 
 
 @cache
-def _mixed(mixin: type, kind: type) -> type:
+def _with_mixin(mixin: type, kind: type) -> type:
     return type(kind.__name__, (mixin, kind), {})

@@ -17,8 +17,8 @@ from flame.config.parser import world_size
 from flame.errors import UserError
 from flame.parallel import pipeline_schedule
 from flame.parallel.apply import force_sum_reduction
-from flame.parallel.layout import ASYNC_TP_FLAG, CP_FLAG, PP_FLAG, TP_FLAG, fsdp_degree, stage_errors, stages
-from flame.parallel.sequence_parallel import redistribute, transform_output
+from flame.parallel.layout import ASYNC_TP_FLAG, CP_FLAG, PP_FLAG, TP_FLAG, fsdp_degree, stages
+from flame.parallel.sequence_parallel import redistribute, transform_hidden
 
 
 def check(spec: Any, args: Any, job_config: Any) -> None:
@@ -81,8 +81,6 @@ def _complaints(spec: Any, args: Any, job_config: Any) -> Iterator[str]:
             yield f"{pipeline_schedule.SCHEDULE_FLAG}: found DualPipeV, must be another with experts divided"
         if spec.pipelining_fn is None:
             yield f"{PP_FLAG}: found {degree}, must be 1: torchtitan cannot divide {model.name} into stages"
-        for reason in stage_errors(args.n_layers, layout):
-            yield f"{PP_FLAG}: found {degree}, must be 1: {reason}"
         pipeline_schedule.validate_csv(job_config, len(stages(args.n_layers, layout)))
 
 
@@ -123,8 +121,8 @@ def _sum_router_gradients(model: nn.Module, mesh: DeviceMesh) -> None:
     a part of the scores' gradient, and these parts were never added up."""
     for module in model.modules():
         if isinstance(module, MoE) and not module.score_before_experts:
-            transform_output(
-                module.router, lambda scores: redistribute(scores, mesh, Replicate(), Replicate(), Partial())
+            transform_hidden(
+                module.router, after=lambda scores: redistribute(scores, mesh, Replicate(), Replicate(), Partial())
             )
 
 

@@ -264,7 +264,7 @@ def test_falcons_mask_lets_no_token_see_another_document_or_the_future(tmp_path)
 
 def test_a_pipelines_last_stage_drops_nothing_out_of_what_it_is_given(tmp_path):
     model = build(write_config(tmp_path, "gpt_neox", hidden_dropout=0.5)).train()
-    model.keep({"norm", "output"}, {"1": model.layers["1"]})
+    model.keep_stage({"norm", "output"}, {"1": model.layers["1"]})
     given, seen = torch.ones(2, 16, 64), []
     model.layers["1"].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     model(given, labels=torch.zeros(2, 16, dtype=torch.long))

@@ -52,6 +52,6 @@ def test_a_config_whose_layers_differ_is_read_layer_by_layer(model_type):
     family, config = read_config(fields, model_type)
     # the first block slides over 8 tokens with heads of 16, the last sees all with heads of 32
     assert rotary_attention_flops(config, 64) == 4 * 4 * 16 * (8 - 64 / 128) + 4 * 4 * 32 * 32
-    assert isinstance(family.cut, str) and "its layers differ in head_dim" in family.cut
+    assert isinstance(family.tp_plan, str) and "its layers differ in head_dim" in family.tp_plan
     with pytest.raises(UserError, match=r"num_key_value_heads 3 must divide num_attention_heads 4"):
         read_config(fields | {"num_key_value_heads": 3}, model_type)

@@ -13,16 +13,17 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 
 from flame.config.parser import parse
+from flame.errors import UserError
 from flame.models.hf import build_on_meta
 from flame.models.table import BY_MODEL_TYPE
 from flame.parallel.apply import enable_async_tp
-from flame.parallel.layout import ASYNC_TP_FLAG, stage_errors
+from flame.parallel.layout import ASYNC_TP_FLAG, CP_FLAG, PP_FLAG, TP_FLAG, stages
 from flame.parallel.pipeline_schedule import SCHEDULE_FLAG, SCHEDULES
 from tests.launch import REPO
-from tests.layouts import LAYOUTS, MODELS, STEPS, differences, refusal, refusal_of, run
+from tests.layouts import LAYOUTS, MODELS, STEPS, differences, error_of, layout_error, run
 from tests.models.small import OTHERS, SHIPPED, small
 
-HEADS = {  # the models of which heads or columns, and blocks, cannot be divided, and the words that say why
+HEADS = {  # models whose heads or columns, and whose blocks, cannot be divided, and the words that say why
     "retnet": "by the head's number",
     "gsa": "spans all heads",
     "hgrn2": "spans all heads",
@@ -44,12 +45,12 @@ PLANNED = (  # model types without a row, which transformers has a plan for
 
 
 def expected(name, layout):
-    """Words of the refusal that a model is to meet in a layout; None if it is to train."""
+    """The setting and words of the error that a model gets in a layout; None if it trains."""
     if name in HEADS and ("tp2" in layout or "cp2" in layout):
-        return HEADS[name]
+        return (TP_FLAG if "tp2" in layout else CP_FLAG), HEADS[name]
     if layout == "tp2_cp2" and name in FOUR:
-        return "_heads, 2"
-    return STAGES.get(name) if "pp2" in layout else None
+        return TP_FLAG, "_heads, 2"
+    return (PP_FLAG, STAGES[name]) if "pp2" in layout and name in STAGES else None
 
 
 def pairs(names, layouts):
@@ -58,6 +59,7 @@ def pairs(names, layouts):
     ]
 
 
+LAYERS = "--parallelism.pipeline_parallel_layers_per_stage"
 COMPILED = "--parallelism.tensor_parallel_degree=2 --compile.enable"
 _SHARDED = ["accumulated", "fsdp2", "fsdp2_accumulated", "ddp2", "fsdp4", "hsdp2x2"]
 _DIVIDED = ["tp2", "cp2", "pp2", "fsdp2_tp2"]
@@ -101,17 +103,20 @@ def test_every_family_has_one_table_for_both_embeddings_if_asked():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_what_cannot_be_divided_is_refused_with_the_reason_and_nothing_else(name):
+def test_only_models_that_cannot_be_divided_are_rejected_and_the_reason_is_given(name):
     for layout in LAYOUTS:
-        words, found = expected(name, layout), refusal(name, layout)
-        assert found is None if words is None else words in (found or ""), (layout, found)
+        error = layout_error(name, layout)
+        if (wanted := expected(name, layout)) is None:
+            assert error is None, (layout, error)
+        else:
+            assert error and error.setting == wanted[0] and wanted[1] in error.hint + error.allowed, (layout, error)
 
 
-def test_a_mixture_whose_balance_is_trained_is_not_divided(monkeypatch):
+def test_a_mixture_whose_balance_loss_is_trained_is_not_divided(monkeypatch):
     monkeypatch.setitem(MODELS, "balanced", {**MODELS["mixtral"], "output_router_logits": True})
     for layout in ("tp2", "cp2", "pp2"):
-        assert "output_router_logits" in (refusal("balanced", layout) or "")
-    assert refusal("balanced", "fsdp2") is None
+        assert "output_router_logits" in layout_error("balanced", layout).hint
+    assert layout_error("balanced", "fsdp2") is None
 
 
 @pytest.mark.parametrize("name, layout", QUICK)
@@ -146,11 +151,11 @@ def test_types_that_transformers_has_a_plan_for_have_the_numbers_of_one_rank(tmp
         ({"model_type": "gpt2", "n_head": 4, "n_embd": 64}, "transformers has no plan for it"),
     ],
 )
-def test_a_type_whose_plan_says_more_than_heads_and_columns_is_refused(fields, words, monkeypatch):
+def test_a_type_whose_plan_divides_more_than_heads_and_columns_is_rejected(fields, words, monkeypatch):
     monkeypatch.setitem(MODELS, fields["model_type"], {**MODELS["gemma2"], **fields})
     for layout in ("tp2", "cp2"):
-        assert words in (refusal(fields["model_type"], layout) or "")
-    assert refusal(fields["model_type"], "fsdp2") is None
+        assert words in layout_error(fields["model_type"], layout).hint
+    assert layout_error(fields["model_type"], "fsdp2") is None
 
 
 LOOPED = ("Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
@@ -204,38 +209,36 @@ def test_training_moves_the_weights(name, quick):
 
 
 @pytest.mark.parametrize(
-    "flags, words",
+    "flags, setting, words",
     [
-        (f"{COMPILED} --activation_checkpoint.mode=full", "activation_checkpoint.mode: found full, must be none with"),
-        (f"{ASYNC_TP_FLAG} --compile.enable", "needs --parallelism.tensor_parallel_degree of 2 or more"),
-        (f"{ASYNC_TP_FLAG} --parallelism.tensor_parallel_degree=2", "needs .*--compile.enable"),
-        (f"{ASYNC_TP_FLAG} {COMPILED} --compile.backend=eager", "needs .*--compile.backend inductor"),
-        ("--parallelism.tensor_parallel_degree=3", "must divide the model's num_attention_heads, 4"),
-        ("--parallelism.tensor_parallel_degree=2 --training.seq_len=129", "--training.seq_len: found 129"),
-        ("--parallelism.pipeline_parallel_degree=4", "stage 1 would have none of the model's 2 blocks"),
+        (f"{COMPILED} --activation_checkpoint.mode=full", "--activation_checkpoint.mode", "none with --compile.enable"),
+        (f"{ASYNC_TP_FLAG} --compile.enable", ASYNC_TP_FLAG, f"{TP_FLAG} of 2 or more"),
+        (f"{ASYNC_TP_FLAG} {TP_FLAG}=2", ASYNC_TP_FLAG, "--compile.enable"),
+        (f"{ASYNC_TP_FLAG} {COMPILED} --compile.backend=eager", ASYNC_TP_FLAG, "--compile.backend inductor"),
+        (f"{TP_FLAG}=3", TP_FLAG, "a divisor of the model's num_attention_heads, 4"),
+        (f"{TP_FLAG}=2 --training.seq_len=129", "--training.seq_len", "a multiple of 2"),
+        (f"{PP_FLAG}=4", PP_FLAG, "stage 1 would have none of the model's 2 blocks"),
+        (f"{PP_FLAG}=2 {LAYERS}=1", PP_FLAG, "makes 4 stages, 1F1B needs one per rank"),
         (
-            "--parallelism.pipeline_parallel_degree=2 --parallelism.pipeline_parallel_layers_per_stage=1",
-            "makes 4 stages, of which 1F1B needs one on each of 2 ranks",
-        ),
-        (
-            "--parallelism.pipeline_parallel_degree=2 --parallelism.pipeline_parallel_layers_per_stage=1 "
-            f"{SCHEDULE_FLAG}=loopedbfs --parallelism.pipeline_parallel_last_stage_less_layers=0",
-            "makes 3 stages, of which LoopedBFS needs two or more on each of 2 ranks",
+            f"{PP_FLAG}=2 {LAYERS}=1 {SCHEDULE_FLAG}=loopedbfs "
+            "--parallelism.pipeline_parallel_last_stage_less_layers=0",
+            PP_FLAG,
+            "makes 3 stages, LoopedBFS needs two or more per rank",
         ),
         *(
             (
-                "--parallelism.pipeline_parallel_degree=2 --parallelism.pipeline_parallel_layers_per_stage=2 "
-                "--parallelism.pipeline_parallel_first_stage_less_layers=10 "
+                f"{PP_FLAG}=2 {LAYERS}=2 --parallelism.pipeline_parallel_first_stage_less_layers=10 "
                 f"{SCHEDULE_FLAG}={name.lower()}",
-                f"makes 7 stages, of which {name} needs two on each of 2 ranks",
+                PP_FLAG,
+                f"makes 7 stages, {name} needs two per rank",
             )
             for name in ("ZBVZeroBubble", "DualPipeV")
         ),
     ],
 )
-def test_a_layout_that_cannot_be_is_refused_in_one_line(flags, words):
-    message = refusal_of("llama", flags.split())
-    assert re.search(words, message) and "\n" not in message
+def test_a_layout_that_is_impossible_is_rejected(flags, setting, words):
+    error = error_of("llama", flags.split())
+    assert error.setting == setting and words in error.allowed + error.hint
 
 
 @pytest.mark.parametrize(
@@ -259,19 +262,22 @@ def test_a_layout_that_cannot_be_is_refused_in_one_line(flags, words):
         (ORDER.replace("0F0,0F1,2F0", "2F0,0F0,0F1"), "can't schedule sends/recvs"),
     ],
 )
-def test_steps_that_are_not_those_of_the_job_are_refused(text, words, tmp_path, monkeypatch):
+def test_actions_that_are_not_those_of_the_job_are_rejected(text, words, tmp_path, monkeypatch):
     monkeypatch.setitem(MODELS, "deep", {**MODELS["llama"], "num_hidden_layers": 6})
     (tmp_path / "order.csv").write_text(text)
     flags = [*LAYOUTS["pp2"][1], f"{SCHEDULE_FLAG}=Interleaved1F1B", f"{SCHEDULE_FLAG}_csv={tmp_path}/order.csv"]
-    message = refusal_of("deep", [*flags, "--parallelism.pipeline_parallel_microbatch_size=4"])
-    assert message is None if words is None else words in message and "\n" not in message, message
+    error = error_of("deep", [*flags, "--parallelism.pipeline_parallel_microbatch_size=4"])
+    if words is None:
+        assert error is None
+    else:
+        assert error.setting.startswith(f"{SCHEDULE_FLAG}_csv ") and words in str(error) and "\n" not in str(error)
 
 
 def test_a_backward_in_two_is_not_compiled(tmp_path):
     (tmp_path / "order.csv").write_text("0F0,0F1,0B0,0I1,0W1\n1F0,1F1,1B0,1B1\n")
     flags = [*LAYOUTS["pp2"][1], f"{SCHEDULE_FLAG}_csv={tmp_path}/order.csv", "--compile.enable"]
-    message = refusal_of("llama", [*flags, "--parallelism.pipeline_parallel_microbatch_size=4"])
-    assert "--compile.enable: found true" in message and "0I1" in message
+    error = error_of("llama", [*flags, "--parallelism.pipeline_parallel_microbatch_size=4"])
+    assert error.setting == "--compile.enable" and "0I1" in error.hint
 
 
 def test_the_schedules_are_those_of_torch_and_ask_what_it_asks():
@@ -291,7 +297,7 @@ def test_the_schedules_are_those_of_torch_and_ask_what_it_asks():
 
 def test_asynchronous_tensor_parallelism_reaches_the_compiler(tmp_path, monkeypatch):
     flags = [ASYNC_TP_FLAG, *COMPILED.split()]
-    assert refusal_of("llama", flags) is None
+    assert error_of("llama", flags) is None
     monkeypatch.setattr(torch._inductor.config, "_micro_pipeline_tp", False)
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
@@ -304,20 +310,22 @@ def test_asynchronous_tensor_parallelism_reaches_the_compiler(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("stages", "words"),
+    ("parts", "words"),
     [
         ([["tok_embeddings", "layers.0"], ["layers.7", "norm", "output"]], "see layers.1"),
         ([["tok_embeddings", "layers.0"], ["layers.0", "layers.1", "norm", "output"]], "see layers.0"),
         ([["tok_embeddings", "layers.0"], ["layers.1", "output"]], "see norm"),
         ([["tok_embeddings", "layers.1"], ["layers.0", "norm", "output"]], "in this order"),
         ([["tok_embeddings"], ["layers.0", "layers.1", "norm", "output"]], "stage 1 would have none"),
-        ([["tok_embeddings", "layers.0", "layers.1", "norm", "output"]], "makes 1 stages, of which 1F1B needs one on"),
+        ([["tok_embeddings", "layers.0", "layers.1", "norm", "output"]], "makes 1 stages, 1F1B needs one"),
     ],
 )
-def test_stages_that_are_not_the_model_are_refused(stages, words):
-    layout = parse(["--parallelism.pipeline_parallel_degree=2"]).parallelism
-    layout.module_fqns_per_model_part = stages
-    assert words in " ".join(stage_errors(2, layout))
+def test_stages_that_are_not_the_model_are_rejected(parts, words):
+    layout = parse([f"{PP_FLAG}=2"]).parallelism
+    layout.module_fqns_per_model_part = parts
+    with pytest.raises(UserError) as error:
+        stages(2, layout)
+    assert error.value.setting == PP_FLAG and words in error.value.hint
 
 
 def test_the_page_holds_the_table_of_the_rows():
