@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import itertools
 import json
+import operator
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,7 +41,7 @@ def field_help(section: type, name: str) -> str:
 def rows(section: type, prefix: str) -> Iterator[str]:
     """A table row for each setting of a section and of the sections in it."""
     defaults: Any = section()
-    for field in dataclasses.fields(section):
+    for field in filter(operator.attrgetter("init"), dataclasses.fields(section)):
         if dataclasses.is_dataclass(field.type):
             yield from rows(field.type, f"{prefix}{field.name}.")
         else:
@@ -52,9 +53,9 @@ def rows(section: type, prefix: str) -> Iterator[str]:
 
 def older_rows() -> Iterator[str]:
     """A table row for each older spelling."""
-    for path, old in sorted(legacy.TABLE.items()):
-        today = f"`--{old.to}`" if old.to else old.change.__doc__ if old.change else f"ignored: {old.ignored}"
-        yield f"| `--{path}` | {today} |"
+    today = {path: f"`--{to}`" for path, to in legacy.RENAMED.items()}
+    today |= {path: old.change.__doc__ or f"ignored: {old.ignored}" for path, old in legacy.CHANGED.items()}
+    yield from (f"| `--{path}` | {today[path]} |" for path in sorted(today))
 
 
 def page() -> str:

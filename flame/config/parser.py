@@ -9,7 +9,6 @@ import copy
 import dataclasses
 import importlib
 import io
-import logging
 import os
 from collections.abc import Iterator
 from operator import attrgetter
@@ -21,61 +20,44 @@ from torchtitan.config.manager import ConfigManager, custom_registry
 from flame.config import legacy
 from flame.config.paths import exists
 from flame.config.schema import DataSource, JobConfig
-from flame.config.setting import Setting, nearest, read_flags, read_toml, typed
+from flame.config.setting import Layer, Setting, nearest, read_flags, read_toml, resolve_negation, typed
 from flame.errors import UserError
-
-logger = logging.getLogger("flame")
-
-# How one setting was given in a TOML or in flags: {spelling: (what to call it, its last value or Later)}.
-Spellings = dict[str, tuple[str, Any]]
 
 _PATHS = ("job.dump_folder", "model.config", "model.tokenizer_path", "checkpoint.initial_load_path")
 
 
 def setting_types(section: Any = JobConfig, prefix: str = "") -> dict[str, Any]:
-    """{dotted path: type} of every setting of a config class."""
+    """{dotted path: type} of every setting of a config class; a field with init=False is not a setting."""
     found: dict[str, Any] = {}
-    for f in dataclasses.fields(section):
+    for f in filter(attrgetter("init"), dataclasses.fields(section)):
         path = prefix + f.name
         found |= setting_types(f.type, path + ".") if dataclasses.is_dataclass(f.type) else {path: f.type}
     return found
 
 
 def parse(argv: list[str]) -> JobConfig:
-    """The config of a command line: defaults < TOML named by --job.config_file < flags.
+    """The config of a command line: defaults < TOML named by --job.config_file < flags, older spellings too.
 
-    Older spellings are understood in both; settings that follow from others are filled in. Raises UserError.
+    Settings that follow from others are filled in. Raises UserError for what is not a setting, for values of another
+    type, and for two spellings of one setting that disagree.
     """
-    flags = read_flags(argv)
-    files = [s for s in flags if s.path == "job.config_file"]
-    file = _shipped("--job.config_file", typed(files[-1], str)) if files else None
-    toml = read_toml(file) if file else []
-    config = _config_class(toml + flags)()
-    types = setting_types(type(config))
+    settings = legacy.translate(read_flags(argv))
+    files = [s for s in settings if s.path == "job.config_file"]
+    file = typed(files[-1], str) if files else None
+    if file:
+        settings = [*legacy.translate(read_toml(file)), *settings]
+    config = _config_class(settings)()
+    given = [s for s in settings if not callable(s.value)]
+    _place(config, given)
+    if computed := [s for s in settings if callable(s.value)]:
+        ranks = world_size()
+        _place(config, [*given, *(_compute(s, config, ranks) for s in computed if not _is_overridden(s, given))])
 
-    placed: dict[str, Spellings] = {}
-    unless_given: dict[str, Any] = {}
-    for settings in (toml, flags):
-        layer: dict[str, Spellings] = {}
-        for setting in settings:
-            spelling, values, defaults = _targets(setting, types)
-            unless_given |= defaults
-            for path, value in values.items():
-                layer.setdefault(path, {})[spelling] = (setting.where, value)
-                if not isinstance(value, legacy.Later):
-                    _assign(config, path, value)
-        placed |= layer
-    for path, value in unless_given.items():
-        if path not in placed:
-            _assign(config, path, value)
-
-    _compute(config, placed)
     config.job.config_file = file or None
     if config.model.tokenizer_path:
         config.model.hf_assets_path = config.model.tokenizer_path
     if config.training.varlen and config.training.context_len is None:
         config.training.context_len = min(2048, config.training.seq_len)
-    config.job.dry_run |= config.memory_estimation.enable  # whose answer is a part of the dry run's
     _check_sections(config)
     return config
 
@@ -88,52 +70,52 @@ def _config_class(settings: list[Setting]) -> type[JobConfig]:
     try:
         return ConfigManager._merge_configs(JobConfig, importlib.import_module(module).JobConfig)
     except (ImportError, AttributeError, TypeError, ValueError) as e:
-        raise UserError(f"{named[-1].where}: cannot take a JobConfig from {module}: {e}") from None
+        raise UserError(named[-1].where, module, "a module with a JobConfig", str(e)) from None
 
 
-def _targets(setting: Setting, types: dict[str, Any]) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """The spelling of a setting, {today's path: value or Later} and {path: older default} that come with it."""
-    path, negated = setting.path, False
-    if setting.value == {} and any(known.startswith(path + ".") for known in (*types, *legacy.TABLE)):
-        return path, {}, {}  # an empty TOML section
-    if path not in legacy.TABLE and path not in types:
-        section, _, name = path.removeprefix("no_").rpartition(".")
-        path, negated = f"{section}.{name.removeprefix('no_')}", True
-    old = legacy.TABLE.get(path)
-    kind = types.get(path) if old is None else old.kind or types[old.to]
-    if kind is None or (negated and kind is not bool):
-        near = nearest(setting.path, [*types, *legacy.TABLE])
-        hint = f", did you mean {'--' if setting.from_flag else ''}{near}?" if near else "; -h lists all"
-        raise UserError(f"{setting.where} is not a setting{hint}")
-    setting = dataclasses.replace(setting, value=legacy.rename_value(path, setting.value))
-    value = typed(setting, kind) != negated if kind is bool else typed(setting, kind)
-    if path in _PATHS and value:
-        value = os.path.expanduser(value)  # the shell leaves the ~ of --flag=~/folder alone
-    if path == "model.config" and value:
-        value = _shipped(setting.where, value)
-    if old is None:
-        return path, {path: value}, {}
-    with _naming(setting.where):
-        targets = old.targets(value)
-    if old.ignored:
-        _note(f"{setting.where} is ignored: {old.ignored}")
-    return path, targets, old.unless_given
+def _place(config: JobConfig, settings: list[Setting]) -> None:
+    """Assign every setting from the highest layer that has it. Spellings of one setting in one layer must agree."""
+    types = setting_types(type(config))
+    placed: dict[str, tuple[Setting, Any]] = {}
+    for setting in sorted(settings, key=attrgetter("layer"), reverse=True):
+        setting = resolve_negation(setting, types)
+        if setting.path not in types:
+            _check_is_section(setting, [*types, *legacy.RENAMED, *legacy.CHANGED])
+            continue
+        value = typed(setting, types[setting.path])
+        if setting.path in _PATHS and value:
+            value = os.path.expanduser(value)  # the shell leaves the ~ of --flag=~/folder alone
+        before, known = placed.get(setting.path, (setting, value))
+        if setting.layer < before.layer:
+            continue
+        # A list agrees with a shorter one that it extends: float8 is added to the converters that were named.
+        agrees = value == known or (isinstance(value, list) and all(item in value for item in known))
+        if setting.older != before.older and not agrees:
+            both, values = f"{before.where} and {setting.where}", f"{known} and {value}"
+            raise UserError(both, values, "equal", f"both are {setting.path}: give only one of them")
+        placed[setting.path] = setting, value
+    for path, (_, value) in placed.items():
+        _assign(config, path, value)
 
 
-def _compute(config: JobConfig, placed: dict[str, Spellings]) -> None:
-    """Fill in what follows from other settings; refuse two spellings of one setting that disagree."""
-    for path, spellings in placed.items():
-        for where, value in spellings.values():
-            if isinstance(value, legacy.Later):
-                with _naming(where):
-                    _assign(config, path, value.compute(config, world_size()))
-        final = attrgetter(path)(config)
-        for where, value in spellings.values():
-            # A list agrees when nothing of it is lost: float8 is added to the converters that were named.
-            agrees = value == final or (isinstance(value, list) and all(item in final for item in value))
-            if not agrees and not isinstance(value, legacy.Later):
-                other = next(w for w, v in spellings.values() if v == final or isinstance(v, legacy.Later))
-                raise UserError(f"{where} ({value}) and {other} ({final}) disagree about {path}: give only one of them")
+def _check_is_section(setting: Setting, known: list[str]) -> None:
+    """Raises UserError, with the setting that was meant, unless it is an empty section of a TOML."""
+    if setting.value == {} and any(path.startswith(setting.path + ".") for path in known):
+        return
+    near = nearest(setting.path, known)
+    meant = f", did you mean {'--' if setting.layer is Layer.FLAGS else ''}{near}?" if near else "; -h lists all"
+    raise UserError(setting.where, hint=f"not a setting{meant}")
+
+
+def _is_overridden(setting: Setting, others: list[Setting]) -> bool:
+    return any(other.path == setting.path and other.layer > setting.layer for other in others)
+
+
+def _compute(setting: Setting, config: JobConfig, ranks: int) -> Setting:
+    try:
+        return dataclasses.replace(setting, value=setting.value(config, ranks))
+    except UserError as error:
+        raise error.at(setting.where) from None
 
 
 def _assign(config: JobConfig, path: str, value: Any) -> None:
@@ -148,27 +130,7 @@ def _check_sections(config: JobConfig) -> None:
             try:
                 post_init()
             except (ValueError, AssertionError) as e:
-                raise UserError(f"{f.name}: {e}") from None
-
-
-@contextlib.contextmanager
-def _naming(where: str) -> Iterator[None]:
-    try:
-        yield
-    except UserError as e:
-        raise UserError(f"{where}: {e}") from None
-
-
-def _shipped(where: str, path: str) -> str:
-    found = legacy.shipped_file(path)
-    if found != path:
-        _note(f"{where}: there is no {path} here, using {found}")
-    return found
-
-
-def _note(line: str) -> None:
-    if os.environ.get("RANK", "0") == "0":  # once per run, not once per process
-        logger.warning(line)
+                raise UserError(f.name, hint=str(e)) from None
 
 
 def world_size() -> int:
@@ -178,7 +140,7 @@ def world_size() -> int:
     for name in counts:
         text = os.environ.get(name) or "1"
         if not text.isdecimal() or int(text) < 1:
-            raise UserError(f"environment variable {name}: found {text!r}, must be an integer of 1 or more")
+            raise UserError(name, repr(text), "an integer of 1 or more", "it is an environment variable")
         product *= int(text)
     return product
 
@@ -224,7 +186,6 @@ def recorded(config: JobConfig) -> JobConfig:
         if value := attrgetter(path)(config):
             _assign(config, path, absolute(value))
     config.job.dump_folder = os.path.abspath(config.job.dump_folder)
-    config.model.hf_assets_path = config.model.tokenizer_path or ""
     for source in config.data.sources:
         source.path = absolute(source.path)
     for section in (config.training, config.validation):
@@ -241,7 +202,7 @@ def to_toml(config: JobConfig) -> str:
 
 def _plain(section: Any, default: Any) -> dict[str, Any]:
     table: dict[str, Any] = {}
-    for f in dataclasses.fields(section):
+    for f in filter(attrgetter("init"), dataclasses.fields(section)):
         value, usual = getattr(section, f.name), getattr(default, f.name)
         if dataclasses.is_dataclass(value):
             table[f.name] = _plain(value, usual)
@@ -259,7 +220,6 @@ def validation_as_training(config: JobConfig) -> Iterator[JobConfig]:
     training = dataclasses.replace(
         config.training,
         dataset=held_out.dataset,
-        dataset_path=held_out.dataset_path,
         dataset_name=held_out.dataset_name,
         dataset_split=held_out.dataset_split,
         data_dir=None,

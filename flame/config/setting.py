@@ -6,8 +6,9 @@ import difflib
 import math
 import sys
 import types
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Container, Iterable
+from dataclasses import dataclass, replace
+from enum import IntEnum
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -19,44 +20,57 @@ else:
     import tomli as tomllib
 
 
+class Layer(IntEnum):
+    """Where a setting was given; a higher layer overrides a lower one, and all of them override the defaults."""
+
+    OLDER_DEFAULT = 0  # comes along with an older spelling
+    TOML = 1
+    FLAGS = 2
+
+
 @dataclass(frozen=True)
 class Setting:
-    """`path` is dotted, `where` is how to name it to the user. The value of a flag is text: one word as a string, none
-    or several as a tuple; the value of a TOML key is what the TOML holds."""
+    """One setting as a user wrote it.
+
+    path: dotted. where: how errors name it. value: of a flag, text (one word a string, none or several a tuple); of a
+    TOML key, what the TOML holds. older: the older spelling that gave it, if one did. negated: "no_" stood before it.
+    """
 
     path: str
     where: str
     value: Any
-    from_flag: bool = False
+    layer: Layer = Layer.TOML
+    older: str = ""
+    negated: bool = False
 
 
 def read_flags(argv: list[str]) -> list[Setting]:
-    """The settings of a command line in its order; how many words one may take is for its type to say."""
+    """The settings of a command line, in its order. Raises UserError for words before the first flag."""
     found: list[tuple[str, list[str]]] = []
     for word in argv:
         if word.startswith("--"):
             flag, equals, value = word.partition("=")
             found.append((flag, [value] if equals else []))
         elif not found:
-            raise UserError(f"{word!r} is not a flag; flags start with --, as in --training.steps 100")
+            raise UserError(repr(word), hint="not a flag; flags start with --, as in --training.steps 100")
         else:
             found[-1][1].append(word)
     return [
-        Setting(flag[2:].replace("-", "_"), flag, words[0] if len(words) == 1 else tuple(words), from_flag=True)
+        Setting(flag[2:].replace("-", "_"), flag, words[0] if len(words) == 1 else tuple(words), Layer.FLAGS)
         for flag, words in found
     ]
 
 
 def read_toml(file: str) -> list[Setting]:
-    """The settings of a TOML file. UserError if it cannot be read or is no TOML, with the line."""
+    """The settings of a TOML file. Raises UserError if it cannot be read or is not valid TOML, with the line."""
     try:
         tables = tomllib.loads(Path(file).expanduser().read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"--job.config_file: there is no file {file}") from None
+        raise UserError("--job.config_file", f"no file {file}") from None
     except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"--job.config_file: cannot read {file}: {e}") from None
+        raise UserError("--job.config_file", hint=f"cannot read {file}: {e}") from None
     except tomllib.TOMLDecodeError as e:
-        raise UserError(f"--job.config_file: {file} is no valid TOML: {e}") from None
+        raise UserError(file, hint=f"not valid TOML: {e}") from None
     return list(_flatten(tables, "", file))
 
 
@@ -69,34 +83,44 @@ def _flatten(table: dict[str, Any], prefix: str, file: str) -> Iterable[Setting]
             yield Setting(path, f"{file}: {prefix}{key}", value)
 
 
+def resolve_negation(setting: Setting, known: Container[str]) -> Setting:
+    """The setting under its known path if "no_" stands before that or before its last name; else the setting itself."""
+    section, _, name = setting.path.removeprefix("no_").rpartition(".")
+    path = f"{section}.{name.removeprefix('no_')}"
+    return replace(setting, path=path, negated=True) if setting.path not in known and path in known else setting
+
+
 def typed(setting: Setting, kind: Any) -> Any:
-    """The value of a setting as its type wants it; UserError says what is allowed instead."""
+    """The value of a setting converted to the type of its field. Raises UserError if it is not one of that type."""
     value = setting.value
     arms = _arms(kind)
+    if setting.negated and kind is not bool:
+        raise UserError(setting.where, hint=f"not a setting, as {setting.path} is not true or false")
     if isinstance(value, tuple):
         if value == () and bool in arms:
-            return True
+            return not setting.negated
         if value == ():
-            raise UserError(f"{setting.where} needs a value: {describe(kind)}")
+            raise UserError(setting.where, "no value", describe(kind))
         if list[str] not in arms:
-            raise UserError(f"unexpected {value[1]!r} after {setting.where} {value[0]}; quote a value that has spaces")
+            raise UserError(setting.where, " ".join(value), "one value", "quote a value that has spaces")
         value = ",".join(value)
     if (table := _table(kind)) is not None and isinstance(value, list) and all(isinstance(v, dict) for v in value):
         return [_fill(table, row, f"{setting.where}[{i}]") for i, row in enumerate(value)]
     for arm in arms:
         try:
-            return _convert(arm, value, setting.from_flag)
+            converted = _convert(arm, value, setting.layer is Layer.FLAGS)
+            return not converted if setting.negated else converted
         except (ValueError, OverflowError):
             continue
-    raise UserError(f"{setting.where}: {value!r} is not allowed, it must be {describe(kind)}")
+    raise UserError(setting.where, repr(value), describe(kind))
 
 
 _TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
 def _convert(kind: Any, value: Any, from_flag: bool) -> Any:
-    """`value` as one plain type, ValueError if it is none. Text counts as a number or a truth only in a flag."""
-    if kind is type(None) and value in ("none", "None"):  # TOML has no null, so the word means it there too
+    """`value` as one plain type; ValueError if it is not one. Text counts as a number or a truth only in a flag."""
+    if kind is type(None) and value in (None, "none", "None"):  # TOML has no null, so the word means it there too
         return None
     if kind is bool and isinstance(value, str) and from_flag and value.lower() in _TRUTH:
         return _TRUTH[value.lower()]
@@ -118,7 +142,7 @@ def _convert(kind: Any, value: Any, from_flag: bool) -> Any:
 
 
 def _table(kind: Any) -> Any:
-    """The class of the tables of which a type is a list; None if it is no such type."""
+    """The dataclass in a type that is a list of dataclasses; None for any other type."""
     item = get_args(kind)[0] if get_origin(kind) is list else None
     return item if dataclasses.is_dataclass(item) else None
 
@@ -129,11 +153,11 @@ def _fill(table: Any, row: dict[str, Any], where: str) -> Any:
     for key in row:
         if key not in fields:
             near = nearest(key, fields)
-            hint = f"did you mean {near}?" if near else f"allowed: {', '.join(fields)}"
-            raise UserError(f"{where}.{key} is not a setting, {hint}")
+            hint = f"did you mean {near}?" if near else f"the settings are {', '.join(fields)}"
+            raise UserError(f"{where}.{key}", hint=f"not a setting, {hint}")
     needed = [f.name for f in fields.values() if f.default is dataclasses.MISSING and f.name not in row]
     if needed:
-        raise UserError(f"{where} needs a value for {needed[0]}")
+        raise UserError(f"{where}.{needed[0]}", "no value", describe(fields[needed[0]].type))
     return table(**{key: typed(Setting(key, f"{where}.{key}", value), fields[key].type) for key, value in row.items()})
 
 
@@ -160,7 +184,7 @@ def describe(kind: Any) -> str:
     }
     if (table := _table(kind)) is not None:
         return f"tables of a TOML with the keys {', '.join(f.name for f in dataclasses.fields(table))}"
-    # none is tried first and named last; an integer among numbers goes without saying
+    # none is tried first and named last; where a number is allowed, an integer is not named too
     arms = [arm for arm in reversed(_arms(kind)) if arm is not int or float not in _arms(kind)]
     return " or ".join(words.get(arm) or "one of " + ", ".join(map(str, get_args(arm))) for arm in arms)
 

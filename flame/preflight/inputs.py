@@ -100,8 +100,6 @@ def check_data(config: JobConfig) -> None:
     datasets = training.dataset.split(",")
     if not all(name.strip() for name in datasets):
         raise UserError(f"--training.dataset: found {training.dataset!r}, every item must be a path or a hub id")
-    if training.dataset_path:
-        raise UserError("--training.dataset_path: not used here, give the path to --training.dataset")
     items: dict[str, list[str]] = {}
     for name in _LISTS:
         text = getattr(training, name)

@@ -127,8 +127,6 @@ def _check_choices(config: JobConfig) -> None:
         raise UserError("--checkpoint.initial_load_in_hf: --checkpoint.initial_load_path must name a folder or hub id")
     if config.checkpoint.initial_load_in_hf and not config.checkpoint.initial_load_model_only:
         raise UserError("--checkpoint.initial_load_model_only: found false, must be true for Hugging Face weights")
-    if config.checkpoint.initial_load_in_hf_quantized:
-        raise UserError("--checkpoint.initial_load_in_hf_quantized: found true, must be false in this version")
 
 
 def _check_parallelism(config: JobConfig, world_size: int) -> int:

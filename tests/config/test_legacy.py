@@ -116,7 +116,7 @@ SPELLINGS = [
     ("comm.trace_buf_size", 0, "comm.trace_buf_size", 0),
     ("comm.train_timeout_seconds", 100, "comm.train_timeout_seconds", 100),
     ("memory_estimation.disable_fake_mode", True, "memory_estimation.disable_fake_mode", True),
-    ("memory_estimation.enabled", True, "memory_estimation.enable", True),
+    ("memory_estimation.enabled", True, "job.dry_run", True),
     # spellings of later flame versions, and values that got another name
     ("model.name", "fla", "model.name", "auto"),
     ("model.converters", ["float8"], "model.converters", ["quantize.linear.float8"]),
@@ -133,7 +133,10 @@ SPELLINGS = [
     ("float8.recipe_name", "rowwise", "quantize.linear.float8.recipe_name", "rowwise"),
     ("float8.force_recompute_fp8_weight_in_bwd", True, None, None),
     ("fault_tolerance.group_size", 2, "fault_tolerance.group_size", 2),
+    # second spellings of today
     ("model.hf_assets_path", "some/folder", "model.tokenizer_path", "some/folder"),
+    ("model.import", "my.models", "experimental.custom_import", "my.models"),
+    ("memory_estimation.enable", True, "job.dry_run", True),
 ]
 
 THE_DEFAULT = [
@@ -178,12 +181,13 @@ def test_every_older_spelling_is_understood_as_a_flag_and_as_a_toml_key(write, s
     assert not caplog.messages
 
 
-def test_every_row_of_the_table_gives_a_setting_that_exists():
+def test_every_row_gives_a_setting_that_exists_and_is_not_one_itself():
     types = setting_types()
-    for old in legacy.TABLE.values():
-        assert not old.to or old.to in types
-        assert set(old.unless_given) <= set(types)
-        assert old.to or old.kind is not None
+    defaults = [path for come in legacy.UNLESS_GIVEN.values() for path in come]
+    assert {*legacy.RENAMED.values(), *defaults} <= types.keys()
+    assert not {*legacy.RENAMED, *legacy.CHANGED} & types.keys()
+    assert legacy.UNLESS_GIVEN.keys() <= {*legacy.RENAMED, *legacy.CHANGED}
+    assert all(old.ignored or old.change.__doc__ for old in legacy.CHANGED.values())
 
 
 def test_wsd_decays_over_the_last_tenth_less_the_warm_up_with_the_older_floor():
@@ -242,8 +246,10 @@ def test_documents_are_split_at_2048_or_at_the_row_if_that_is_shorter():
 def test_accumulation_and_a_global_batch_must_agree_within_one_place_and_flags_win_between_two():
     accumulate = ["--training.gradient_accumulation_steps", "2", "--training.batch_size", "4"]
     assert parse([*accumulate, "--training.global_batch_size", "32"]).training.global_batch_size == 32
-    with pytest.raises(UserError, match=r"global_batch_size \(64\) and .*accumulation_steps \(32\) disagree"):
+    with pytest.raises(UserError) as caught:
         parse([*accumulate, "--training.global_batch_size", "64"])
+    assert caught.value.setting == "--training.global_batch_size and --training.gradient_accumulation_steps"
+    assert caught.value.found == "64 and 32"
     toml = as_toml("training.global_batch_size", 64)
     assert parse([*toml, *accumulate]).training.global_batch_size == 32
     toml = as_toml("training.gradient_accumulation_steps", 5)
@@ -256,29 +262,47 @@ def test_a_written_config_keeps_the_global_batch_on_another_number_of_ranks(monk
     assert parse(["--job.config_file", "run.toml"]).training.global_batch_size == 8 * 2 * 4
 
 
+def test_a_config_that_an_earlier_version_recorded_is_read_in_silence(caplog):
+    Path("run.toml").write_text(
+        "[job]\ndry_run = false\n[model]\ntokenizer_path = 'byte'\nhf_assets_path = 'byte'\n"
+        "[checkpoint]\ninitial_load_in_hf_quantized = false\n[memory_estimation]\nenable = false\n"
+    )
+    config = parse(["--job.config_file", "run.toml"])
+    config.job.config_file = None
+    assert config == parse([]) and not caplog.messages
+
+
 @pytest.mark.parametrize(
-    "argv, words",
+    "argv, rule",
     [
-        (["--training.batch_size", "4", "--training.local_batch_size", "8"], ["batch_size", "(4)", "(8)", "disagree"]),
-        (["--float8.scaling_type_input", "delayed"], ["--float8.scaling_type_input", "delayed", "dynamic"]),
-        (["--activation_offload.mode", "tmp"], ["--activation_offload.mode", "tmp", "none"]),
-        (["--optimizer.scheduler", "wds"], ["--optimizer.scheduler", "'wds'", "wsd, cosine, linear"]),
-        (["--training.gradient_accumulation_steps", "0"], ["gradient_accumulation_steps", "found 0", "1 or more"]),
-        (["--experimental.pipeline_parallel_microbatches", "3"], ["microbatches", "3", "local_batch_size 8"]),
-        (["--experimental.pipeline_parallel_split_points", "layers.1"], ["split_points", "model.config"]),
+        (["--float8.scaling_type_input", "delayed"], "delayed, dynamic"),
+        (["--activation_offload.mode", "tmp"], "tmp, none"),
+        (["--optimizer.scheduler", "wds"], "'wds', one of wsd, cosine, linear"),
+        (["--training.gradient_accumulation_steps", "0"], "0, 1 or more"),
+        (["--training.dataset_path", "x"], "x, none; give the path to training.dataset"),
+        (["--validation.dataset_path", "x"], "x, none; give the path to validation.dataset"),
+        (["--checkpoint.initial_load_in_hf_quantized"], "true, false"),
+        (["--experimental.pipeline_parallel_microbatches", "3"], "3, a divisor of training.local_batch_size 8"),
+        (["--experimental.pipeline_parallel_split_points", "layers.1"], "model.config"),
         (
             ["--experimental.pipeline_parallel_split_points", "layers.9", "--model.config", "model.json"],
-            ["split_points", "layers.9", "layers.0 ... layers.2"],
+            "'layers.9', among layers.0 ... layers.2",
         ),
     ],
 )
-def test_what_can_no_longer_be_honoured_is_refused_by_name(argv, words):
+def test_values_that_are_no_longer_supported_are_rejected_under_the_spelling_that_was_used(argv, rule):
     with pytest.raises(UserError) as caught:
         parse(argv)
-    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
+    assert caught.value.setting == argv[0] and "\n" not in str(caught.value)
+    assert rule in f"{caught.value.found}, {caught.value.allowed}; {caught.value.hint}"
 
 
-def test_what_is_ignored_is_said_by_one_rank(monkeypatch, caplog):
+def test_a_flag_spares_what_it_overrides_in_the_toml_from_being_computed():
+    toml = as_toml("experimental.pipeline_parallel_microbatches", 3)
+    assert parse([*toml, "--parallelism.pipeline_parallel_microbatch_size=4"])
+
+
+def test_what_is_ignored_is_logged_by_one_rank(monkeypatch, caplog):
     caplog.set_level(logging.WARNING)
     parse(["--job.use_for_integration_test"])
     assert len(caplog.messages) == 1 and "--job.use_for_integration_test" in caplog.text

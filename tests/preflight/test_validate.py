@@ -92,7 +92,6 @@ def test_a_job_that_can_train_passes(flags, ranks):
         ("--training.dataset /gone", ["--training.dataset", "/gone"]),
         ("--training.dataset gone/*.jsonl", ["--training.dataset", "gone/*.jsonl"]),
         ("--training.dataset a.jsonl,,b.jsonl", ["--training.dataset", "every item"]),
-        ("--training.dataset_path x", ["--training.dataset_path", "--training.dataset"]),
         ("--training.dataset folder --training.data_dir gone", ["--training.data_dir", "gone", "folder"]),
         ("--training.dataset folder --training.data_files gone.jsonl", ["--training.data_files", "gone.jsonl"]),
         ("--training.dataset json --training.data_files gone.jsonl", ["--training.data_files", "gone.jsonl"]),
