@@ -27,7 +27,7 @@ def train(argv: list[str], signals: Signals, trainer: str) -> int:
     log.configure()
     device.choose()  # before the imports below, which import torchtitan, which reads the device
     from flame.config.parser import parse, world_size
-    from flame.dry_run.summary import describe
+    from flame.dry_run.summary import summarize
     from flame.preflight.validate import check
     from flame.runtime.lock import hold
     from flame.training.job import run_job
@@ -37,7 +37,7 @@ def train(argv: list[str], signals: Signals, trainer: str) -> int:
         config = parse(argv)
         check(config, world_size())
         if config.job.dry_run:
-            print(describe(config, world_size()))
+            print(summarize(config, world_size()))
             return 0
         first = os.environ.get("RANK", "0") == "0"
         with hold(Path(config.job.dump_folder)) if first else nullcontext():

@@ -1,1 +1,1 @@
-"""What a job would train, need and take on any number of ranks, without a rank. Imports: all rooms above."""
+"""The dry run: what a job would train, need and cost, found in one process. Imports: all rooms above."""

@@ -1,7 +1,8 @@
 """The dry run's estimate beside the peak of real runs on this machine's CPU: python scripts/benchmark/memory.py
 
-Each case trains a few steps and is asked for the growth of its resident memory over that behind the imports; of two
-ranks the larger counts. Mapped files do not count. Prints estimate, measured, ratio and the machine's load.
+Each case trains a few steps and reports the growth of its resident memory since the imports; of two ranks the larger
+counts. Mapped files do not count. Prints estimate, measured, ratio and the machine's load; then the CPU time and peak
+memory of the dry run of a 70 B Llama on 1,024 ranks.
 """
 
 import json
@@ -39,6 +40,8 @@ CASES = {  # name: (ranks, transformers' or fla's config, flags)
         ["--model.name=llama3", "--model.flavor=debugmodel", "--training.local_batch_size=48", _TP],
     ),
 }
+_LARGE = ["--model.config", str(ROOT / "configs/llama2_70B.json"), "--training.seq_len=4096",
+          "--parallelism.tensor_parallel_degree=8", "--parallelism.pipeline_parallel_degree=4"]  # fmt: skip
 _COMMON = ["--training.seq_len=256", "--training.steps=3", "--training.mixed_precision_param=float32",
            "--checkpoint.no_enable", "--metrics.log_freq=1", "--training.dataloader.num_workers=0"]  # fmt: skip
 
@@ -102,6 +105,17 @@ def compare(ranks: int, model: dict | None, flags: list[str]) -> tuple[int, int]
     return found[0][0], max(measured for _, measured in found)
 
 
+def weigh_dry_run() -> tuple[float, float]:
+    """CPU seconds and peak resident GiB of the process that train.sh --dry_run starts for _LARGE on 1,024 ranks."""
+    env = os.environ | {"NNODE": "128", "NGPU": "8", "FLAME_PYTHON": sys.executable}
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["bash", str(ROOT / "train.sh"), "--dry_run", *_LARGE]
+        process = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0, status
+    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20
+
+
 def main() -> None:
     print(f"{'case':40} {'estimate MiB':>12} {'measured MiB':>12} {'ratio':>6} {'load':>5} {'s':>5}")
     for name, case in CASES.items():
@@ -110,6 +124,7 @@ def main() -> None:
         took = time.monotonic() - begin
         print(f"{name:40} {estimated / 2**20:12.1f} {measured / 2**20:12.1f} {estimated / measured:6.2f} "
               f"{os.getloadavg()[0]:5.1f} {took:5.0f}", flush=True)  # fmt: skip
+    print("dry run of llama2_70B on 1,024 ranks: {:.1f} s of CPU time, {:.2f} GiB".format(*weigh_dry_run()))
 
 
 if __name__ == "__main__":
