@@ -4,7 +4,6 @@ Checkpoints without a marker, of torchtitan or of flame before it wrote markers,
 the files it names are there, as long as it says.
 """
 
-import errno
 import json
 import os
 import re
@@ -97,7 +96,7 @@ def inspect_checkpoint(checkpoint: Path) -> Status:
             if marker := read_marker(checkpoint):
                 sizes, resumable = {name: file["size"] for name, file in marker["files"].items()}, marker["resumable"]
             else:
-                sizes, resumable = _read_metadata(checkpoint)
+                sizes, resumable = _parse_metadata((checkpoint / METADATA).read_bytes())
             for name, size in sizes.items():
                 found = (checkpoint / name).stat().st_size
                 if found != size and (marker or found < size):  # without a marker only the last byte in use is known
@@ -173,23 +172,21 @@ def find_checkpoints(folder: str | Path) -> dict[int, Path]:
 
     Raises UserError for a folder or link that cannot be followed, and for a name such as step-002.
     """
-    folder = Path(folder)
+    found = {}
     try:
         with os.scandir(folder) as entries:  # glob finds nothing, and raises nothing, in a folder that it may not read
-            found = {entry.name: Path(entry.path) for entry in entries if not entry.is_file()}
-    except FileNotFoundError as error:
-        if folder.is_symlink():  # to a disk that is not mounted
-            raise _unreadable(folder, error) from None
-        return {}
+            for entry in entries:
+                if (match := re.fullmatch(r"step-(\d+)", entry.name)) and not entry.is_file():
+                    step, path = int(match[1]), Path(entry.path)
+                    if match[1] != str(step):
+                        raise UserError(str(path), allowed=f"called step-{step}, or moved away")
+                    os.stat(path)
+                    found[step] = path
     except OSError as error:
-        raise _unreadable(folder, error) from None
-    steps = {path: match[1] for name, path in found.items() if (match := re.fullmatch(r"step-(\d+)", name))}
-    for path, step in steps.items():
-        if step != str(int(step)):
-            raise UserError(str(path), allowed=f"called step-{int(step)}, or moved away")
-        if not path.exists():
-            raise _unreadable(path, FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)))
-    return dict(sorted((int(step), path) for path, step in steps.items()))
+        if isinstance(error, FileNotFoundError) and not os.path.lexists(folder):
+            return {}
+        raise _unreadable(Path(folder), error) from None  # perhaps a link to a disk that is not mounted
+    return dict(sorted(found.items()))
 
 
 def remove_incomplete(checkpoint: Path) -> None:
@@ -246,15 +243,9 @@ def _unreadable(path: Path, error: OSError) -> UserError:
     return UserError(str(error.filename or path), hint=hint)  # an error of read() names no file
 
 
-def _read_metadata(checkpoint: Path) -> tuple[dict[str, int], bool]:
-    """({file: bytes in use}, resumable) by .metadata. Raises ValueError if it is corrupted or a marker must exist."""
-    status = (checkpoint / METADATA).stat()
-    return _parse_metadata(checkpoint, status.st_mtime_ns, status.st_size)
-
-
-@lru_cache  # a large model's takes seconds, and a start reads it more than once
-def _parse_metadata(checkpoint: Path, modified: int, size: int) -> tuple[dict[str, int], bool]:
-    data = (checkpoint / METADATA).read_bytes()
+@lru_cache(maxsize=4)  # that of a large model takes seconds, and is parsed more than once at a start
+def _parse_metadata(data: bytes) -> tuple[dict[str, int], bool]:
+    """({file: bytes in use}, resumable) by .metadata. Raises ValueError if it is corrupted or expects a marker."""
     try:
         fields = read_pickle(data).state
         origin, places = fields.get("storage_meta"), [place.state for place in fields["storage_data"].values()]

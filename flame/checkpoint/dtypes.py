@@ -1,12 +1,12 @@
-"""The elements of checkpoints: torch's names for their types, safetensors' codes, their bytes, and casts."""
+"""The elements of checkpoint tensors: torch's and safetensors' names of their dtypes, their bytes, and casts."""
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
+from flame.checkpoint.commit import report_unreadable
 from flame.errors import UserError
 
 _ELEMENTS = {  # torch's name: safetensors' code, bytes
@@ -29,23 +29,23 @@ _ELEMENTS = {  # torch's name: safetensors' code, bytes
 CODES = {name: code for name, (code, _) in _ELEMENTS.items()}
 NAMES = {code: name for name, code in CODES.items()}
 SIZES = {name: size for name, (_, size) in _ELEMENTS.items()}
-READ_BYTES = 4 << 20  # of a tensor, at a time
-FLOATS = ("float64", "float32", "float16", "bfloat16")  # what can be cast
+READ_BYTES = 4 << 20  # of a tensor that are read at a time
+FLOATS = ("float64", "float32", "float16", "bfloat16")  # the dtypes that can be cast
 Box = tuple[tuple[int, int], ...]  # (start, stop) in each dimension
 
 
 def raw_dtype(dtype: str) -> np.dtype:
-    """The unsigned integer of the same bytes, by which elements are moved without a look at their values."""
+    """The unsigned integer of the same size, for elements that are moved and not computed with."""
     return np.dtype(f"u{SIZES[dtype]}")
 
 
 def as_bytes(block: np.ndarray) -> memoryview:
-    """The bytes of a contiguous array, not copied."""
+    """The bytes of a contiguous array, as a view."""
     return block.reshape(-1).view(np.uint8).data
 
 
 def split_box(whole: Box, limit: int) -> Iterator[Box]:
-    """Cut a box into boxes of at most `limit` elements that follow each other in row-major order."""
+    """Split a box into boxes of at most `limit` elements, in row-major order."""
     if math.prod(stop - start for start, stop in whole) <= limit:
         yield whole
         return
@@ -61,32 +61,21 @@ def split_box(whole: Box, limit: int) -> Iterator[Box]:
 
 
 def is_contiguous(box: Sequence[tuple[int, int]], sizes: tuple[int, ...]) -> bool:
-    """Whether the elements of a box follow each other in memory: below its first true range all is taken."""
+    """Whether a box is contiguous in a row-major tensor: after its first range of several, all ranges are full."""
     extents = [stop - start for start, stop in box]
     first = next((i for i, extent in enumerate(extents) if extent > 1), len(extents))
     return all(extent == size for extent, size in zip(extents[first + 1 :], sizes[first + 1 :], strict=True))
 
 
-@contextmanager
-def report_unreadable(file: Path) -> Iterator[None]:
-    """A block that reads a file which is there; raises UserError if that cannot be done, as its bytes may be fine."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}), and may be whole: try again") from None
-
-
 def read_box(file: Path, start: int, dtype: str, sizes: tuple[int, ...], box: Sequence[tuple[int, int]]) -> np.ndarray:
     """The raw elements of a box of a row-major tensor whose bytes begin at `start` of a file.
 
-    Raises EOFError, and UserError if the file cannot be read.
+    Raises EOFError if the file ends before them, and UserError if it cannot be read.
     """
     with report_unreadable(file):
-        if not is_contiguous(box, sizes):  # such as columns: the pages they lie in, for as long as it takes
+        if not is_contiguous(box, sizes):  # such as columns: reads the pages they lie in
             return np.array(np.memmap(file, raw_dtype(dtype), "r", start, sizes)[tuple(slice(*each) for each in box)])
-        first = 0  # element of the tensor
+        first = 0  # offset in elements
         for (low, _), size in zip(box, sizes, strict=True):
             first = first * size + low
         block = np.empty([stop - low for low, stop in box], raw_dtype(dtype))
@@ -101,19 +90,19 @@ def read_box(file: Path, start: int, dtype: str, sizes: tuple[int, ...], box: Se
 
 
 def cast(block: np.ndarray, source: str, target: str) -> np.ndarray:
-    """Raw elements of one floating type as raw elements of another, rounded as torch rounds them: to nearest even.
+    """Cast raw elements from one floating dtype to another, rounding to nearest even as torch does.
 
-    Raises UserError if either is not a float of 16 bits or more.
+    Raises UserError if either dtype is not in FLOATS.
     """
     if source == target:
         return block
     if source not in FLOATS or target not in FLOATS:
-        raise UserError(f"--dtype {target}: {source} tensors cannot be cast; found among {', '.join(FLOATS)}")
+        raise UserError("--dtype", target, hint=f"{source} tensors cannot be cast, only {', '.join(FLOATS)}")
     values = (block.astype(np.uint32) << 16).view(np.float32) if source == "bfloat16" else block.view(source)
-    with np.errstate(over="ignore", invalid="ignore"):  # a large value becomes infinite without a word, as in torch
+    with np.errstate(over="ignore", invalid="ignore"):  # a large value becomes infinite, as in torch
         if target == "float64":
             return values.astype(np.float64).view(np.uint64)
-        single = values.astype(np.float32, copy=False)  # torch goes from 64 to 16 bits by way of 32
+        single = values.astype(np.float32, copy=False)  # torch casts 64 to 16 bits through 32
         if target == "float16":
             return single.astype(np.float16).view(np.uint16)
     bits = single.view(np.uint32)
@@ -124,6 +113,6 @@ def cast(block: np.ndarray, source: str, target: str) -> np.ndarray:
     rounded += 0x7FFF
     rounded += bits
     rounded >>= 16
-    if np.isnan(single.max(initial=0)):  # rounding can carry a NaN's payload into its sign
+    if np.isnan(single.max(initial=0)):  # rounding may carry a NaN's payload into its sign
         rounded[np.isnan(single)] = 0x7FC0
     return rounded.astype(np.uint16)

@@ -1,11 +1,11 @@
-"""Reads the pickles in a DCP checkpoint without torch and without trust: nothing they say can run code."""
+"""Reads the pickles of a DCP checkpoint without torch, and never runs code that they name."""
 
 import io
 import pickle
 from collections import OrderedDict
 from typing import Any
 
-_MODULES = (  # whose classes are read as records
+_MODULES = (  # whose classes are read as PickledObject
     "torch.distributed.checkpoint.metadata",
     "torch.distributed.checkpoint.filesystem",
     "torch.serialization",
@@ -15,7 +15,7 @@ _MODULES = (  # whose classes are read as records
 
 
 class PickledObject:
-    """Whatever object a pickle asks for: its constructor's arguments, or its state, and nothing else of it."""
+    """Stands in for any object: `state` is what its constructor or __setstate__ would get."""
 
     def __init__(self, *args: Any) -> None:
         self.state: Any = args
@@ -25,10 +25,10 @@ class PickledObject:
 
 
 def read_pickle(data: bytes) -> Any:
-    """The content of a pickle: objects as PickledObject, torch.Size as a tuple, types by name, storages by key.
+    """Read a pickle: objects as PickledObject, torch.Size as a tuple, torch's dtypes by name, storages by key.
 
-    A tensor is (storage's key, offset, sizes, strides), in elements. Raises pickle.UnpicklingError for anything else,
-    and whatever a damaged pickle makes Python raise.
+    A tensor is (storage key, offset, sizes, strides), in elements. Raises pickle.UnpicklingError for any other class,
+    and whatever Python raises for a corrupted pickle.
     """
     return _Unpickler(io.BytesIO(data)).load()
 
@@ -40,11 +40,11 @@ class _Unpickler(pickle.Unpickler):
         if module in _MODULES or (module == "torch" and name.endswith("Storage")):
             return PickledObject
         if module == "torch":
-            return name  # a string: torch.float32 and its kin
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint of tensors")
+            return name  # a string, such as float32
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong in a checkpoint of tensors")
 
     def persistent_load(self, pid: Any) -> str:
-        return str(pid[2])  # ("storage", its type, its key, its device, its length)
+        return str(pid[2])  # ("storage", type, key, device, length)
 
 
 def _tensor(storage: str, offset: int, sizes: Any, strides: Any, *_: Any) -> tuple[str, int, Any, Any]:

@@ -1,4 +1,4 @@
-"""The tensors that a model has, by its config, against the tensors that were found."""
+"""The tensors that a config's model has, and a comparison with the tensors found in a checkpoint."""
 
 import json
 import re
@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 
 from flame.checkpoint.dtypes import FLOATS, Box
 
-TensorSpecs = Mapping[str, tuple[str, tuple[int, ...]]]  # {name: (dtype, shape)}
-STRUCTURE = "structure.json"  # in a folder with a config.json: the tensors that it means
-SHOWN = 20  # complaints that are listed
+TensorSpec = tuple[str, tuple[int, ...]]  # (dtype, shape)
+TensorSpecs = Mapping[str, TensorSpec]  # by name
+STRUCTURE = "structure.json"  # beside a config.json: the tensors of its model
+SHOWN = 20  # mismatches in an error
 
 
 class ConversionError(ValueError):
-    """A conversion whose result is not, or would not be, the model it was made from."""
+    """The result of a conversion is not, or would not be, the model it was made from."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,9 @@ def whole(name: str, shape: tuple[int, ...]) -> PublishedTensor:
 class Structure:
     """A model's tensors, {name: (dtype, shape)} as built in float32.
 
-    `shared` are further names of tied tensors, {name: tensor}, which may be there or not. `ignored` are patterns of
-    names that published checkpoints have and that transformers leaves aside. `published_as` is what a published
-    checkpoint has, {name: PublishedTensor}; it is empty if that is the model's own tensors by their own names.
-    `vocabulary` are the tensors with a row for each id.
+    shared: further names of tied tensors, {name: tensor}, which a checkpoint may have or not. ignored: patterns of
+    names in published checkpoints that transformers ignores. published_as: what a published checkpoint has, {name:
+    PublishedTensor}; empty if that is the model's tensors by their own names. vocabulary: tensors with a row per id.
     """
 
     tensors: TensorSpecs
@@ -76,11 +76,11 @@ class Structure:
         return Structure(tensors, shared, self.ignored, vocabulary=rows)
 
     def published_tensor(self, name: str) -> PublishedTensor:
-        """What a published checkpoint has under a name that is not one of `shared`."""
+        """What a published checkpoint has under a name that is not in `shared`."""
         return self.published_as[name] if self.published_as else whole(name, self.tensors[name][1])
 
     def before_growth(self, found: TensorSpecs) -> "Structure":
-        """The structure with no more ids than the tensors found have rows."""
+        """The structure with no more ids than the found tensors have rows."""
         tensors = dict(self.tensors)
         for name in self.vocabulary:
             dtype, shape = tensors[name]
@@ -90,14 +90,14 @@ class Structure:
         return replace(self, tensors=tensors)
 
     def ignores(self, name: str) -> bool:
-        """Whether transformers leaves a tensor of this name aside."""
+        """Whether transformers ignores a tensor of this name."""
         return name not in self.tensors and any(re.search(pattern, name) for pattern in self.ignored)
 
 
 class NamedTensors(NamedTuple):
     """The tensors of a torch module by name."""
 
-    specs: dict[str, tuple[str, tuple[int, ...]]]  # {name: (dtype, shape)}, a tied tensor under its first name alone
+    specs: dict[str, TensorSpec]  # a tied tensor is listed once, under its first name
     tied: dict[str, str]  # {further name: first name}
     names: dict[int, str]  # {id of a tensor: its first name}
 
@@ -114,14 +114,14 @@ def name_tensors(model: Any) -> NamedTensors:
 
 
 def save_structure(structure: Structure, folder: Path) -> None:
-    """Keep the structure of a folder's config.json beside it, so that nobody need build the model to know it."""
+    """Store the structure beside the folder's config.json, so that no reader has to build the model."""
     fields = asdict(structure)
     fields["parts"] = fields.pop("published_as")  # its name in the file
     (folder / STRUCTURE).write_text(json.dumps({"of": _identity(folder), "structure": fields}))
 
 
 def load_structure(folder: Path) -> Structure | None:
-    """What `save_structure` kept, if it still holds of the folder's config.json and the transformers installed."""
+    """What `save_structure` stored; None if config.json or the installed transformers changed since."""
     try:
         known = json.loads((folder / STRUCTURE).read_text())
         if known["of"] != _identity(folder):
@@ -132,7 +132,7 @@ def load_structure(folder: Path) -> Structure | None:
             for name, part in fields.pop("parts").items()
         }
         return Structure(**fields, published_as=published_as)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not there, cut short, or of another version
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # missing, cut short, or of another version
         return None
 
 
@@ -141,7 +141,7 @@ def _identity(folder: Path) -> list[str]:
 
 
 def main_dtype(found: TensorSpecs) -> str:
-    """The type that most floating elements have, float32 if there are no tensors."""
+    """The dtype of most floating-point elements, float32 if there are no tensors."""
     counts: Counter[str] = Counter()
     for dtype, shape in found.values():
         counts[dtype] += prod(shape) if dtype in FLOATS else 0
@@ -149,30 +149,29 @@ def main_dtype(found: TensorSpecs) -> str:
 
 
 def check_structure(found: TensorSpecs, structure: Structure) -> None:
-    """Raises ConversionError, a line for each complaint of `find_mismatches`."""
-    if complaints := find_mismatches(found, structure):
-        more = [f"and {len(complaints) - SHOWN} more"] if len(complaints) > SHOWN else []
-        raise ConversionError("not the tensors of the config's model\n  " + "\n  ".join(complaints[:SHOWN] + more))
+    """Raises ConversionError, with a line per mismatch, if the tensors found are not those of the structure."""
+    if mismatches := find_mismatches(found, structure):
+        more = [f"and {len(mismatches) - SHOWN} more"] if len(mismatches) > SHOWN else []
+        raise ConversionError("not the tensors of the config's model\n  " + "\n  ".join(mismatches[:SHOWN] + more))
 
 
 def find_mismatches(found: TensorSpecs, structure: Structure) -> list[str]:
-    """A complaint for each tensor that is missing, unexpected, of the wrong shape or of the wrong type.
+    """A line for each tensor that is missing, is unexpected, or has the wrong shape or dtype.
 
-    Floating tensors are to be all of one type, which the model may have been cast to, or of the type the model gives
-    them.
+    A floating-point tensor may have the model's own dtype, or the `main_dtype` that the model was cast to.
     """
     main = main_dtype(found)
-    complaints = [f"missing: {name}" for name in structure.tensors if name not in found]
+    mismatches = [f"missing: {name}" for name in structure.tensors if name not in found]
     for name, (dtype, shape) in found.items():
         if name in structure.shared:
             continue
         if name not in structure.tensors:
-            complaints.append(f"unexpected: {name}")
+            mismatches.append(f"unexpected: {name}")
             continue
-        wanted, wanted_shape = structure.tensors[name]
-        if tuple(shape) != tuple(wanted_shape):
-            complaints.append(f"shape: {name} has {list(shape)}, the config says {list(wanted_shape)}")
-        allowed = {wanted, main} if wanted in FLOATS else {wanted}
+        expected, expected_shape = structure.tensors[name]
+        if tuple(shape) != tuple(expected_shape):
+            mismatches.append(f"shape: {name} has {list(shape)}, the config says {list(expected_shape)}")
+        allowed = {expected, main} if expected in FLOATS else {expected}
         if dtype not in allowed:
-            complaints.append(f"dtype: {name} has {dtype}, must have {' or '.join(sorted(allowed))}")
-    return complaints
+            mismatches.append(f"dtype: {name} has {dtype}, must have {' or '.join(sorted(allowed))}")
+    return mismatches

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch.distributed as dist
@@ -19,28 +21,12 @@ def find_intact(consensus: RankConsensus, checkpoints: Sequence[Path], flag: str
 
     flag: the setting that named them. Raises UserError, on all ranks, if none is intact or a file cannot be read.
     """
-    problems: list[str] = []
     for checkpoint in checkpoints:
-        problems = _verify(consensus, checkpoint)
+        found = consensus.each(partial(verify_hashes, checkpoint, dist.get_rank(), dist.get_world_size()))
+        problems = list(chain.from_iterable(found))
         if not problems:
             return checkpoint
         if dist.get_rank() == 0 and len(checkpoints) > 1:
             logger.error(f"{checkpoint} is corrupted and is not used: {'; '.join(problems)}")
     more = "; those after it are corrupted too" if len(checkpoints) > 1 else ""
     raise UserError(flag, checkpoints[-1], "an intact checkpoint", f"{problems[0]}{more}")
-
-
-def _verify(consensus: RankConsensus, checkpoint: Path) -> list[str]:
-    """What is wrong with the files of a checkpoint, the same on all ranks. Raises UserError on all of them."""
-    found: list[str] | UserError
-    try:
-        found = verify_hashes(checkpoint, dist.get_rank(), dist.get_world_size())
-    except UserError as error:
-        found = error
-    results = consensus.gather(found)
-    problems = []
-    for result in results:
-        if isinstance(result, UserError):
-            raise result
-        problems += result
-    return problems

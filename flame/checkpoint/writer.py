@@ -1,4 +1,4 @@
-"""DCP's writer of files, which hashes what it writes on the way and makes the checkpoint complete at the end."""
+"""DCP's file writer, which hashes files as it writes them and writes the commit marker last."""
 
 import os
 from collections.abc import Generator, Mapping
@@ -17,26 +17,26 @@ from flame.checkpoint.commit import EXPECTS_MARKER, METADATA, SavedFile, invalid
 
 
 class Writer(_FileSystemWriter):
-    """Writes a checkpoint to `path` whose marker holds `facts`. A rank's hashes travel with DCP's own results.
+    """Writes a checkpoint to `path` with `facts` in its marker; each rank's hashes travel with DCP's own results.
 
-    Not torch's FileSystemWriter, which is a stager as well and would take the place of async_save's.
+    Derives from _FileSystemWriter, as torch's FileSystemWriter is a stager too and would replace async_save's.
     """
 
     def __init__(self, path: str | Path, facts: Mapping[str, Any], *, overwrite: bool = True) -> None:
         super().__init__(path, overwrite=overwrite)
-        self.fs: _Hashing = _Hashing()
+        self.fs: _HashingFileSystem = _HashingFileSystem()
         self.facts = facts
-        self.coordinates = False
+        self.is_coordinator = False
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         super().set_up_storage_writer(is_coordinator, *args, **kwargs)
-        self.coordinates = is_coordinator
+        self.is_coordinator = is_coordinator
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Called on every rank before any writes; whatever fails here fails on all of them."""
-        if self.coordinates and self.overwrite:
+        """Runs on every rank before any of them writes; an error here is raised on all of them."""
+        if self.is_coordinator and self.overwrite:
             invalidate(Path(self.path))
-            for data in Path(self.path).glob("__*.distcp"):  # of more ranks than there are now, perhaps
+            for data in Path(self.path).glob("__*.distcp"):  # the old ones may be of more ranks
                 data.unlink()
         return super().prepare_local_plan(plan)
 
@@ -44,10 +44,10 @@ class Writer(_FileSystemWriter):
         return StorageMeta(self.checkpoint_id, self.save_id + EXPECTS_MARKER)
 
     def write_data(self, plan: SavePlan, planner: Any) -> Future:
-        """What torch returns, and a SavedFile for each file that was written."""
+        """Returns torch's results and a SavedFile for each file."""
         try:
             results = super().write_data(plan, planner).wait()
-        except RuntimeError as error:  # torch.save's, while it handles the file system's
+        except RuntimeError as error:  # raised by torch.save while it handles the file system's error
             raise _find_cause(error) from None
         future: Future = Future()
         future.set_result([*results, *self.fs.take()])
@@ -56,12 +56,12 @@ class Writer(_FileSystemWriter):
     def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
         files = [result for rank in results for result in rank if isinstance(result, SavedFile)]
         super().finish(metadata, [[r for r in rank if not isinstance(r, SavedFile)] for rank in results])
-        files += [replace(file, name=METADATA) for file in self.fs.take()]  # written under a name of its own
+        files += [replace(file, name=METADATA) for file in self.fs.take()]  # DCP writes it under a temporary name
         write_marker(Path(self.path), files, self.facts)
 
 
-class _Hashing(FileSystem):
-    """torch's file system; keeps the size and hash of each file that was written."""
+class _HashingFileSystem(FileSystem):
+    """torch's file system, which keeps the size and hash of each file that was written."""
 
     def __init__(self) -> None:
         self.files: list[SavedFile] = []
@@ -69,18 +69,18 @@ class _Hashing(FileSystem):
     @contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Generator[Any, None, None]:
         with super().create_stream(path, mode) as stream:
-            hashed = _Stream(stream)
+            hashed = _HashingStream(stream)
             yield hashed
         self.files.append(SavedFile(Path(path).name, hashed.size, hashed.digest.hexdigest()))
 
     def take(self) -> list[SavedFile]:
-        """The files that were written since the last call."""
+        """The files written since the last call."""
         files, self.files = self.files, []
         return files
 
 
-class _Stream:
-    """A file that is written from its first byte to its last."""
+class _HashingStream:
+    """A file that is written from its first byte to its last, without seeks."""
 
     def __init__(self, file: Any) -> None:
         self.file, self.size, self.digest = file, 0, xxhash.xxh3_128()
@@ -93,19 +93,16 @@ class _Stream:
     def tell(self) -> int:
         return self.size
 
-    def flush(self) -> None:
-        self.file.flush()
-
     def fileno(self) -> int:
-        self.file.flush()  # torch asks for it to fsync, and what Python still holds would not be in that
+        self.file.flush()  # torch calls fileno to fsync, which does not reach Python's buffer
         return self.file.fileno()
 
-    def close(self) -> None:
-        self.file.close()
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
 
 
 def _find_cause(error: BaseException) -> BaseException:
-    """The error of the file system that one of torch goes back to, or else itself."""
+    """The OSError that caused an error of torch, or else the error itself."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__

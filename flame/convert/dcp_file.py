@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from flame.checkpoint.commit import report_unreadable
 from flame.checkpoint.dtypes import (
     CODES,
     READ_BYTES,
@@ -25,7 +26,6 @@ from flame.checkpoint.dtypes import (
     is_contiguous,
     raw_dtype,
     read_box,
-    report_unreadable,
     split_box,
 )
 from flame.checkpoint.safe_pickle import read_pickle

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -36,20 +36,23 @@ class RankConsensus:
             dist.all_gather_object(gathered, value, group=self._group)
         return gathered
 
-    def first(self, ask: Callable[[], Answer]) -> Answer:
-        """What `ask` returns on rank 0, on all ranks.
+    def each(self, ask: Callable[[], Answer]) -> list[Answer]:
+        """What `ask` returns on every rank, in rank order.
 
-        Raises UserError, on all ranks, if `ask` raises one there, or an OSError, which becomes one of the run folder.
+        Raises UserError, on all ranks, if `ask` raises one on any, or an OSError, which becomes one of the run folder.
         """
-        answer: Answer | UserError | None = None
-        if dist.get_rank() == 0:
-            try:
-                answer = ask()
-            except UserError as error:
-                answer = error
-            except OSError as error:
-                answer = UserError("--job.dump_folder", hint=str(error))
-        first = self.gather(answer)[0]
-        if isinstance(first, UserError):
-            raise first
-        return first
+        answer: Answer | UserError
+        try:
+            answer = ask()
+        except UserError as error:
+            answer = error
+        except OSError as error:
+            answer = UserError("--job.dump_folder", hint=str(error))
+        answers = self.gather(answer)
+        if first_error := next((answer for answer in answers if isinstance(answer, UserError)), None):
+            raise first_error
+        return answers
+
+    def first(self, ask: Callable[[], Answer]) -> Answer:
+        """What `ask` returns on rank 0, on all ranks. Raises as `each` does."""
+        return cast(Answer, self.each(lambda: ask() if dist.get_rank() == 0 else None)[0])

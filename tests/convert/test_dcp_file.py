@@ -69,7 +69,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_runs_none(tmp_path):
     metadata = FileSystemReader(str(checkpoint)).read_metadata()
     metadata.planner_data = Bomb(tmp_path / "ran")
     (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises(UserError, match=r"not the metadata of a DCP checkpoint .*mkdir has no place"):
+    with pytest.raises(UserError, match=r"not the metadata of a DCP checkpoint .*mkdir does not belong"):
         read_tensors(checkpoint)
     assert not (tmp_path / "ran").exists()
 
@@ -126,7 +126,7 @@ def test_a_file_that_cannot_be_read_is_no_damage(place, tmp_path):
     stored = read_tensors(save(tmp_path / "step-3"))
     (tmp_path / "step-3" / "__0_0.distcp").unlink()
     (tmp_path / "step-3" / "__0_0.distcp").symlink_to(place)
-    with pytest.raises(UserError, match=r"__0_0\.distcp: cannot be read \(.*\), and may be whole"):
+    with pytest.raises(UserError, match=r"__0_0\.distcp: cannot be read \(.*\) and may be intact"):
         content("matrix", stored["matrix"])
 
 
