@@ -43,6 +43,12 @@ class NonFiniteError(RuntimeError):
     """The loss, a gradient or the state of a run is NaN or infinite, and it may not go on. Exit code 1."""
 
 
+def near_multiples(value: int, step: int) -> str:
+    """The multiples of a step next to a value, as a UserError names them: "63 or 66"."""
+    below = max(value, 0) // step * step
+    return f"{below} or {below + step}" if below else f"{step}"
+
+
 def first_line(error: Exception) -> str:
     """An exception as one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -3,11 +3,12 @@
 import os
 from glob import glob
 
+from flame.errors import UserError
+
+KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".arrow": "arrow", ".txt": "text"}  # of `datasets`
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 PATTERN = frozenset("*?[")  # characters of a glob pattern
-_ENDINGS = (
-    *(".json", ".jsonl", ".parquet", ".txt", ".arrow", ".toml", ".bin", ".idx"),
-    *(".gz", ".zst", ".bz2", ".xz"),
-)
+_ENDINGS = (*KINDS, *COMPRESSED, ".toml", ".bin", ".idx")
 
 
 def exists(path: str) -> bool:
@@ -23,3 +24,9 @@ def is_local(name: str) -> bool:
         return False
     deep = name.startswith(("/", ".", "~")) or name.count("/") > 1  # a hub id is NAME or OWNER/NAME
     return deep or bool(PATTERN & set(name)) or name.endswith(_ENDINGS) or exists(name)
+
+
+def check_path(setting: str, name: str) -> None:
+    """Raise UserError if a name means a path on this machine and nothing is there."""
+    if is_local(name) and not exists(name):
+        raise UserError(setting, f"no file or folder {name}")

@@ -18,7 +18,7 @@ from flame.data.lane import Lane, LaneState, dump_state, parse_state
 from flame.data.ledger import digest_batch
 from flame.data.order import Order
 from flame.data.prefetch import read_in_turn
-from flame.data.skip import parse_skip
+from flame.data.settings import check_lanes, parse_skip
 from flame.data.source import Source
 from flame.data.window import Deal, IndexedWindows, StreamedWindows
 from flame.errors import UserError
@@ -78,8 +78,6 @@ class Loader(BaseDataLoader):
         skip: Sequence[tuple[int, int]] = (),
         step: int | None = None,
     ) -> None:
-        if lanes % world:
-            raise UserError(f"--data.lanes {lanes}: not a multiple of the {world} data-parallel ranks")
         self._sources, self._encoder, self._rank, self._world = sources, encoder, rank, world
         self._batch, self._seq_len, self._varlen, self._context_len = batch, seq_len, varlen, context_len
         self._noted: dict[str, list[Bad]] = {source.name: [] for source in sources}
@@ -233,9 +231,7 @@ def build_dataloader(
     Raises UserError for data settings that cannot be used.
     """
     training, data = job_config.training, job_config.data
-    for flag, value in (("--data.lanes", data.lanes), ("--data.window", data.window)):
-        if value < 1:
-            raise UserError(f"{flag} {value}: at least 1 is needed")
+    check_lanes(data, dp_world_size)
     return Loader(
         sources,
         tokenizer,

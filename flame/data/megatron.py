@@ -1,8 +1,8 @@
 """Megatron's indexed data: PREFIX.bin, token ids one after the other, and PREFIX.idx, where each sequence begins.
 
 .idx, little-endian: magic, version (u64), dtype code (u8), number of sequences (u64), number of document bounds (u64),
-lengths (i32, one a sequence), byte offsets (i64, one a sequence), document bounds (i64, counted in sequences, from 0 to
-their number). Source: Megatron-LM, megatron/core/datasets/indexed_dataset.py.
+lengths (i32, one per sequence), byte offsets (i64, one per sequence), document bounds (i64, counted in sequences, from
+0 to their number). Source: Megatron-LM, megatron/core/datasets/indexed_dataset.py.
 """
 
 import os
@@ -15,6 +15,7 @@ import numpy as np
 
 from flame.data.document import Bad, Document, accept
 from flame.errors import UserError
+from flame.runtime.atomic import open_atomically
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -31,13 +32,14 @@ class _Index:
         with open(index, "rb") as file:
             head = file.read(HEADER.size)
         if len(head) < HEADER.size or not head.startswith(MAGIC):
-            raise UserError(f"{index}: not a Megatron index (it does not begin with MMIDIDX)")
+            raise UserError(str(index), repr(head[:9]), "a Megatron index, which begins with MMIDIDX")
         _, version, code, sequences, bounds = HEADER.unpack(head)
         if version != 1 or code not in CODES:
-            raise UserError(f"{index}: version {version} and dtype code {code}, must be 1 and one of {list(CODES)}")
+            found = f"version {version} and dtype code {code}"
+            raise UserError(str(index), found, f"version 1 and one of the codes {', '.join(map(str, CODES))}")
         size, needed = index.stat().st_size, HEADER.size + 12 * sequences + 8 * bounds
-        if size < needed or not bounds:  # behind them there may be one byte a sequence, its mode
-            raise UserError(f"{index}: {size} bytes for {sequences} sequences, must be {needed} at least: cut short")
+        if size < needed or not bounds:  # one byte per sequence, its mode, may follow
+            raise UserError(str(index), f"{size} bytes for {sequences} sequences", f"{needed} or more", "cut short")
         self._dtype = np.dtype(CODES[code])
         at = HEADER.size
         self._lengths = np.memmap(index, "<i4", "r", at, (sequences,)) if sequences else np.empty(0, "<i4")
@@ -46,7 +48,7 @@ class _Index:
         self._bounds = np.memmap(index, "<i8", "r", at + 8 * sequences, (bounds,))
         end = int(self._offsets[-1]) + int(self._lengths[-1]) * self._dtype.itemsize if sequences else 0
         if self._bounds[-1] != sequences or os.path.getsize(self.path) < end:
-            raise UserError(f"{self.path}: not the data of {index}, or cut short")
+            raise UserError(self.path, hint=f"not the data of {index}, or cut short")
         self._tokens = np.memmap(self.path, np.uint8, "r") if end else np.empty(0, np.uint8)
 
     def __len__(self) -> int:
@@ -63,7 +65,7 @@ class _Index:
 
 
 class IndexedRows:
-    """The documents of some .bin/.idx pairs, as token ids. Raises UserError for files that are not whole."""
+    """The documents of .bin/.idx pairs, as token ids. Raises UserError for files cut short or not of this format."""
 
     def __init__(self, prefixes: Sequence[str]) -> None:
         self._files = [_Index(prefix) for prefix in prefixes]
@@ -90,31 +92,22 @@ def find_prefixes(path: str) -> list[str]:
 
 
 def write(prefix: str | Path, documents: Iterable[np.ndarray], vocab_size: int) -> tuple[int, int]:
-    """Write documents' ids, a sequence each; returns (documents, tokens). Raises UserError if there is none.
+    """Write documents' ids, one sequence each; returns (documents, tokens). Raises UserError if there are none.
 
     vocab_size decides the dtype, as in Megatron. The files appear under their names when both are whole.
     """
     dtype, code = (np.dtype("<u2"), 8) if vocab_size < SMALL else (np.dtype("<i4"), 4)
-    parts = {end: Path(f"{prefix}{end}.part") for end in (".bin", ".idx")}
-    parts[".bin"].parent.mkdir(parents=True, exist_ok=True)
     lengths: list[int] = []
-    try:
-        with open(parts[".bin"], "wb") as file:
-            for ids in documents:
-                assert len(ids) and ids.min() >= 0 and ids.max() <= np.iinfo(dtype).max
-                file.write(ids.astype(dtype).tobytes())
-                lengths.append(len(ids))
+    with open_atomically(Path(f"{prefix}.idx")) as index, open_atomically(Path(f"{prefix}.bin")) as data:
+        for ids in documents:
+            assert len(ids) and ids.min() >= 0 and ids.max() <= np.iinfo(dtype).max
+            data.write(ids.astype(dtype).tobytes())
+            lengths.append(len(ids))
         if not lengths:
-            raise UserError(f"{prefix}: no document to write")
+            raise UserError(str(prefix), "no document to write", "one or more")
         ends = np.cumsum([0, *lengths], dtype="<i8")
-        with open(parts[".idx"], "wb") as file:
-            file.write(HEADER.pack(MAGIC, 1, code, len(lengths), len(lengths) + 1))
-            file.write(np.array(lengths, "<i4").tobytes())
-            file.write((ends[:-1] * dtype.itemsize).tobytes())
-            file.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
-        for end, part in parts.items():
-            os.replace(part, f"{prefix}{end}")
-    finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
+        index.write(HEADER.pack(MAGIC, 1, code, len(lengths), len(lengths) + 1))
+        index.write(np.array(lengths, "<i4").tobytes())
+        index.write((ends[:-1] * dtype.itemsize).tobytes())
+        index.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
     return len(lengths), int(ends[-1])

@@ -1,4 +1,4 @@
-"""A stream that outlives its network: read on at the same row, later."""
+"""A stream that outlives network failures: it is read on at the same row, later."""
 
 import asyncio
 import logging
@@ -6,20 +6,22 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from flame.data.window import Stream
+
 logger = logging.getLogger("flame")
 
 WAITS = (1, 2, 4, 8, 16, 32, *[60] * 20)  # seconds; some 20 minutes, within --comm.train_timeout_seconds
-LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+PERMANENT_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
-class PatientStream:
-    """The same stream (flame.data.window's Stream), read on from the mark of the last batch after it failed.
+class RetryingStream:
+    """The same stream, read on from the mark of the last batch after it failed.
 
-    Each wait in a row is the next of `waits`, in seconds; the failure after the last of them is raised.
+    After each failure in a row it waits the next of `waits`, in seconds; the failure after the last of them is raised.
     """
 
     def __init__(
-        self, stream: Any, name: str, waits: Sequence[float] = WAITS, sleep: Callable[[float], None] = time.sleep
+        self, stream: Stream, name: str, waits: Sequence[float] = WAITS, sleep: Callable[[float], None] = time.sleep
     ) -> None:
         self._stream, self._name, self._waits, self._sleep = stream, name, waits, sleep
 
@@ -32,7 +34,7 @@ class PatientStream:
                     yield batch, after
                 return
             except Exception as error:
-                if not _passes(error) or failures == len(self._waits):
+                if not _is_transient(error) or failures == len(self._waits):
                     raise
                 wait, failures = self._waits[failures], failures + 1
                 reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -40,8 +42,8 @@ class PatientStream:
                 self._sleep(wait)
 
 
-def _passes(error: Exception) -> bool:
+def _is_transient(error: Exception) -> bool:
     """Whether an error is one of the network's, which may be over in a while."""
     if isinstance(error, OSError | asyncio.TimeoutError):
-        return not isinstance(error, LASTING)
+        return not isinstance(error, PERMANENT_ERRORS)
     return type(error).__module__.partition(".")[0] in ("aiohttp", "httpx", "httpcore", "fsspec")

@@ -9,7 +9,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -25,6 +25,7 @@ class Rows(Protocol):
     def texts(self, indices: list[int]) -> list[Document | Bad]: ...
 
 
+@runtime_checkable
 class Stream(Protocol):
     """Rows in one order only: batches from a mark on (None: the start), each with the mark behind it."""
 

@@ -1,24 +1,18 @@
 """The files and hub ids a job names: whether those that should be here are, and fit together."""
 
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any
 
-from flame.config.paths import exists, is_local
-from flame.config.schema import JobConfig
+from flame.config.paths import check_path, exists, is_local
+from flame.config.schema import DataSource, JobConfig
+from flame.data.settings import parse_sources, spelled_by_the_user
 from flame.errors import UserError
 
 _BUILDERS = ("json", "parquet", "text", "csv", "arrow")  # of load_dataset: the data is in data_files
 # torchtitan's models that train here; of the others flux makes images, llama3_ft needs torchft, gpt_oss always a GPU.
 TITAN = ("deepseek_v3", "llama3", "llama4", "qwen3")
-_LISTS = ("dataset_name", "dataset_split", "data_dir", "data_files", "data_probs")
-
-
-def _require(flag: str, name: str) -> None:
-    if is_local(name) and not exists(name):
-        raise UserError(f"--{flag}: there is no {name}")
 
 
 def check_model(config: JobConfig) -> None:
@@ -43,10 +37,10 @@ def check_model(config: JobConfig) -> None:
     if not all(model.add_tokens):
         raise UserError("--model.add_tokens: found an empty item, every item must be a token")
     if model.tokenizer_path != "byte":
-        _require("model.tokenizer_path", model.tokenizer_path)
+        check_path("--model.tokenizer_path", model.tokenizer_path)
     if not model.config:
         return
-    _require("model.config", model.config)
+    check_path("--model.config", model.config)
     path = Path(model.config).expanduser()
     path = path / "config.json" if os.path.isdir(path) else path
     if not is_local(str(path)):
@@ -92,73 +86,22 @@ def _read_json(flag: str, path: Path) -> dict[str, Any]:
 
 
 def check_data(config: JobConfig) -> None:
-    """Refuse data that is missing here, lists of unequal length and shares that are none."""
-    training = config.training
-    if config.data.sources:
-        _check_tables(config)
+    """Validate the settings of the sources, and that files which must be on this machine are. Raises UserError."""
+    for index, source in enumerate(parse_sources(config.training, config.data)):
+        with spelled_by_the_user(config.data, index):
+            _check_source(source)
+
+
+def _check_source(source: DataSource) -> None:
+    if source.path == "stdlib":
         return
-    datasets = training.dataset.split(",")
-    if not all(name.strip() for name in datasets):
-        raise UserError(f"--training.dataset: found {training.dataset!r}, every item must be a path or a hub id")
-    items: dict[str, list[str]] = {}
-    for name in _LISTS:
-        text = getattr(training, name)
-        if text is None:
-            continue
-        items[name] = [i.strip() for i in (text.split(",") if len(datasets) > 1 or name == "data_probs" else [text])]
-        if len(items[name]) != len(datasets):
-            raise UserError(
-                f"--training.{name}: found {len(items[name])} items for {len(datasets)} datasets, must be as many "
-                "(an empty item is none)"
-            )
-    _check_shares(items.get("data_probs", []))
-    empty = [""] * len(datasets)
-    rows = zip(datasets, items.get("data_dir", empty), items.get("data_files", empty), strict=True)
-    for dataset, folder, files in rows:
-        _check_source(dataset.strip(), folder, files)
-
-
-def _check_tables(config: JobConfig) -> None:
-    given = [name for name in _LISTS if getattr(config.training, name) is not None]
-    if config.training.dataset != type(config.training).dataset:
-        given.insert(0, "dataset")
-    if given:
-        raise UserError(f"--training.{given[0]}: the sources are in [[data.sources]], give only one of the two")
-    names = [source.name for source in config.data.sources if source.name]
-    for i, source in enumerate(config.data.sources):
-        where = f"data.sources[{i}]"
-        if not 0 < source.weight < math.inf:
-            raise UserError(f"{where}.weight: found {source.weight}, must be a number above 0")
-        if names.count(source.name or "") > 1:
-            raise UserError(f"{where}.name: found {source.name!r} twice, every source must have a name of its own")
-        try:
-            _check_source(source.path, source.data_dir or "", source.data_files or "")
-        except UserError as error:
-            said = str(error).replace("--training.dataset:", f"{where}.path:").replace("--training.", f"{where}.")
-            raise UserError(said) from None
-
-
-def _check_shares(texts: list[str]) -> None:
-    try:
-        shares = [float(text) for text in texts]
-    except ValueError:
-        shares = [-1.0]
-    if not all(0 < share < math.inf for share in shares):
-        raise UserError(f"--training.data_probs: found {','.join(texts)}, every item must be a number above 0")
-    if shares and abs(sum(shares) - 1) > 1e-3:
-        raise UserError(f"--training.data_probs: found a sum of {sum(shares):g}, the items must sum to 1")
-
-
-def _check_source(dataset: str, folder: str, files: str) -> None:
-    if dataset == "stdlib":
-        return
-    _require("training.dataset", dataset)
-    root = Path(dataset).expanduser()
+    check_path("path", source.path)
+    root, folder = Path(source.path).expanduser(), source.data_dir or ""
     if os.path.isdir(root) and folder and not exists(str(root / folder)):
-        raise UserError(f"--training.data_dir: there is no {folder} in {dataset}")
+        raise UserError("data_dir", f"no folder {folder} in {source.path}")
     # What a hub id calls its files only the hub knows.
-    if files and (os.path.isdir(root) or dataset in _BUILDERS):
+    if source.data_files and (os.path.isdir(root) or source.path in _BUILDERS):
         base = root / folder if os.path.isdir(root) else Path(folder)
-        for file in files.split(","):
+        for file in source.data_files.split(","):
             if not exists(file.strip()) and not exists(str(base / file.strip())):
-                raise UserError(f"--training.data_files: there is no {file.strip()}, here or in {base}")
+                raise UserError("data_files", f"no file {file.strip()}, here or in {base}")

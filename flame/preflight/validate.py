@@ -9,15 +9,15 @@ from pathlib import Path
 
 from flame.checkpoint.start import check_orphaned_checkpoints, plan_start
 from flame.config.parser import JobConfig, validation_as_training
-from flame.data.skip import parse_skip
-from flame.errors import UserError
+from flame.data.settings import check_lanes, parse_skip
+from flame.errors import UserError, near_multiples
 from flame.parallel import pipeline_schedule
 from flame.preflight.inputs import check_data, check_model
 from flame.runtime import stop
 
 _FROM_1 = (
     *("training.steps", "training.local_batch_size", "training.seq_len", "training.context_len", "training.gc_freq"),
-    *("training.dataloader.prefetch_factor", "data.lanes", "data.window", "metrics.log_freq", "checkpoint.interval"),
+    *("training.dataloader.prefetch_factor", "metrics.log_freq", "checkpoint.interval"),
     *("validation.local_batch_size", "validation.seq_len", "validation.freq"),
     *("lr_scheduler.total_steps", "profiling.profile_freq", "comm.init_timeout_seconds", "comm.train_timeout_seconds"),
 )
@@ -211,24 +211,15 @@ def _check_microbatches(config: JobConfig) -> None:
 
 
 def _check_batch(config: JobConfig, data_parallel: int) -> None:
-    lanes, batch = config.data.lanes, config.training.global_batch_size
-    if lanes % data_parallel:
-        raise UserError(
-            f"--data.lanes: found {lanes}, must be a multiple of the {data_parallel} data-parallel ranks: "
-            f"{_multiples(lanes, data_parallel)} would work"
-        )
+    check_lanes(config.data, data_parallel)
+    batch = config.training.global_batch_size
     local = config.training.local_batch_size
     step = local * data_parallel
     if batch != -1 and (batch < 1 or batch % step):
         raise UserError(
             f"--training.global_batch_size: found {batch}, must be a multiple of training.local_batch_size {local} x "
-            f"{data_parallel} data-parallel ranks: {_multiples(batch, step)} would work"
+            f"{data_parallel} data-parallel ranks: {near_multiples(batch, step)} would work"
         )
-
-
-def _multiples(value: int, step: int) -> str:
-    below = max(value, 0) // step * step
-    return f"{below} or {below + step}" if below else f"{step}"
 
 
 def _check_validation(config: JobConfig) -> None:

@@ -1,8 +1,10 @@
 """Replacing a file in one step."""
 
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 
 def write_atomically(path: Path, data: str | bytes, fsync: bool = False) -> None:
@@ -24,3 +26,19 @@ def write_atomically(path: Path, data: str | bytes, fsync: bool = False) -> None
                 os.fsync(folder)
             finally:
                 os.close(folder)
+
+
+@contextmanager
+def open_atomically(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that replaces `path` at the end of the block, or is removed if the block raises. Raises OSError.
+
+    Several processes may write the same path at once; each writes a temporary file of its own.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

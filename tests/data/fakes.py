@@ -2,9 +2,10 @@
 
 import numpy as np
 
+from flame.config.parser import JobConfig
 from flame.data.document import accept
 from flame.data.loader import Loader
-from flame.data.source import Source
+from flame.data.source import Source, build_sources
 
 EOS = 256
 
@@ -72,3 +73,13 @@ def take(iterator, count):
         {**{k: v.tolist() for k, v in fed.items()}, "labels": labels.tolist()}
         for fed, labels in (next(iterator) for _ in range(count))
     ]
+
+
+def build(dataset, column=None, **training):
+    """The opened sources of a job."""
+    job = JobConfig()
+    job.training.dataset = str(dataset)
+    job.data.column = column
+    for key, value in training.items():
+        setattr(job.training, key, value)
+    return build_sources(job.training, job.data)

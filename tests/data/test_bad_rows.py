@@ -10,8 +10,7 @@ import pytest
 
 from flame.data import jsonl
 from flame.data.document import LONGEST, Bad, accept, allow_bad
-from tests.data.fakes import EOS, loader
-from tests.data.test_source import build
+from tests.data.fakes import EOS, build, loader
 from tests.launch import SMALL, metrics, train
 from tests.tiny import write_config
 
@@ -62,7 +61,7 @@ def test_a_lane_reads_past_bad_rows_and_the_loader_counts_and_names_them(file):
 
 
 def test_a_text_file_that_cannot_be_read_is_skipped_alone_and_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("flame.data.textfile.LONGEST", 100)
+    monkeypatch.setattr("flame.data.files.LONGEST", 100)
     contents = {"a": b"one", "b": b"\xff\xfe", "c": b"", "d": 500 * b"d", "e": "f\u00fcnf".encode()}
     for name, content in contents.items():
         (tmp_path / f"{name}.txt").write_bytes(content)

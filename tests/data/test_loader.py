@@ -259,11 +259,6 @@ def test_a_checkpoint_in_another_order_is_refused(change, flag):
         loader(one(), **change).load_state_dict(loader(one()).state_dict())
 
 
-def test_lanes_that_the_ranks_do_not_divide_are_refused():
-    with pytest.raises(UserError, match=r"--data\.lanes 8"):
-        loader(one(), 0, 3)
-
-
 def test_text_or_tokenizer_that_changed_under_a_checkpoint_is_said():
     run = loader([Source("a", 1.0, Texts(["x" * 1000]))], lanes=1)
     take(iter(run), 5)

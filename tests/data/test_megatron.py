@@ -9,8 +9,7 @@ from flame.data.__main__ import main
 from flame.data.document import Bad
 from flame.data.megatron import write
 from flame.errors import UserError
-from tests.data.fakes import EOS, loader
-from tests.data.test_source import build
+from tests.data.fakes import EOS, build, loader
 
 BIN = bytes.fromhex("0100 0200 0300 2c01 0500 0600")  # 1 2 3, 300, 5 6
 IDX = bytes.fromhex(
@@ -74,8 +73,8 @@ def test_other_integers_are_read_by_their_code(tmp_path, code, data, ids):
 @pytest.mark.parametrize(
     "idx, data, said",
     [
-        (b"MMIDIDX", BIN, "not a Megatron index"),
-        (IDX.replace(b"MMIDIDX", b"MMIDIDY"), BIN, "not a Megatron index"),
+        (b"MMIDIDX", BIN, "a Megatron index, which begins with MMIDIDX"),
+        (IDX.replace(b"MMIDIDX", b"MMIDIDY"), BIN, "a Megatron index, which begins with MMIDIDX"),
         (IDX[:17] + b"\x07" + IDX[18:], BIN, "dtype code 7"),
         (IDX[:9] + b"\x02" + IDX[10:], BIN, "version 2"),
         (IDX[:-1], BIN, "cut short"),

@@ -8,8 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flame.data.source import Source
-from tests.data.fakes import Tape, Texts, documents, loader, three
-from tests.data.test_source import build
+from tests.data.fakes import Tape, Texts, build, documents, loader, three
 
 STEPS = 60  # of 8 rows: past three epochs of the first source and twenty of the last
 

@@ -3,7 +3,7 @@
 import httpx
 import pytest
 
-from flame.data.retry import PatientStream
+from flame.data.retry import RetryingStream
 from flame.data.source import Source
 from tests.data.fakes import Tape, documents, loader, take
 from tests.launch import SMALL, metrics, train_each
@@ -27,7 +27,7 @@ class Flaky(Tape):
 
 
 def patient(rows, failures, waited, waits=(1, 2, 4), **options):
-    return PatientStream(Flaky(rows, failures, **options), "hub/data", waits, waited.append)
+    return RetryingStream(Flaky(rows, failures, **options), "hub/data", waits, waited.append)
 
 
 @pytest.mark.parametrize("error", [ConnectionError, TimeoutError, httpx.ReadTimeout])

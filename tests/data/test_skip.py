@@ -5,9 +5,7 @@ import json
 import pytest
 
 from flame.data.inspect import replay
-from flame.data.skip import parse_skip
 from flame.errors import UserError
-from flame.preflight.validate import check
 from tests.data.fakes import loader, take, three
 from tests.data.test_inspect import BATCH, STEPS, flags, texts, write_run  # noqa: F401 - fixtures
 
@@ -81,26 +79,3 @@ def test_a_run_that_skipped_steps_is_decoded_exactly(step, tmp_path, flags, text
     assert [row.tokens[:-1].tolist() for row in found.rows] == fed[step]
     assert found.first == (kept[step - 1] - 1) * BATCH
     assert found.found == found.expected is not None
-
-
-@pytest.mark.parametrize(
-    "text, ranges",
-    [
-        (None, []),
-        ("", []),
-        ("400", [(400, 400)]),
-        ("120-135,400", [(120, 135), (400, 400)]),
-        (" 9 , 3 - 5,6", [(3, 6), (9, 9)]),
-        ("1-10,3-4", [(1, 10)]),
-    ],
-)
-def test_ranges_are_read_in_any_order_and_merged(text, ranges):
-    assert parse_skip(text) == ranges
-
-
-@pytest.mark.parametrize("text", ["0", "0-3", "5-4", "a", "3-", "-3", "1,,2", "1.5", "3:5", ","])
-def test_ranges_that_are_none_are_refused_in_one_line_before_the_start(text, tmp_path):
-    from flame.config.parser import parse
-
-    with pytest.raises(UserError, match=r"--data\.skip: found .* such as 120-135,400$"):
-        check(parse([f"--data.skip={text}"]), 1)

@@ -55,7 +55,7 @@ def test_a_job_that_can_train_passes_in_silence_and_leaves_nothing(tmp_path):
     "flags, line",
     [
         (["--training.stps", "5"], "flame: --training.stps: not a setting, did you mean --training.steps?\n"),
-        (["--model.config", "gone.json"], "flame: --model.config: there is no gone.json\n"),
+        (["--model.config", "gone.json"], "flame: --model.config: found no file or folder gone.json\n"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, flags, line):

@@ -86,7 +86,7 @@ def test_a_job_that_can_train_passes(flags, ranks):
         ("--profiling.enable_profiling --profiling.profile_freq 2", ["--profiling.profile_freq", "4 or more"]),
         ("--model.name lama3", ["--model.name", "'lama3'", "auto", "llama3"]),
         ("--model.tokenizer_path none", ["--model.tokenizer_path", "not set", "byte"]),
-        ("--model.tokenizer_path /" + 300 * "x", ["--model.tokenizer_path", "there is no"]),
+        ("--model.tokenizer_path /" + 300 * "x", ["--model.tokenizer_path", "no file or folder"]),
         ("--model.tokenizer_path ./tok", ["--model.tokenizer_path", "./tok"]),
         ("--training.dataset gone.jsonl", ["--training.dataset", "gone.jsonl"]),
         ("--training.dataset /gone", ["--training.dataset", "/gone"]),
@@ -182,7 +182,7 @@ def test_ranks_that_do_not_fit_are_refused_with_numbers_that_do(flags, ranks, wo
 @pytest.mark.parametrize(
     "text, words",
     [
-        (None, ["there is no model.json"]),
+        (None, ["no file or folder model.json"]),
         ("{", ["model.json is no valid JSON", "line 1"]),
         ("[]", ["holds a list"]),
         ('{"vocab_size": 3}', ["no model_type"]),

@@ -1,0 +1,147 @@
+"""The data settings of a job as values, each rule in one place. Imports neither torch nor numpy: preflight calls it."""
+
+import math
+import re
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+
+from flame.config.paths import COMPRESSED, KINDS, PATTERN
+from flame.config.schema import Data, DataSource, Training
+from flame.errors import UserError, near_multiples
+
+_LISTS = {  # field of a source: the comma list of it in [training]
+    **{"path": "dataset", "subset": "dataset_name", "split": "dataset_split"},
+    **{"data_dir": "data_dir", "data_files": "data_files", "weight": "data_probs"},
+}
+
+
+def parse_sources(training: Training, data: Data) -> list[DataSource]:
+    """The sources of a job, each with its name, split and column; a weight is a share of the sum of all weights.
+
+    They are data.sources or, without those, the aligned comma lists of `training`. Raises UserError for lists of
+    unequal length, weights that are not positive numbers or, in data_probs, do not sum to 1, names that are not unique,
+    and sources that are given in both ways.
+    """
+    sources = _check_tables(training, data) if data.sources else _read_lists(training)
+    taken = {source.name for source in sources if source.name}
+    parsed = []
+    for source in sources:
+        name = source.name or _choose_name(source, taken)
+        taken.add(name)
+        column, split = source.column or data.column, source.split or "train"
+        parsed.append(replace(source, name=name, column=column, split=split))
+    return parsed
+
+
+@contextmanager
+def spelled_by_the_user(data: Data, index: int) -> Iterator[None]:
+    """In the block, a UserError whose setting is a field of the source at an index names its flag or TOML key."""
+    try:
+        yield
+    except UserError as error:
+        field = error.setting
+        if field not in DataSource.__dataclass_fields__:
+            raise
+        flag = "--data.column" if field == "column" else f"--training.{_LISTS.get(field)}"
+        raise error.at(f"data.sources[{index}].{field}" if data.sources else flag) from error
+
+
+def _check_tables(training: Training, data: Data) -> list[DataSource]:
+    given = [name for name in _LISTS.values() if getattr(training, name) != getattr(Training, name)]
+    if given:
+        raise UserError(f"--training.{given[0]}", hint="the sources are in [[data.sources]], give only one of the two")
+    names = [source.name for source in data.sources if source.name]
+    for index, source in enumerate(data.sources):
+        with spelled_by_the_user(data, index):
+            if not 0 < source.weight < math.inf:
+                raise UserError("weight", source.weight, "a number above 0")
+            if names.count(source.name or "") > 1:
+                raise UserError("name", f"{source.name!r} twice", "unique: every source has a name of its own")
+    return data.sources
+
+
+def _read_lists(training: Training) -> list[DataSource]:
+    paths = [path.strip() for path in training.dataset.split(",")]
+    if not all(paths):
+        allowed = "a comma list whose every item is stdlib, a local path or a hub id"
+        raise UserError("--training.dataset", repr(training.dataset), allowed)
+    fields: dict[str, list[str | None]] = {}
+    for field, flag in _LISTS.items():
+        value = getattr(training, flag)
+        if field in ("path", "weight") or value is None:
+            continue
+        whole = field == "data_files" and len(paths) == 1  # the one source's files, however many
+        fields[field] = [item.strip() or None for item in ([value] if whole else value.split(","))]
+        _check_length(flag, fields[field], paths)
+    weights = _read_shares(training.data_probs, paths)
+    return [
+        DataSource(path, weight=weight, **{field: items[i] for field, items in fields.items()})
+        for i, (path, weight) in enumerate(zip(paths, weights, strict=True))
+    ]
+
+
+def _read_shares(text: str | None, paths: Sequence[str]) -> Sequence[float]:
+    if text is None:
+        return [1.0] * len(paths)
+    items = text.split(",")
+    _check_length("data_probs", items, paths)
+    try:
+        shares = [float(item) for item in items]
+    except ValueError:
+        shares = [math.nan]
+    if not all(0 < share < math.inf for share in shares):
+        raise UserError("--training.data_probs", text, "a number above 0 for each dataset")
+    if abs(sum(shares) - 1) > 1e-3:
+        raise UserError("--training.data_probs", f"a sum of {sum(shares):g}", "shares that sum to 1")
+    return shares
+
+
+def _check_length(flag: str, items: Sequence[str | None], paths: Sequence[str]) -> None:
+    if len(items) != len(paths):
+        allowed = f"one item for each of {len(paths)} datasets"
+        raise UserError(f"--training.{flag}", f"{len(items)} items", allowed, "an empty item is none")
+
+
+def _choose_name(source: DataSource, taken: Collection[str]) -> str:
+    """The last part of the path that is not a pattern, with the subset, and a number if that is taken."""
+    parts = [part for part in Path(source.path).parts if not PATTERN & set(part)] or ["data"]
+    base = parts[-1]
+    while Path(base).suffix in (*KINDS, *COMPRESSED, ".bin", ".idx"):
+        base = Path(base).stem
+    base = f"{base}-{source.subset}" if source.subset else base
+    return base if base not in taken else next(name for i in count(2) if (name := f"{base}-{i}") not in taken)
+
+
+def check_lanes(data: Data, dp_degree: int) -> None:
+    """Raise UserError for lanes or a window below 1, and for lanes that the data-parallel ranks do not divide."""
+    for field, value in (("lanes", data.lanes), ("window", data.window)):
+        if not 1 <= value < 2**62:
+            raise UserError(f"--data.{field}", value, "1 or more, and below 2^62")
+    if data.lanes % dp_degree:
+        working = near_multiples(data.lanes, dp_degree)
+        allowed = f"a multiple of the {dp_degree} data-parallel ranks: {working} would work"
+        raise UserError("--data.lanes", data.lanes, allowed)
+
+
+def parse_skip(text: str | None) -> list[tuple[int, int]]:
+    """First and last step of each range of --data.skip, such as "120-135,400", in ascending order and merged.
+
+    Raises UserError for anything but a comma list of steps and ranges of steps, counted from 1.
+    """
+    ranges: list[tuple[int, int]] = []
+    for item in text.split(",") if text else ():
+        match = re.fullmatch(r"\s*([1-9]\d*)\s*(?:-\s*([1-9]\d*)\s*)?", item)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last:
+            raise UserError("--data.skip", f"{item.strip()!r} in {text!r}", "steps such as 120-135,400")
+        ranges.append((first, last))
+    merged: list[tuple[int, int]] = []
+    for first, last in sorted(ranges):
+        if merged and first <= merged[-1][1] + 1:
+            merged[-1] = (merged[-1][0], max(last, merged[-1][1]))
+        else:
+            merged.append((first, last))
+    return merged
