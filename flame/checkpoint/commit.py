@@ -21,7 +21,7 @@ import xxhash
 from flame.checkpoint.safe_pickle import read_pickle
 from flame.errors import UserError
 from flame.runtime.atomic import write_atomically
-from flame.runtime.versions import versions
+from flame.runtime.environment import versions
 
 MARKER, METADATA = "complete.json", ".metadata"
 EXPECTS_MARKER = f"+{MARKER}"  # how the save id in .metadata ends when a marker was to be written

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flame.errors import UserError
-from flame.runtime.versions import versions
+from flame.runtime.environment import versions
 
 REPORT = "conversion_report.json"
 _LOCK = ".lock"  # in a temporary folder, held for as long as it is worked on

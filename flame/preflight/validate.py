@@ -65,7 +65,8 @@ def _check_ranges(config: JobConfig) -> None:
             if value is not None and not holds(value):
                 raise UserError(f"--{path}: found {value}, must be {allowed}")
     parse_skip(config.data.skip)
-    _check_wall_time(config.training.max_wall_time)
+    if config.training.max_wall_time is not None:
+        stop.seconds(config.training.max_wall_time)
     training, profiling, checkpoint = config.training, config.profiling, config.checkpoint
     if config.lr_scheduler.total_steps is not None and config.lr_scheduler.total_steps < training.steps:
         raise UserError(
@@ -92,14 +93,6 @@ def _check_ranges(config: JobConfig) -> None:
             f"--profiling.profile_freq: found {profiling.profile_freq}, must be {cycle} or more "
             "(profiling.profiler_warmup + profiling.profiler_active)"
         )
-
-
-def _check_wall_time(duration: str | int | None) -> None:
-    try:
-        if duration is not None:
-            stop.seconds(duration)
-    except UserError as error:
-        raise UserError(f"--training.max_wall_time: {error}") from None
 
 
 def _check_choices(config: JobConfig) -> None:

@@ -1,8 +1,4 @@
-"""Lets torchtitan 0.2.2 run without an accelerator: on the CPU with gloo, through the same code path.
-
-torchtitan reads its device once, when it is first imported, and says "cuda" when it finds none. So `choose()` comes
-before that import. With an accelerator it changes nothing.
-"""
+"""Chooses the device, and lets torchtitan 0.2.2 train on a CPU with gloo, through the code it has for GPUs."""
 
 import os
 import resource
@@ -17,57 +13,57 @@ import torch.profiler
 
 
 def choose() -> str:
-    """Choose the device of this process, before torchtitan is imported; returns its type ("cuda", "cpu", ...)."""
+    """Choose the device of this process; returns its type ("cuda", "cpu", ...). Comes before torchtitan's import.
+
+    Without an accelerator, torch is patched where torchtitan takes one for granted; with one, nothing is.
+    """
     device_type = torch._utils._get_available_device_type()
-    if device_type is not None and device_type != "cpu":
+    if device_type not in (None, "cpu"):
         return device_type
-    if torch.cpu.__dict__.get("_flame"):
-        return "cpu"
-    assert "torchtitan.tools.utils" not in sys.modules, "device.choose() must run before torchtitan is imported"
-    torch._utils._get_available_device_type = lambda: "cpu"
-    for name, function in _CPU_MODULE.items():  # what torchtitan asks of torch.cuda and torch.cpu does not have
-        if not hasattr(torch.cpu, name):
-            setattr(torch.cpu, name, function)
-    dist.barrier = _barrier_without_devices(dist.barrier)
-    torch.profiler.profile = _profile_known(torch.profiler.profile)  # type: ignore[misc]
-    torch.cpu._flame = True  # type: ignore[attr-defined]
+    if device_type is None:
+        assert "torchtitan.tools.utils" not in sys.modules, "device.choose() must run before torchtitan is imported"
+        _find_cpu()
+        _complete_cpu_module()
+        _drop_barrier_device()
+        _drop_missing_activity()
     return "cpu"
 
 
-def _peak_memory(_device: Any = None) -> dict[str, int]:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {
-        "num_alloc_retries": 0,
-        "num_ooms": 0,
-        "active_bytes.all.peak": peak,
-        "reserved_bytes.all.peak": peak,
+def _find_cpu() -> None:
+    """tools/utils.py asks torch for a device type once, when it is imported, and takes "cuda" if there is none."""
+    torch._utils._get_available_device_type = lambda: "cpu"
+
+
+def _complete_cpu_module() -> None:
+    """components/metrics.py calls functions of torch.cuda on torch.cpu, which lacks them; memory is the process's."""
+
+    def memory_stats(device: Any = None) -> dict[str, int]:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        counts = {"num_alloc_retries": 0, "num_ooms": 0}
+        return counts | {"active_bytes.all.peak": peak, "reserved_bytes.all.peak": peak}
+
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    missing = {
+        "get_device_name": lambda device=None: "CPU",
+        "get_device_properties": lambda device=None: SimpleNamespace(name="CPU", total_memory=memory),
+        "reset_peak_memory_stats": lambda device=None: None,
+        "empty_cache": lambda: None,
+        "memory_stats": memory_stats,
     }
+    for name, function in missing.items():
+        if not hasattr(torch.cpu, name):
+            setattr(torch.cpu, name, function)
 
 
-def _properties(_device: Any = None) -> SimpleNamespace:
-    return SimpleNamespace(name="CPU", total_memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+def _drop_barrier_device() -> None:
+    """distributed/utils.py names the device of a barrier; torch.cpu's is the string "cpu", which gloo rejects."""
+    barrier: Any = dist.barrier
+    anywhere: Any = lambda group=None, async_op=False, device_ids=None, **options: barrier(group, async_op, **options)
+    dist.barrier = anywhere
 
 
-_CPU_MODULE = {
-    "get_device_name": lambda _device=None: "CPU",
-    "get_device_properties": _properties,
-    "reset_peak_memory_stats": lambda _device=None: None,
-    "empty_cache": lambda: None,
-    "memory_stats": _peak_memory,
-}
-
-
-def _profile_known(profile: Any) -> Any:
-    # torchtitan asks for the activity of the CPU and of an accelerator, which is None here.
-    def known(activities: Any, **options: Any) -> Any:
-        return profile(activities=[each for each in activities if each is not None], **options)
-
-    return known
-
-
-def _barrier_without_devices(barrier: Any) -> Any:
-    # torchtitan names the device of a barrier; torch.cpu.current_device() is the string "cpu" and gloo refuses it.
-    def without_devices(group: Any = None, async_op: bool = False, device_ids: Any = None) -> Any:
-        return barrier(group=group, async_op=async_op)
-
-    return without_devices
+def _drop_missing_activity() -> None:
+    """tools/profiling.py profiles the CPU and an accelerator, whose activity is None without one."""
+    profile: Any = torch.profiler.profile
+    present: Any = lambda activities, **options: profile(activities=[a for a in activities if a is not None], **options)
+    torch.profiler.profile = present  # type: ignore[misc]

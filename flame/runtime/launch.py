@@ -1,6 +1,6 @@
-"""torchrun, but quiet about what a rank has already said, and patient with ranks that are asked to stop.
+"""torchrun, but silent about what a rank has reported itself, and patient with ranks that were asked to stop.
 
-torchrun sends SIGKILL 30 s after it was signalled. Here a signal is passed on to the ranks, and torchrun does not know.
+torchrun kills its ranks 30 s after it gets a signal. Here it gets none: this process passes them on to the ranks.
 """
 
 import logging
@@ -17,26 +17,26 @@ from flame.runtime.stop import LAUNCHED, SIGNALS, Signals, leave
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 
-# {exit code of a rank that has printed why it ends: ours}
-SAID = {REFUSED: REFUSED, FAILED: 1, EXHAUSTED: 1, PREEMPTED: PREEMPTED}
-SAID |= {128 + number: 128 + number for number in SIGNALS}
+# {exit code of a rank that has printed why it ends: exit code of the launcher}
+EXIT_CODES = {REFUSED: REFUSED, FAILED: 1, EXHAUSTED: 1, PREEMPTED: PREEMPTED}
+EXIT_CODES |= {128 + number: 128 + number for number in SIGNALS}
 GRACE = 3.0  # seconds that the ranks have to end after a second signal
 
 
-class Ranks:
-    """The processes torchrun starts on this node, and the signals that are passed on to them."""
+class LocalRanks:
+    """The ranks of this node, and the signals that are passed on to them."""
 
     def __init__(self) -> None:
         self.signals = Signals(self._pass_on, self._end)
-        self.ended_by = 0  # the second signal's number
+        self.ended_by = 0  # the number of the second signal
         self._context: SubprocessContext | None = None
 
     def start(self, context: "SubprocessContext") -> None:
-        """Start the ranks, in torchrun's place; what arrives before a rank listens waits for it."""
+        """Start the ranks in torchrun's place; signals that arrive before a rank listens are kept for it."""
         from torch.distributed.elastic.multiprocessing.api import PContext
 
         self._context = context
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # which a child inherits, and flame.train lifts
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a child inherits this, and flame.train undoes it
         PContext.start(context)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         if self.signals.asked:  # in the meantime
@@ -58,15 +58,15 @@ class Ranks:
         assert self._context is not None
         for rank in self._context.subprocess_handlers.values():
             if rank.proc.poll() is None:
-                os.killpg(rank.proc.pid, signal.SIGKILL)  # with what it has started, as torchrun does
+                os.killpg(rank.proc.pid, signal.SIGKILL)  # with the processes it started, as torchrun does
         time.sleep(GRACE)
-        os._exit(128 + self.ended_by)  # torchrun waits for other nodes
+        os._exit(128 + self.ended_by)  # torchrun would wait for other nodes
 
 
 def launch(argv: list[str]) -> int:
-    """Run torchrun with `argv`; returns the exit code: that of the rank that ended first, if it has said why."""
+    """Run torchrun with `argv`; returns the exit code, that of the rank that ended first if it has reported why."""
     os.environ[LAUNCHED] = str(time.monotonic())
-    ranks = Ranks()
+    ranks = LocalRanks()
     ranks.signals.listen()
 
     from torch.distributed.elastic.multiprocessing.api import SubprocessContext
@@ -82,8 +82,8 @@ def launch(argv: list[str]) -> int:
         _, failure = error.get_first_failure()
         if ranks.ended_by:
             return 128 + ranks.ended_by
-        if failure.exitcode in SAID:
-            return SAID[failure.exitcode]
+        if failure.exitcode in EXIT_CODES:
+            return EXIT_CODES[failure.exitcode]
         raise
     return 0
 

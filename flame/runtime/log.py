@@ -1,24 +1,24 @@
-"""The log of a run: one plain line an event, without what torchtitan and its libraries say that is not so here."""
+"""The log of a run: one plain line per event, without lines of torchtitan and its libraries that are wrong or idle."""
 
 import logging
 import os
 import sys
 import warnings
 
-_NOT_SO = (
+_SUPPRESSED_LOG_PREFIXES = (
     "Error running lspci",  # torchtitan looks for its GPU table's names three times
     "Peak flops undefined",  # flame.training.metrics reports no MFU then, torchtitan an A100's
     "Peak FLOPS used",
     "[GC]",  # a line at each save
     "Building auto",  # forty lines of JSON; the run folder has config.json
     "CPU memory usage for model",  # on a CPU that is the whole process
-    "Mixed precision training is handled by AMP",  # also said where there is none
+    "Mixed precision training is handled by AMP",  # also where there is none
     "Sleeping 2 seconds",
     "Destroying the purge thread",
     "ENV[",  # variables that torchrun set a moment ago
 )
-_WARNINGS_NOT_SO = (
-    "In CPU autocast",  # flame.training.trainer replaces the autocast that cannot be
+_SUPPRESSED_WARNINGS = (
+    "In CPU autocast",  # flame.training.trainer replaces the autocast that it is about
     "Triton is not supported",  # flame.models.reference takes over
     "torch.distributed is disabled",  # exports read checkpoints without a process group on purpose
     "`torch.jit.script",  # inside torch
@@ -29,10 +29,10 @@ def configure() -> None:
     """Send the log to stdout; called once by a process that trains."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"))
-    handler.addFilter(lambda record: not record.getMessage().startswith(_NOT_SO))
+    handler.addFilter(lambda record: not record.getMessage().startswith(_SUPPRESSED_LOG_PREFIXES))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-    for message in _WARNINGS_NOT_SO:
+    for message in _SUPPRESSED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
-    for name in ("torchao", "torch.utils._pytree"):  # where torchao is installed, transformers imports it
+    for name in ("torchao", "torch.utils._pytree"):  # transformers imports torchao where it is installed
         logging.getLogger(name).setLevel(logging.ERROR)
-    os.environ["KINETO_LOG_LEVEL"] = "5"  # torch.profiler's own chatter, as torchtitan does
+    os.environ["KINETO_LOG_LEVEL"] = "5"  # silences torch.profiler, as torchtitan does

@@ -1,18 +1,16 @@
-"""The run folder: config.toml, environment.json, metrics.jsonl, status.json: what a person or a script asks first."""
+"""The records in a run folder: config.toml, environment.json, metrics.jsonl, status.json."""
 
 import errno
 import json
 import logging
 import math
 import os
-import platform
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 from flame.runtime.atomic import write_atomically
-from flame.runtime.versions import versions
+from flame.runtime.environment import describe_environment
 
 Status = Literal["running", "completed", "data_exhausted", "preempted", "failed"]
 logger = logging.getLogger("flame")
@@ -21,17 +19,18 @@ logger = logging.getLogger("flame")
 class Run:
     """One run's folder. Only the rank that logs writes; on the others every method does nothing.
 
-    A run does not end because a record of it cannot be written (a full disk): that is said, and metrics wait in memory.
+    A run goes on when its metrics or status cannot be written (disk full): a warning is logged, and metrics wait in
+    memory.
     """
 
     def __init__(self, folder: str | Path, writes: bool) -> None:
         self.folder = Path(folder)
         self.writes = writes
         self._waiting = ""  # lines for metrics.jsonl
-        self._failing: set[str] = set()  # files that could not be written when they were last to be
+        self._failing: set[str] = set()  # files whose last write failed
 
     def start(self, config_toml: str, device: dict[str, Any]) -> None:
-        """Write config.toml and environment.json, and say that the run is running. Raises OSError."""
+        """Write config.toml and environment.json, and set the status to running. Raises OSError."""
         if not self.writes:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -40,7 +39,7 @@ class Run:
         self.set_status("running")
 
     def set_status(self, status: Status, **fields: Any) -> None:
-        """Replace status.json; step, tokens and reason stay from before unless given."""
+        """Replace status.json; fields that are not given keep their value, but `reason`, which becomes None."""
         if not self.writes:
             return
         self._flush()
@@ -50,9 +49,8 @@ class Run:
 
     def read_status(self) -> dict[str, Any]:
         """The last status, or {} if there is none."""
-        path = self.folder / "status.json"
         try:
-            return json.loads(path.read_text())
+            return json.loads((self.folder / "status.json").read_text())
         except (FileNotFoundError, ValueError):  # a power cut can leave it empty
             return {}
 
@@ -63,7 +61,7 @@ class Run:
             self._flush()
 
     def rewind(self, step: int) -> None:
-        """Move records after `step` aside, whose steps will be done and logged again, and lines that are no records.
+        """Move metrics of steps after `step`, which are done again, and broken lines to metrics.replaced.jsonl.
 
         Raises OSError.
         """
@@ -75,14 +73,14 @@ class Run:
         if len(kept) < len(lines):
             with open(self.folder / "metrics.replaced.jsonl", "ab") as file:
                 file.writelines(line + b"\n" for line in lines if _step(line) > step)
-        write_atomically(path, "".join(line.decode() + "\n" for line in kept))
+        write_atomically(path, b"".join(line + b"\n" for line in kept))
 
     def _flush(self) -> None:
         if self._waiting and self._write("metrics.jsonl", lambda path: _append(path, self._waiting)):
             self._waiting = ""
 
     def _write(self, name: str, write: Callable[[Path], None]) -> bool:
-        """Whether a file could be written; that it could not is said once until it can."""
+        """Whether a file could be written; a failure is logged once until a write succeeds."""
         try:
             write(self.folder / name)
         except OSError as error:
@@ -94,32 +92,12 @@ class Run:
         return True
 
 
-def describe_environment(device: dict[str, Any]) -> dict[str, Any]:
-    """Versions, commit and machine of this process; no environment variable is recorded."""
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": versions(),
-        "git_commit": _git_commit(),
-        "device": device,
-    }
-
-
-def _git_commit() -> str | None:
-    here = Path(__file__).parent
-    try:
-        found = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here, capture_output=True)
-    except OSError:
-        return None
-    return found.stdout.decode().strip() or None
-
-
 def _to_json(fields: dict[str, Any]) -> str:
     return json.dumps(fields, indent=2) + "\n"
 
 
 def _step(line: bytes) -> float:
-    """The step of a record; infinity if it is none: a kill cuts the last one, a power cut leaves zeros."""
+    """The step of a record; infinity for a broken line: a kill cuts the last one, a power cut leaves zeros."""
     try:
         return int(json.loads(line.decode())["step"])
     except (ValueError, KeyError, TypeError):
@@ -127,7 +105,7 @@ def _step(line: bytes) -> float:
 
 
 def _append(path: Path, text: str) -> None:
-    """Append to a file all of a text or nothing: half a line would spoil the next one."""
+    """Append all of a text to a file, or nothing: half a line would spoil the next one. Raises OSError."""
     with open(path, "ab", buffering=0) as file:
         end, data = file.tell(), text.encode()
         try:

@@ -1,4 +1,4 @@
-"""Being asked to stop: by a signal, to the launcher or to a rank, or by the time a run may take. Imports no torch."""
+"""Requests to stop: a signal to the launcher or to a rank, or the end of the wall time. Imports no torch."""
 
 import os
 import re
@@ -12,25 +12,24 @@ from flame.errors import PREEMPTED, UserError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 WINDOW = 5.0  # seconds in which any number of signals is one request
-OUT_OF_TIME = 1000  # where a signal's number is expected; larger than any of them
-LAUNCHED = "FLAME_LAUNCHED"  # environment variable: time.monotonic(), which processes of one machine share, at launch
+OUT_OF_TIME = 1000  # stands for a signal's number; larger than any of them
+LAUNCHED = "FLAME_LAUNCHED"  # environment variable: time.monotonic() at launch, a clock that all processes here share
 
-_UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
-_DURATION = re.compile("".join(rf"(?:(\d+){unit})?" for unit in _UNITS))
+_UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}  # in the order in which a duration has them
 
 
 class Stopped(BaseException):
-    """A run ends before its last step because it was asked to: no error, so not an Exception."""
+    """A run ends before its last step because it was asked to; not an error, so not an Exception."""
 
     def __init__(self, number: int) -> None:
         super().__init__("max_wall_time" if number == OUT_OF_TIME else signal.Signals(number).name)
 
 
 class Signals:
-    """What this process does about signals: `first` at the first one, `again` at one more than WINDOW after it.
+    """Calls `first` at the first signal, and `again` at one that comes more than WINDOW later.
 
-    Slurm may signal the launcher and every rank, and the launcher passes its own on; torchrun signals the ranks that
-    are left when one ends. All of that is one request.
+    Signals in between are the same request: Slurm may signal the launcher and every rank, the launcher passes its own
+    on, and torchrun signals the other ranks when one ends.
     """
 
     def __init__(self, first: Callable[[int], None], again: Callable[[int], None]) -> None:
@@ -39,7 +38,7 @@ class Signals:
         self._since = 0.0
 
     def listen(self) -> None:
-        """Take the signals from now on, and those that were held back before (see flame.runtime.launch)."""
+        """Handle signals from now on, and those that flame.runtime.launch blocked until now."""
         for number in SIGNALS:
             signal.signal(number, self._receive)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -54,13 +53,13 @@ class Signals:
 
 
 def leave(number: int) -> NoReturn:
-    """End this process, which has nothing to lose yet. Not by an exception: any import may be under way."""
-    _say(f"stopped by {signal.Signals(number).name} before training began; the same command starts it again")
+    """End this process, which has nothing to lose yet; not by an exception, as any import may be under way."""
+    _print(f"stopped by {signal.Signals(number).name} before training began; the same command starts it again")
     os._exit(PREEMPTED)
 
 
 def note(number: int) -> None:
-    """Go on to where all ranks ask what was noted."""
+    """Do nothing now: all ranks ask for the number at their next microbatch."""
 
 
 def interrupt(number: int) -> NoReturn:
@@ -70,32 +69,36 @@ def interrupt(number: int) -> NoReturn:
 
 def end_at_once(number: int) -> NoReturn:
     """End this process as the signal itself would have."""
-    _say(f"a second signal, {signal.Signals(number).name}: stopped at once, what was not saved is lost")
+    _print(f"a second signal, {signal.Signals(number).name}: stopped at once, what was not saved is lost")
     os._exit(128 + number)
 
 
 def ignore() -> None:
-    """Let no signal disturb the rest of this process."""
+    """Ignore all signals from now on."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def seconds(duration: str | int) -> int:
-    """Seconds of a duration such as 3h30m, 45s or 2d, or of a bare number of them. Raises UserError."""
+    """Seconds of a duration such as 3h30m, 45s or 2d, or of a number of seconds.
+
+    Raises UserError, which names --training.max_wall_time, for any other text and for 0.
+    """
     text = str(duration)
-    parts = _DURATION.fullmatch(text)
-    counted = int(text) if text.isdecimal() else 0
-    if parts:
-        counted = sum(int(count or 0) * unit for count, unit in zip(parts.groups(), _UNITS.values(), strict=True))
-    if counted == 0:
-        raise UserError(f"found {duration!r}, must be a time such as 3h30m, 90m, 2d or a number of seconds, above 0")
-    return counted
+    pattern = "".join(rf"(?:(\d+){unit})?" for unit in _UNITS)
+    parts = re.fullmatch(pattern, f"{text}s" if text.isdecimal() else text)
+    counts = [int(count or 0) for count in parts.groups()] if parts else []
+    total = sum(count * unit for count, unit in zip(counts, _UNITS.values(), strict=False))
+    if total == 0:
+        allowed = "a time such as 3h30m, 90m, 2d or a number of seconds, above 0"
+        raise UserError("--training.max_wall_time", repr(duration), allowed)
+    return total
 
 
 def launched_at() -> float:
-    """time.monotonic() at which this job was launched; now, if it is no launcher's."""
+    """time.monotonic() when this job was launched; now, if no launcher started this process."""
     return float(os.environ.get(LAUNCHED) or time.monotonic())
 
 
-def _say(line: str) -> None:
+def _print(line: str) -> None:
     os.write(2, f"flame: {line}\n".encode())  # in a signal handler: the streams may be in the middle of a write

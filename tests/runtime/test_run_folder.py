@@ -9,7 +9,7 @@ from flame.runtime.run_folder import Run
 @pytest.mark.parametrize(
     "bad", ['{"step": 4, "lo', '\0\0\0{"step": 1}', '{"loss": 1.0}', '{"step": null}', "[]", "\udcff{}"], ids=repr
 )
-def test_records_after_the_resumed_step_are_moved_aside_and_so_are_lines_that_are_none(bad, tmp_path):
+def test_records_after_the_resumed_step_and_broken_lines_are_moved_to_another_file(bad, tmp_path):
     run = Run(tmp_path, writes=True)
     for step in (1, 2, 3):
         run.log({"step": step, "loss": 1.0})
@@ -31,7 +31,7 @@ def test_status_keeps_step_and_tokens_and_forgets_an_old_reason(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"step": 7'])
-def test_a_status_that_a_power_cut_left_empty_or_torn_is_none(content, tmp_path):
+def test_a_status_that_a_power_cut_left_empty_or_torn_is_ignored(content, tmp_path):
     (tmp_path / "status.json").write_text(content)
     run = Run(tmp_path, writes=True)
     assert run.read_status() == {}
@@ -39,7 +39,7 @@ def test_a_status_that_a_power_cut_left_empty_or_torn_is_none(content, tmp_path)
     assert run.read_status() == {"status": "running", "step": 0, "tokens": 0, "reason": None}
 
 
-def test_records_that_do_not_fit_on_the_disk_are_written_when_they_do_and_that_is_said_once(tmp_path, caplog):
+def test_records_that_do_not_fit_on_the_disk_are_written_later_and_that_is_logged_once(tmp_path, caplog):
     run = Run(tmp_path, writes=True)
     for step, limit in enumerate((-1, 30, 30, -1, 60), 1):  # bytes a file; the second record would be cut in its middle
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))

@@ -1,8 +1,7 @@
-"""A run that is asked to stop keeps what it has done, says so, and goes on later as if it had never stopped."""
+"""A run that is asked to stop saves its work, logs that, and resumes later as if it had never stopped."""
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -38,13 +37,15 @@ def test_a_duration_is_read_in_the_units_that_it_names(text, expected):
 
 
 @pytest.mark.parametrize("text", ["", "0", "0m", "3h30", "1.5h", "-5", "30m3h", "soon", "3 h"])
-def test_what_is_no_duration_is_refused(text):
-    with pytest.raises(UserError, match=re.escape(f"found {text!r}, must be a time such as 3h30m")):
+def test_a_text_that_is_not_a_duration_is_rejected(text):
+    with pytest.raises(UserError) as caught:
         seconds(text)
+    assert caught.value.setting == "--training.max_wall_time"
+    assert caught.value.found == repr(text) and "3h30m" in caught.value.allowed
 
 
 def test_the_flag_is_checked_before_anything_starts():
-    with pytest.raises(UserError, match=r"--training\.max_wall_time: found 'soon', must be a time such as 3h30m"):
+    with pytest.raises(UserError, match=r"--training\.max_wall_time: found 'soon'"):
         check(parse(["--training.max_wall_time=soon"]), 1)
 
 
@@ -54,44 +55,31 @@ def test_a_toml_may_give_the_time_as_a_number(tmp_path):
     assert seconds(config.training.max_wall_time) == 3600
     assert "max_wall_time = 3600\n" in to_toml(config)
     (tmp_path / "job.toml").write_text("[training]\nmax_wall_time = -5\n")
-    with pytest.raises(UserError, match=r"--training\.max_wall_time: found -5, must be a time such as 3h30m"):
+    with pytest.raises(UserError, match=r"--training\.max_wall_time: found -5"):
         check(parse([f"--job.config_file={tmp_path}/job.toml"]), 1)
 
 
 LISTENER = """
-import sys, time
-from flame.runtime.stop import Signals
-import flame.runtime.stop
-flame.runtime.stop.WINDOW = 0.3
-said = lambda word: lambda number: print(word, number, flush=True)
-Signals(said("first"), said("again")).listen()
-print("ready", flush=True)
-while True:
-    time.sleep(0.01)
+import os, signal
+from types import SimpleNamespace
+from flame.runtime import stop
+now = 100.0
+stop.time = SimpleNamespace(monotonic=lambda: now)
+log = lambda word: lambda number: print(word, signal.Signals(number).name)
+stop.Signals(log("first"), log("again")).listen()
+for after, number in (0, signal.SIGUSR1), (1, signal.SIGTERM), (4.9, signal.SIGINT), (5.1, signal.SIGTERM):
+    now = 100 + after
+    os.kill(os.getpid(), number)
 """
 
 
-@pytest.fixture
-def listener():
-    process = subprocess.Popen([sys.executable, "-c", LISTENER], stdout=subprocess.PIPE, text=True, env=environment())
-    assert process.stdout.readline() == "ready\n"
-    yield process
-    process.kill()
-    process.wait()
-
-
-def test_signals_shortly_after_the_first_are_the_same_request_and_a_later_one_is_another(listener):
-    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
-        listener.send_signal(number)
-        time.sleep(0.05)
-    assert listener.stdout.readline() == f"first {signal.SIGUSR1.value}\n"
-    time.sleep(0.3)
-    listener.send_signal(signal.SIGTERM)
-    assert listener.stdout.readline() == f"again {signal.SIGTERM.value}\n"
+def test_signals_within_five_seconds_of_the_first_are_the_same_request_and_a_later_one_is_a_second():
+    done = subprocess.run([sys.executable, "-c", LISTENER], stdout=subprocess.PIPE, text=True, env=environment())
+    assert done.stdout == "first SIGUSR1\nagain SIGTERM\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_that_comes_before_a_rank_listens_waits_for_it_and_ends_it_in_one_line(number):
+def test_a_signal_before_a_rank_listens_is_kept_and_ends_it_in_one_line(number):
     early = (
         "import signal, os; signal.pthread_sigmask(signal.SIG_BLOCK, list(signal.Signals)); os.kill(os.getpid(), %d)"
     )
@@ -111,7 +99,7 @@ ASKED = (  # where a run of 8 steps is asked to stop, one time after the other
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_run_that_stops_in_accumulation_and_in_validation_goes_on_as_one_that_never_did(ranks, tmp_path):
+def test_a_run_that_stops_in_accumulation_and_in_validation_resumes_as_if_it_never_had(ranks, tmp_path):
     (tmp_path / "held_out.txt").write_text("held out text, of which there is enough for some rows. " * 80)
 
     def flags(name, place):
