@@ -80,12 +80,6 @@ def read_marker(checkpoint: Path) -> dict[str, Any]:
     return content
 
 
-def invalidate(checkpoint: Path) -> None:
-    """Make a checkpoint that is about to be overwritten incomplete; its marker goes first."""
-    for name in (MARKER, METADATA):
-        (checkpoint / name).unlink(missing_ok=True)
-
-
 def inspect_checkpoint(checkpoint: Path) -> Status:
     """Check the names and sizes of a checkpoint's files.
 

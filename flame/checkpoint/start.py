@@ -71,26 +71,17 @@ def plan_start(job_config: JobConfig, found: Mapping[int, Status] | None = None)
         checkpoint = folder / f"step-{steps[0]}"
         check_resumable(checkpoint, found[steps[0]], last_step)
         if config.load_only and steps[0] < last_step:
-            raise UserError(
-                *("--checkpoint.load_only", "true", "false to resume a run's own checkpoints"),
-                "the run's records would give way to those of steps that are not saved; give another "
-                f"--job.dump_folder, and --checkpoint.initial_load_path {checkpoint}",
-            )
+            hint = "its records would be replaced; use another --job.dump_folder, with --checkpoint.initial_load_path "
+            raise UserError("--checkpoint.load_only", "true", "false to resume this run", f"{hint}{checkpoint}")
     return StartPlan("resume", tuple(steps), found)
 
 
 def check_resumable(checkpoint: Path, status: Status, last_step: int) -> None:
     """Raises UserError if the checkpoint holds the model alone and there are steps to do after it."""
     if step_of(checkpoint) < last_step and not status.resumable:
-        raise UserError(
-            *(
-                str(checkpoint),
-                "the model alone (--checkpoint.last_save_model_only)",
-                "a full checkpoint to be resumed",
-            ),
-            "resume an earlier one with --checkpoint.load_step, or start another run from it with "
-            "--checkpoint.initial_load_path",
-        )
+        found = "the model alone (--checkpoint.last_save_model_only)"
+        hint = "use --checkpoint.load_step, or --checkpoint.initial_load_path in another --job.dump_folder"
+        raise UserError(str(checkpoint), found, "a full checkpoint to be resumed", hint)
 
 
 def check_orphaned_checkpoints(config: Checkpoint, run: Path) -> None:

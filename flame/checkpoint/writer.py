@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.futures import Future
 
-from flame.checkpoint.commit import EXPECTS_MARKER, METADATA, SavedFile, invalidate, write_marker
+from flame.checkpoint.commit import EXPECTS_MARKER, MARKER, METADATA, SavedFile, write_marker
 
 
 class Writer(_FileSystemWriter):
@@ -26,19 +26,14 @@ class Writer(_FileSystemWriter):
         super().__init__(path, overwrite=overwrite)
         self.fs: _HashingFileSystem = _HashingFileSystem()
         self.facts = facts
-        self.is_coordinator = False
 
-    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        super().set_up_storage_writer(is_coordinator, *args, **kwargs)
-        self.is_coordinator = is_coordinator
-
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Runs on every rank before any of them writes; an error here is raised on all of them."""
-        if self.is_coordinator and self.overwrite:
-            invalidate(Path(self.path))
-            for data in Path(self.path).glob("__*.distcp"):  # the old ones may be of more ranks
-                data.unlink()
-        return super().prepare_local_plan(plan)
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Runs on the coordinator before any rank writes; an error here is raised on all of them."""
+        if self.overwrite:  # the marker goes first; the old data may be of more ranks
+            folder = Path(self.path)
+            for file in (folder / MARKER, folder / METADATA, *folder.glob("__*.distcp")):
+                file.unlink(missing_ok=True)
+        return super().prepare_global_plan(plans)
 
     def storage_meta(self) -> StorageMeta:
         return StorageMeta(self.checkpoint_id, self.save_id + EXPECTS_MARKER)
