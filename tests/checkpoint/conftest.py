@@ -1,4 +1,4 @@
-"""What several tests of checkpoints need around them."""
+"""Fixtures of the tests of checkpoints."""
 
 import pytest
 import torch.distributed as dist

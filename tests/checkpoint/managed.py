@@ -1,4 +1,4 @@
-"""A checkpoint manager in one process, with as little around it as it can do with."""
+"""A checkpoint manager in one process, with the least around it that it needs."""
 
 import dataclasses
 from pathlib import Path
@@ -38,7 +38,7 @@ class Counter:
 
 
 class Job:
-    """A model of one matrix, whose elements are the last step that was done, and its manager; needs a process group."""
+    """A model of one matrix, whose elements are the last step, and its manager; needs a process group."""
 
     def __init__(self, folder: Path, width: int = 8, weight_decay: float = 0.1, **checkpoint: Any) -> None:
         config = JobConfig()

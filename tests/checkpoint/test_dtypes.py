@@ -21,7 +21,7 @@ def floats(dtype):
 
 @pytest.mark.parametrize("target", FLOATS)
 @pytest.mark.parametrize("source", FLOATS)
-def test_a_cast_is_torchs_bit_by_bit(source, target):
+def test_a_cast_equals_torchs_bit_for_bit(source, target):
     given = floats(source)
     wanted = given.to(getattr(torch, target))
     bits = given.view(BITS[given.itemsize]).numpy().view(raw_dtype(source))
@@ -42,7 +42,7 @@ def test_sizes_are_torchs():
 
 @pytest.mark.parametrize("shape", [(), (7,), (5, 3), (2, 3, 4), (1, 1, 9), (0, 4), (4, 0)])
 @pytest.mark.parametrize("limit", [1, 2, 5, 12, 100])
-def test_boxes_follow_each_other_and_leave_nothing_out(shape, limit):
+def test_a_box_is_split_in_order_and_completely(shape, limit):
     whole = np.arange(int(np.prod(shape))).reshape(shape)
     box = tuple((n // 3, n) for n in shape)
     parts = [whole[tuple(slice(*each) for each in part)] for part in split_box(box, limit)]
@@ -52,5 +52,5 @@ def test_boxes_follow_each_other_and_leave_nothing_out(shape, limit):
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (0, 3), (2, 2)])
-def test_the_bytes_of_an_array_are_those_of_any_shape(shape):
+def test_arrays_of_any_shape_are_viewed_as_bytes(shape):
     assert bytes(as_bytes(np.ones(shape, np.uint32))) == np.ones(shape, np.uint32).tobytes()

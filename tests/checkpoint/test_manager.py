@@ -1,4 +1,4 @@
-"""Saving and resuming, as the manager does it: rotation, failures to save, damage, what a resume restores."""
+"""Saving and resuming with the manager: rotation, failed saves, corruption, what a resume restores."""
 
 import logging
 import os
@@ -62,8 +62,8 @@ def test_a_resumed_job_has_everything_that_was_saved_and_logs_it(mode, tmp_path,
         **{"mode": "resume", "source": str(folder), "step": 4, "tokens": 400},
         "restored": ["train_state", "model", "optimizer", "dataloader", "lr_scheduler"],
     }
-    said = [line for line in log.messages if line.startswith("start: ")]
-    assert said[1] == f"start: resume from {folder}, step 4, 400 tokens; restored: " + ", ".join(
+    lines = [line for line in log.messages if line.startswith("start: ")]
+    assert lines[1] == f"start: resume from {folder}, step 4, 400 tokens; restored: " + ", ".join(
         again.manager.origin["restored"]
     )
     again.manager.close()
@@ -179,8 +179,8 @@ def test_a_corrupted_checkpoint_is_logged_and_the_one_before_it_is_resumed(name,
     again = Job(tmp_path).run(4)
     assert (again.model.weight == 4).all() and steps(tmp_path) == [2, 4]  # step 3 and 4 were done again
     assert again.manager.origin["step"] == 2
-    said = [record.getMessage() for record in log.records if record.levelno >= logging.WARNING]
-    assert any("step-4" in line and name in line and "is not used" in line for line in said), said
+    warnings = [record.getMessage() for record in log.records if record.levelno >= logging.WARNING]
+    assert any("step-4" in line and name in line and "is not used" in line for line in warnings), warnings
     assert (tmp_path / "checkpoint" / "replaced" / "step-4").is_dir()
 
 

@@ -17,13 +17,13 @@ STRUCTURE = Structure(
 FOUND = {"embed": ("bfloat16", (8, 4)), "norm": ("bfloat16", (4,)), "count": ("int64", ())}
 
 
-def test_a_model_in_another_float_type_is_right_and_so_are_tensors_kept_in_the_models_own():
+def test_a_model_may_be_cast_to_another_float_dtype_and_keep_tensors_in_its_own():
     check_structure(FOUND, STRUCTURE)
     check_structure({**FOUND, "norm": ("float32", (4,)), "head": ("bfloat16", (8, 4))}, STRUCTURE)
 
 
 @pytest.mark.parametrize(
-    "changes, said",
+    "changes, message",
     [
         ({"norm": None}, "missing: norm"),
         ({"norm": None, "norms": ("bfloat16", (4,))}, "missing: norm\n  unexpected: norms"),
@@ -33,9 +33,9 @@ def test_a_model_in_another_float_type_is_right_and_so_are_tensors_kept_in_the_m
         ({f"x{i}": ("int8", ()) for i in range(30)}, "unexpected: x19\n  and 10 more$"),
     ],
 )
-def test_every_tensor_that_is_not_the_models_is_named(changes, said):
+def test_every_mismatched_tensor_is_named(changes, message):
     found = {name: entry for name, entry in {**FOUND, **changes}.items() if entry}
-    with pytest.raises(ConversionError, match=said):
+    with pytest.raises(ConversionError, match=message):
         check_structure(found, STRUCTURE)
 
 
@@ -45,7 +45,7 @@ def test_published_buffers_are_told_apart_from_the_models_own():
     assert not Structure({"inv_freq": ("float32", ())}, ignored=(r"inv_freq$",)).ignores("inv_freq")
 
 
-def test_a_kept_structure_holds_for_its_config_alone(tmp_path):
+def test_a_stored_structure_is_valid_for_its_config_alone(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     structure = Structure(STRUCTURE.tensors, {}, ("x$",), {"tables.1": PublishedTensor("embed", (4, 0), (4, 4))})
     assert load_structure(tmp_path) is None

@@ -1,4 +1,4 @@
-"""Starts on two gloo ranks, of which one is late or meets what it cannot read: python waiting.py FOLDER"""
+"""Starts on two gloo ranks, one of which is late or cannot read a file: python waiting.py FOLDER"""
 
 import sys
 import time
@@ -16,7 +16,7 @@ from tests.checkpoint.managed import Job
 TIMEOUT, LATE = 4, 6  # seconds
 
 
-def _say(line: str) -> None:
+def _print(line: str) -> None:
     sys.stdout.write(line + "\n")  # at once: another rank prints too
     sys.stdout.flush()
 
@@ -30,31 +30,31 @@ def _work(rank: int, folder: Path) -> None:
     if rank == 1:
         time.sleep(LATE)
     job.manager.load()
-    _say(f"rank {rank} resumes step {job.trainer.step}")
+    _print(f"rank {rank} resumes step {job.trainer.step}")
     broken = folder / "checkpoint" / "step-6"
     if rank == 0:
         broken.mkdir()
         (broken / "a").touch()
-        (broken / "b").symlink_to("/proc/self/mem")  # of no bytes, as it says, and to read it is an I/O error
+        (broken / "b").symlink_to("/proc/self/mem")  # its size is 0, and reading it is an I/O error
         empty = xxhash.xxh3_128_hexdigest(b"")
         write_marker(broken, [SavedFile("a", 0, empty), SavedFile("b", 0, empty)], {"resumable": True})
     dist.barrier()
     job = Job(folder)
     try:
         job.manager.load()
-        _say(f"rank {rank} resumes step {job.trainer.step}")
+        _print(f"rank {rank} resumes step {job.trainer.step}")
     except UserError as error:
-        _say(f"rank {rank}: {error}")
+        _print(f"rank {rank}: {error}")
     dist.barrier()
     if rank == 0:
         (broken / "complete.json").unlink()
-        (broken.parent / "replaced").write_text("a file of the user's where a checkpoint is to be moved")
+        (broken.parent / "replaced").write_text("a user's file in the way of the archive")
     dist.barrier()
     job = Job(folder, load_step=2)
     try:
         job.manager.load(2)
     except UserError as error:
-        _say(f"rank {rank}: {error}")
+        _print(f"rank {rank}: {error}")
     dist.barrier()
     dist.destroy_process_group()
 
