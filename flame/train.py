@@ -1,9 +1,7 @@
 """Trains one job: parse the flags, choose the device, register the model, run. Started by torchrun; see train.sh."""
 
-import os
 import sys
 from contextlib import nullcontext
-from pathlib import Path
 from pkgutil import resolve_name
 
 from flame.errors import FAILED, REFUSED, NonFiniteError, SaveError, UserError
@@ -21,7 +19,7 @@ def main(argv: list[str], trainer: str = "flame.training.trainer:FlameTrainer") 
 
 
 def train(argv: list[str], signals: Signals, trainer: str) -> int:
-    """What `main` does, once signals are listened to."""
+    """What `main` does after it listens to signals."""
     from flame.runtime import device, log
 
     log.configure()
@@ -30,6 +28,7 @@ def train(argv: list[str], signals: Signals, trainer: str) -> int:
     from flame.dry_run.summary import summarize
     from flame.preflight.validate import check
     from flame.runtime.lock import hold
+    from flame.training.context import RunContext
     from flame.training.job import run_job
     from flame.training.train_spec import register
 
@@ -39,10 +38,10 @@ def train(argv: list[str], signals: Signals, trainer: str) -> int:
         if config.job.dry_run:
             print(summarize(config, world_size()))
             return 0
-        first = os.environ.get("RANK", "0") == "0"
-        with hold(Path(config.job.dump_folder)) if first else nullcontext():
-            register(config)
-            return run_job(resolve_name(trainer), config, signals)
+        context = RunContext(config, signals)
+        with hold(context.run.folder) if context.is_first else nullcontext():
+            register(config, context)
+            return run_job(resolve_name(trainer), context)
     except UserError as error:
         print(f"flame: {error}", file=sys.stderr)
         return REFUSED

@@ -5,6 +5,7 @@ import math
 import resource
 import signal
 import time
+from collections import Counter
 from contextlib import suppress
 from datetime import timedelta
 
@@ -12,8 +13,9 @@ import torch
 import torch.distributed as dist
 
 from flame.errors import NonFiniteError
+from flame.training.context import RunContext
 from flame.training.nonfinite import name_state
-from flame.training.trainer import FlameTrainer
+from flame.training.trainer import FlameTrainer, StepData
 
 
 class Poisoned(FlameTrainer):
@@ -23,11 +25,11 @@ class Poisoned(FlameTrainer):
     stops the run becomes its status.
     """
 
-    def __init__(self, job_config, signals=None):
+    def __init__(self, job_config, context):
         self.what, _, steps = job_config.job.description.partition(" ")
         first, _, last = steps.partition("-")
         self.bad_steps = range(int(first), int(last or first) + 1)
-        super().__init__(job_config, signals)
+        super().__init__(job_config, context)
 
     def _poison(self, what):
         return what == self.what and self.step in self.bad_steps and dist.get_rank() == dist.get_world_size() - 1
@@ -67,8 +69,9 @@ class MaskedLabels(FlameTrainer):
     """About a third of the labels do not count: those whose token id is a multiple of three."""
 
     def _collect(self, data_iterator):
-        microbatches, exhausted = super()._collect(data_iterator)
-        return [(inputs, labels.masked_fill(labels % 3 == 0, -100)) for inputs, labels in microbatches], exhausted
+        data = super()._collect(data_iterator)
+        masked = [(inputs, labels.masked_fill(labels % 3 == 0, -100)) for inputs, labels in data.microbatches]
+        return data._replace(microbatches=masked, valid_tokens=sum(int((labels != -100).sum()) for _, labels in masked))
 
 
 class EndingData(FlameTrainer):
@@ -76,7 +79,7 @@ class EndingData(FlameTrainer):
 
     def _collect(self, data_iterator):
         if self.step == 3 and dist.get_rank() == dist.get_world_size() - 1:
-            return [], True
+            return StepData([], 0, 0, exhausted=True)
         return super()._collect(data_iterator)
 
 
@@ -101,7 +104,7 @@ class Odd(FlameTrainer):
     def train_step(self, data_iterator):
         what, rank = self.job_config.job.description, dist.get_rank()
         if what == "clock" and self.step == 2 and rank == dist.get_world_size() - 1:
-            self.last_save = -math.inf
+            self.checkpointer.last_save = -math.inf
         if what == "disk" and self.step == 2 and rank == 0:
             resource.setrlimit(resource.RLIMIT_FSIZE, (10, resource.RLIM_INFINITY))
             (tensorboard,) = self.metrics_processor.logger._loggers
@@ -129,16 +132,18 @@ class Asked(FlameTrainer):
     CALL counts the questions whether to go on in a step: before each microbatch, then before each batch of validation.
     """
 
-    def __init__(self, job_config, signals=None):
-        place, _, self.reason = job_config.job.description.partition(" ")
-        self.place, self.calls = tuple(map(int, place.split(":"))) if ":" in place else None, {}
-        super().__init__(job_config, signals)
+    def __init__(self, job_config, context):
+        place, _, reason = job_config.job.description.partition(" ")
+        asked, calls = tuple(map(int, place.split(":"))) if ":" in place else None, Counter()
 
-    def _stop_if_asked(self):
-        self.calls[self.step] = self.calls.get(self.step, 0) + 1
-        if (self.step, self.calls[self.step]) == self.place:
-            if self.reason == "max_wall_time":
-                self.deadline = 0 if dist.get_rank() == 0 else math.inf
-            elif dist.get_rank() == dist.get_world_size() - 1:
-                self.signals.asked = signal.Signals[self.reason]
-        super()._stop_if_asked()
+        def raise_if_stopped():
+            calls[self.step] += 1
+            if (self.step, calls[self.step]) == asked:
+                if reason == "max_wall_time":
+                    context.deadline = 0 if dist.get_rank() == 0 else math.inf
+                elif dist.get_rank() == dist.get_world_size() - 1:
+                    context.signals.asked = signal.Signals[reason]
+            RunContext.raise_if_stopped(context)
+
+        context.raise_if_stopped = raise_if_stopped
+        super().__init__(job_config, context)

@@ -5,10 +5,8 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 REPO = Path(__file__).parents[1]
@@ -69,24 +67,22 @@ def _run_jobs(trainer: str, jobs: list[list[str]]) -> None:
     device.choose()
     import torch
     import torch.distributed as dist
-    import torchtitan.train
     from torchtitan.protocols import train_spec
 
     from flame.config.parser import parse, world_size
     from flame.preflight.validate import check
+    from flame.training.context import RunContext
     from flame.training.train_spec import register
 
     module, _, name = trainer.partition(":")
     trainer_class = getattr(importlib.import_module(module), name)
-    torchtitan.train.time = SimpleNamespace(
-        sleep=lambda _seconds: None, perf_counter=time.perf_counter
-    )  # it sleeps 2 s
     for flags in jobs:
         train_spec._extra_train_specs.clear()
         config = parse(flags)
         check(config, world_size())
-        register(config)
-        job = trainer_class(config)
+        context = RunContext(config)
+        register(config, context)
+        job = trainer_class(config, context)
         job.train()
         job.close()
         if config.compile.enable:

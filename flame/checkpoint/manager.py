@@ -1,8 +1,9 @@
-"""torchtitan's CheckpointManager, which saves whole checkpoints or none, and starts from one that is proven or none."""
+"""torchtitan's CheckpointManager that saves whole checkpoints or none, and starts from a verified one or none."""
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import tomli
 import torch
@@ -28,10 +29,11 @@ from flame.checkpoint.commit import (
     remove_incomplete,
     scan_checkpoints,
 )
-from flame.checkpoint.start import changed_settings, check_resumable, plan_start, step_of
-from flame.checkpoint.verification import VERIFY_TIMEOUT, find_intact
+from flame.checkpoint.start import StartPlan, changed_settings, check_resumable, step_of
+from flame.checkpoint.verification import find_intact
 from flame.checkpoint.writer import Writer
 from flame.config.parser import recorded, to_toml
+from flame.config.schema import JobConfig
 from flame.errors import SaveError, UserError
 from flame.runtime.consensus import RankConsensus
 
@@ -43,8 +45,34 @@ _OF_CHECKPOINT = (
 _ANOTHER_MODEL = ("Size mismatch", "Missing key")  # how DCP says that tensors are not those of the model
 
 
+class Context(Protocol):
+    """What the manager shares with the rest of the run; flame.training.context."""
+
+    job_config: JobConfig
+
+    @property
+    def consensus(self) -> RankConsensus: ...
+
+    @property
+    def start(self) -> StartPlan: ...
+
+
+class Trained(Protocol):
+    """The train state that is saved and loaded, and what is asked of it; flame.training.trainer."""
+
+    context: Context
+    step: int
+    tokens: int
+    data_digest: str
+
+    def check_state(self) -> None:
+        """Raises, on all ranks, if the state may not be saved."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
 class CheckpointManager(TitanCheckpointManager):
-    """Saves when told that a save is due, starts as --checkpoint.start says, and keeps the newest k checkpoints.
+    """Saves when a save is due, starts as --checkpoint.start asks, and keeps the newest k checkpoints.
 
     Mends of torchtitan 0.2.2: rotation counts half-written folders and export folders; an existing but empty folder
     hides `initial_load_path` and trains from random weights; a checkpoint that is damaged is loaded all the same; a
@@ -57,11 +85,11 @@ class CheckpointManager(TitanCheckpointManager):
     def __init__(self, *args: Any, checkpoint_config: Any, **kwargs: Any) -> None:
         super().__init__(*args, checkpoint_config=checkpoint_config, **kwargs)
         self.config = checkpoint_config
-        self.consensus = RankConsensus(VERIFY_TIMEOUT)
+        self.trainer: Trained = self.states[TRAIN_STATE]
+        self.consensus = self.trainer.context.consensus
         self.every_seconds = checkpoint_config.interval_type == "seconds"
-        self.due = False  # set by the trainer, agreed by all ranks, when saves are counted in seconds
+        self.last_save = time.monotonic()  # for intervals in seconds
         self.saving = ""  # the checkpoint that was begun last
-        self.before_save: Callable[[], None] = lambda: None  # set by the trainer; raises if the state is not fit for it
         self.origin: dict[str, Any] = {"mode": "scratch"}  # what `load` did
 
     # -- saving -------------------------------------------------------------------------------------------------------
@@ -103,7 +131,7 @@ class CheckpointManager(TitanCheckpointManager):
     ) -> Any:
         """torchtitan's, with a writer of our own; it has no hook for one."""
         assert not to_hf, "flame.preflight.validate refuses last_save_in_hf"
-        self.before_save()
+        self.trainer.check_state()
         self.saving = checkpoint_id
         writer = Writer(checkpoint_id, self._facts(state_dict) if dist.get_rank() == 0 else {})
         if async_mode != AsyncMode.DISABLED:
@@ -126,20 +154,24 @@ class CheckpointManager(TitanCheckpointManager):
 
     def _facts(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """What the marker of a checkpoint says of it, besides its files."""
-        trainer = self.states[TRAIN_STATE]
         return {
-            **{name: getattr(trainer, name) for name in ("step", "tokens", "data_digest")},
+            **{name: getattr(self.trainer, name) for name in ("step", "tokens", "data_digest")},
             "resumable": TRAIN_STATE in state_dict,
             "ranks": dist.get_world_size(),
             "config": self._settings(),
         }
 
     def _settings(self) -> dict[str, Any]:
-        return tomli.loads(to_toml(recorded(self.states[TRAIN_STATE].job_config)))
+        return tomli.loads(to_toml(recorded(self.trainer.context.job_config)))
 
     def _should_save(self, curr_step: int, last_step: bool = False) -> bool:
         if self.every_seconds and self.enable and not self.load_only and not last_step:
-            return self.due or (curr_step == 1 and self.config.enable_first_step_checkpoint)
+            (due,) = self.consensus.max(
+                time.monotonic() - self.last_save >= self.config.interval
+            )  # by the clock of any rank
+            if due:
+                self.last_save = time.monotonic()
+            return bool(due) or (curr_step == 1 and self.config.enable_first_step_checkpoint)
         return super()._should_save(curr_step, last_step)
 
     def _save_last_step(self, curr_step: int) -> None:
@@ -207,9 +239,8 @@ class CheckpointManager(TitanCheckpointManager):
         A checkpoint is proven before any of it is loaded; one that is damaged is named, and the newest before it that
         is not is taken, unless a step was asked for.
         """
-        folder, job_config = Path(self.folder) if self.enable else Path(), self.states[TRAIN_STATE].job_config
-        last_step = job_config.training.steps
-        start = self.consensus.first(lambda: plan_start(job_config))
+        folder, context = Path(self.folder) if self.enable else Path(), self.trainer.context
+        start, last_step = context.start, context.job_config.training.steps
         source, restored = "", []
         if start.mode == "resume":
             self.consensus.first(lambda: self._name_broken(folder))
@@ -227,7 +258,7 @@ class CheckpointManager(TitanCheckpointManager):
             self.consensus.first(lambda: self._archive(folder))
             if start.mode == "init":
                 source, restored = self.initial_load_path, self._load_initial()
-                if (step := self.states[TRAIN_STATE].step) >= last_step:
+                if (step := self.trainer.step) >= last_step:
                     raise UserError(f"--training.steps: found {last_step}, must be more than {source}'s {step}")
         if self.enable and self.keep_latest_k and not self.load_only and dist.get_rank() == 0:
             for path in pending_deletions(folder):
@@ -254,7 +285,7 @@ class CheckpointManager(TitanCheckpointManager):
         # The end of the job, of which the marker alone has what it counted.
         marker = self.consensus.first(lambda: read_marker(checkpoint))
         counted: dict[str, Any] = {name: marker[name] for name in ("tokens", "data_digest") if name in marker}
-        self.states[TRAIN_STATE].load_state_dict({"step": step, **counted})
+        self.trainer.load_state_dict({"step": step, **counted})
         return self._load(checkpoint, model_only=True)
 
     def _load(self, checkpoint: Path, model_only: bool, left_out: Sequence[str] = ()) -> list[str]:
@@ -291,7 +322,7 @@ class CheckpointManager(TitanCheckpointManager):
 
     def _say(self, mode: str, source: str, restored: list[str]) -> None:
         """Say, and keep for status.json, how the job starts; and what changed since the checkpoint it resumes."""
-        trainer = self.states[TRAIN_STATE]
+        trainer = self.trainer
         self.origin = {"mode": mode, "source": source or None, "step": trainer.step, "tokens": trainer.tokens}
         self.origin["restored"] = restored
         if self.config.load_step >= 0:

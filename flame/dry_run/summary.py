@@ -20,7 +20,7 @@ from flame.data.source import Source, build_sources
 from flame.dry_run.memory import ADAM_STATES, Memory, estimate, measure_modes, stage_modules
 from flame.parallel.layout import dp_degree
 from flame.parallel.pipeline_schedule import stage_rank
-from flame.training.lr_schedule import build_schedule
+from flame.training.lr_schedule import build_lr_schedule
 from flame.training.train_spec import register
 
 Row = tuple[str, ...]
@@ -159,7 +159,7 @@ def _learning_rate(job_config: JobConfig) -> str:
     """The learning rate at a few steps, from the schedule the run would use."""
     last = job_config.training.steps
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=job_config.optimizer.lr)
-    factor = build_schedule([optimizer], job_config.lr_scheduler, last).schedulers[0].lr_lambdas[0]
+    factor = build_lr_schedule([optimizer], job_config.lr_scheduler, last).schedulers[0].lr_lambdas[0]
     warm = min(job_config.lr_scheduler.warmup_steps, last)
     after = range(max(warm, 1), last + 1)
     decay = after.start + bisect_left(after, True, key=lambda step: factor(step - 1) < 1)

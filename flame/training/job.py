@@ -1,34 +1,35 @@
-"""One job from its start to its export: what happens around the training loop, and when something goes wrong in it."""
+"""One job from start to export: what surrounds the training loop, and what happens when it fails."""
 
 import shlex
 import signal
 from functools import partial
-from typing import Any
 
 import torch.distributed as dist
 from torchtitan.tools.logging import logger
 
 from flame.checkpoint.commit import complete_steps
 from flame.checkpoint.structure import ConversionError
+from flame.config.schema import JobConfig
 from flame.convert.dcp_file import CorruptedError
 from flame.convert.verify import export_proven
 from flame.errors import EXHAUSTED, PREEMPTED, SaveError, UserError
 from flame.runtime import stop
+from flame.training.context import RunContext
 from flame.training.trainer import FlameTrainer
 
 
-def run_job(trainer_class: type[FlameTrainer], job_config: Any, signals: stop.Signals) -> int:
-    """Train `job_config` from start or checkpoint to the end, close everything in order, and export the result.
+def run_job(trainer_class: type[FlameTrainer], context: RunContext) -> int:
+    """Train the job from its start or a checkpoint to the end, close everything in order, and export the result.
 
     Returns the exit code: 0, PREEMPTED, or, if the data ended before the last step and data.exhausted_exit_code
     is 1, EXHAUSTED on the rank that writes.
     """
-    trainer = None
-    signals.first = stop.note  # from here on other ranks may be waiting for this one: all end together or none
+    trainer, job_config, signals = None, context.job_config, context.signals
+    signals.first = stop.note  # from here on other ranks may wait for this one: all end together or none
     try:
-        trainer = trainer_class(job_config, signals)
+        trainer = trainer_class(job_config, context)
         signals.again = partial(_abandon, trainer)
-        _say_ignored(job_config)
+        _log_ignored(job_config)
         if job_config.checkpoint.create_seed_checkpoint:
             trainer.start()
             trainer.checkpointer.save(curr_step=0, last_step=True)
@@ -53,13 +54,13 @@ def run_job(trainer_class: type[FlameTrainer], job_config: Any, signals: stop.Si
             trainer.stopped = str(stopped)
             trainer.run.set_status("preempted", reason=f"{stopped}, before the export was done")
         except (OSError, UserError, CorruptedError, ConversionError) as error:
-            said = f"step {trainer.step} is saved, but was not exported: {error}"
-            trainer.run.set_status("failed", reason=said)
-            raise SaveError(f"{said}; the same command tries that again") from None
+            reason = f"step {trainer.step} is saved, but was not exported: {error}"
+            trainer.run.set_status("failed", reason=reason)
+            raise SaveError(f"{reason}; the same command tries again") from None
     if trainer.stopped:
-        _say_stopped(trainer)
+        _log_stopped(trainer)
         return PREEMPTED
-    # One rank says it: torchrun ends all others as soon as one fails, and that one may still be exporting.
+    # One rank returns it: torchrun ends all others as soon as one fails, and that one may still be exporting.
     failed = trainer.exhausted and job_config.data.exhausted_exit_code and trainer.run.writes
     return EXHAUSTED if failed else 0
 
@@ -70,7 +71,7 @@ def _abandon(trainer: FlameTrainer, number: int) -> None:
     stop.end_at_once(number)
 
 
-def _say_stopped(trainer: FlameTrainer) -> None:
+def _log_stopped(trainer: FlameTrainer) -> None:
     run, step, config = trainer.run, trainer.step, trainer.job_config.checkpoint
     if not run.writes:
         return
@@ -84,16 +85,16 @@ def _say_stopped(trainer: FlameTrainer) -> None:
     logger.info(f"preempted at step {step} ({reason}), {last}; go on: bash train.sh --job.config_file {recorded}")
 
 
-def _say_ignored(job_config: Any) -> None:
-    """Say which settings were given and have no effect."""
+def _log_ignored(job_config: JobConfig) -> None:
+    """Log which settings were given and have no effect."""
     if job_config.training.context_len is not None and not job_config.training.varlen:
         logger.warning("--training.context_len has no effect: it cuts documents that --training.varlen keeps apart")
 
 
 def _finish(trainer: FlameTrainer, signals: stop.Signals) -> None:
-    """Export the last step's checkpoint and say where everything is; the rank that writes calls it.
+    """Export the last step's checkpoint and log where everything is; the rank that writes calls it.
 
-    There is no process group any more: no rank waits at a collective and no timeout runs, however long it takes.
+    The process group is gone: no rank waits in a collective and no timeout runs, however long it takes.
     Raises Stopped at a signal before the export is whole.
     """
     run, config, step = trainer.run, trainer.job_config.checkpoint, trainer.step

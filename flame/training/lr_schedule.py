@@ -1,15 +1,15 @@
-"""What torchtitan's schedules lack: a schedule that is a function of the step and of today's configuration."""
+"""A learning-rate schedule that depends on the step and the current configuration alone."""
 
 from typing import Any
 
 from torchtitan.components.lr_scheduler import LRSchedulersContainer, build_lr_schedulers
 
 
-class Schedule(LRSchedulersContainer):
-    """torchtitan's schedules, of which a checkpoint holds the step alone.
+class LRSchedule(LRSchedulersContainer):
+    """torchtitan's schedules; a checkpoint holds the step alone.
 
-    torchtitan 0.2.2 also saves `base_lrs`, so that a new --optimizer.lr is silently ignored on resume while new
-    steps, warm-up and decay take effect.
+    Workaround: torchtitan 0.2.2 (components/lr_scheduler.py) saves `base_lrs` too, so that a resumed run silently
+    ignores a new --optimizer.lr while new steps, warm-up and decay take effect.
     """
 
     def state_dict(self) -> dict[str, Any]:
@@ -20,7 +20,7 @@ class Schedule(LRSchedulersContainer):
             scheduler.last_epoch = state_dict["last_epoch"]
 
     def apply(self) -> None:
-        """Write the step's learning rate into the optimizers, whose own state a checkpoint has just overwritten."""
+        """Write the step's learning rate into the optimizers, whose state a checkpoint has just overwritten."""
         for scheduler in self.schedulers:
             rates = [
                 base * factor(scheduler.last_epoch)
@@ -31,9 +31,9 @@ class Schedule(LRSchedulersContainer):
                 group["initial_lr"], group["lr"] = base, rate
 
 
-def build_schedule(optimizers: Any, lr_scheduler_config: Any, training_steps: int) -> Schedule:
+def build_lr_schedule(optimizers: Any, lr_scheduler_config: Any, training_steps: int) -> LRSchedule:
     """torchtitan's `build_lr_schedulers_fn`: linear, cosine and WSD decay after a linear warm-up."""
     schedule = build_lr_schedulers(optimizers, lr_scheduler_config, training_steps)
-    schedule.__class__ = Schedule
-    assert isinstance(schedule, Schedule)
+    schedule.__class__ = LRSchedule
+    assert isinstance(schedule, LRSchedule)
     return schedule

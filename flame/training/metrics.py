@@ -1,4 +1,4 @@
-"""What a logged step says: one progress line, one record in metrics.jsonl, and torchtitan's TensorBoard and W&B."""
+"""A logged step: one progress line, one record in metrics.jsonl, and torchtitan's TensorBoard and W&B."""
 
 import math
 import os
@@ -7,31 +7,32 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import NoColor, get_peak_flops
 
-from flame.runtime.consensus import RankConsensus
+from flame.config.schema import JobConfig
 from flame.runtime.run_folder import Run
+from flame.training.context import RunContext
 
-_FALLBACK_PEAK = 312e12  # torchtitan takes an unknown device for an A100
+_FALLBACK_PEAK = 312e12  # torchtitan 0.2.2 (tools/utils.py) takes an unknown device for an A100
 
 
 class Metrics(MetricsProcessor):
-    """torchtitan's metrics processor with honest MFU (null on a device whose peak is unknown) and an ETA."""
+    """torchtitan's metrics processor with an ETA, and an MFU only where the device's peak FLOPS are known."""
 
     time_last_log: float
     ntokens_since_last_log: int
-    run: Run  # set by the trainer once it knows which rank writes
 
-    def __init__(self, job_config: Any, parallel_dims: Any, tag: str | None = None) -> None:
+    def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims, run: Run, tag: str | None = None) -> None:
         super().__init__(job_config, parallel_dims, tag)
+        self.run = run
         self.steps_since_last_log = 0
         self.failed = False  # TensorBoard or W&B
-        if os.environ.get("NO_COLOR"):  # https://no-color.org; train.sh sets it when its output is no terminal
+        if os.environ.get("NO_COLOR"):  # https://no-color.org; train.sh sets it when its output is not a terminal
             self.color = NoColor()
         self.peak_flops = known_peak_flops(self.device_memory_monitor.device_name)
 
@@ -48,7 +49,9 @@ class Metrics(MetricsProcessor):
         `extra_metrics` must hold lr, tokens (seen by the run so far) and data_digest.
         """
         seconds = time.perf_counter() - self.time_last_log
-        rate = self.ntokens_since_last_log / seconds / self.parallel_dims.non_data_parallel_size  # a second, a device
+        rate = (
+            self.ntokens_since_last_log / seconds / self.parallel_dims.non_data_parallel_size
+        )  # per second and device
         step_seconds = seconds / max(1, self.steps_since_last_log)
         loading = sum(self.data_loading_times) / seconds
         memory = self.device_memory_monitor.get_peak_stats()
@@ -85,7 +88,7 @@ class Metrics(MetricsProcessor):
         self.time_last_log += record.get("validation/seconds", 0.0)
 
     def close(self) -> None:
-        """Close TensorBoard and W&B; what they could not write ends no run."""
+        """Close TensorBoard and W&B; a failure to write them does not end the run."""
         with self._surviving():
             super().close()
 
@@ -97,7 +100,7 @@ class Metrics(MetricsProcessor):
     def _surviving(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:  # TensorBoard's, of all calls from the first that failed on
+        except OSError as error:  # TensorBoard raises it from every call after the first that failed
             if not self.failed:
                 logger.warning(f"TensorBoard or W&B could not be written: {error.strerror}; the run goes on without")
             self.failed = True
@@ -128,15 +131,23 @@ def known_peak_flops(device_name: str) -> float | None:
     return peak if peak != _FALLBACK_PEAK or "A100" in device_name else None
 
 
-def build_metrics(job_config: Any, parallel_dims: Any, model_args: Any = None, tag: str | None = None) -> Metrics:
+def build_metrics(
+    context: RunContext,
+    job_config: JobConfig,
+    parallel_dims: ParallelDims,
+    model_args: Any = None,
+    tag: str | None = None,
+) -> Metrics:
     """torchtitan's `build_metrics_processor_fn`."""
     if job_config.metrics.enable_wandb:
-        _name_wandb_run(Path(job_config.job.dump_folder))
-    return Metrics(job_config, parallel_dims, tag)
+        _name_wandb_run(context)
+    return Metrics(job_config, parallel_dims, context.run, tag)
 
 
-def _name_wandb_run(folder: Path) -> None:
-    # torchtitan reads these variables. The id lives in the run folder, so a resumed run goes on in the same W&B run.
+def _name_wandb_run(context: RunContext) -> None:
+    # torchtitan reads these variables. The id lives in the run folder, so that a resumed run continues its W&B run.
+    folder = context.run.folder
+
     def name() -> str:
         known = folder / "wandb_run_id"
         if not known.exists():
@@ -144,7 +155,7 @@ def _name_wandb_run(folder: Path) -> None:
             known.write_text(os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12])
         return known.read_text()
 
-    os.environ.setdefault("WANDB_RUN_ID", RankConsensus().first(name))  # of a pipeline, the last stage logs
+    os.environ.setdefault("WANDB_RUN_ID", context.consensus.first(name))  # in a pipeline, the last stage logs
     os.environ.setdefault("WANDB_RESUME", "allow")
     os.environ.setdefault("WANDB_PROJECT", "flame")
     os.environ.setdefault("WANDB_RUN_NAME", folder.resolve().name)

@@ -1,13 +1,12 @@
-"""Validation: the mean loss a token of a fixed held-out stream, the same number on any number of ranks.
+"""Validation: the mean loss per token of a fixed held-out stream, the same number on any number of ranks.
 
-Every rank reads the same stream, one lane in the order of the files, and takes its rows of each batch; so all of them
-see its end together, and nothing of training's stream or random state is touched.
+Every rank reads the same stream, one lane in the order of the files, and takes its rows of each batch. All ranks so see
+its end together, and neither training's stream nor its random state is touched.
 """
 
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, closing
 from itertools import islice
 from typing import Any
 
@@ -24,36 +23,18 @@ from flame.data.source import Source
 from flame.data.tokenize import Tokenizer
 from flame.errors import UserError
 from flame.models.loss import SummedLoss
+from flame.training.context import RunContext
 from flame.training.metrics import Metrics
+from flame.training.pipeline import Pipeline
+from flame.training.trainer import autocast_for
 
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
 
 
-@dataclass(frozen=True)
-class Pipeline:
-    """The schedule of a rank's stages, for batches of the shape that it trains on."""
-
-    schedule: Any
-    first: bool
-    last: bool
-    loss: SummedLoss
-
-    def sum_losses(self, tokens: torch.Tensor, positions: torch.Tensor | None, labels: torch.Tensor) -> torch.Tensor:
-        """The sum of a batch's losses on the rank of the last stage, 0 on the others."""
-        self.loss.scale = 1.0
-        losses: list[torch.Tensor] | None = [] if self.last else None
-        given = {"labels": labels} if positions is None else {"labels": labels, "positions": positions}
-        target = labels if self.last else None
-        self.schedule.eval(
-            *([tokens] if self.first else []), target=target, losses=losses, return_outputs=False, **given
-        )
-        return torch.stack(losses).sum() if losses else torch.zeros((), device=labels.device)
-
-
 class Validator(BaseValidator):
-    """torchtitan's hook, called every validation.freq steps; its own Validator averages batches, not tokens.
+    """torchtitan's hook, called every validation.freq steps. torchtitan's own Validator averages batches, not tokens.
 
-    loader: batches of one row, all rows of the set. Raises UserError if there is not even one.
+    loader: batches of one row, all rows of the set. Raises UserError if there is none.
     """
 
     def __init__(
@@ -64,39 +45,40 @@ class Validator(BaseValidator):
         ranks: int,
         *,
         dims: ParallelDims,
-        pipeline: "Pipeline | None",
-        context: Callable[[], AbstractContextManager],
-        amp: AbstractContextManager,
+        pipeline: Pipeline | None,
+        train_context: Callable[[], AbstractContextManager],
+        autocast: AbstractContextManager,
         metrics: Metrics,
+        raise_if_stopped: Callable[[], None],
     ) -> None:
         super().__init__(job_config)
         self._loader, self._start, self._rank, self._ranks = loader, loader.position(), rank, ranks
         self._dims, self._pipeline, self._metrics = dims, pipeline, metrics
-        self._context, self._amp = context, amp
-        self.stop_if_asked: Callable[[], None] = lambda: None  # the trainer's
+        self._train_context, self._autocast, self._raise_if_stopped = train_context, autocast, raise_if_stopped
         with closing(self._rows()) as rows:
             if next(rows, None) is None:
                 validation = job_config.validation
                 raise UserError(
-                    f"--validation.dataset: {validation.dataset} does not fill one row of validation.seq_len "
-                    f"{validation.seq_len}"
+                    "--validation.dataset",
+                    f"less than one row in {validation.dataset}",
+                    f"at least validation.seq_len {validation.seq_len} tokens and one more",
                 )
 
     @torch.no_grad()
     def validate(self, model_parts: list[torch.nn.Module], step: int) -> None:
-        """Log "validation/loss", the sum of all tokens' losses over their number, of the model as it is."""
+        """Log "validation/loss", the sum of all tokens' losses over their number."""
         begin = time.perf_counter()
         for part in model_parts:
             part.eval()
         total = torch.zeros(2, dtype=torch.float64, device=utils.device_type)  # losses, tokens
         with closing(self._batches()) as batches:
             for inputs, labels in batches:
-                self.stop_if_asked()
+                self._raise_if_stopped()
                 moved = {name: tensor.to(utils.device_type) for name, tensor in inputs.items()}
                 tokens, targets = moved.pop("input"), labels.to(utils.device_type)
-                with self._context(), self._amp:
+                with self._train_context(), self._autocast:
                     if self._pipeline is not None:
-                        total[0] += self._pipeline.sum_losses(tokens, moved.get("positions"), targets)
+                        total[0] += self._pipeline.sum_losses(tokens, targets, moved.get("positions"))
                     else:
                         total[0] += model_parts[0](tokens, **moved, labels=targets)
                 total[1] += (targets != IGNORE_INDEX).sum()
@@ -120,7 +102,7 @@ class Validator(BaseValidator):
             yield from islice(rows, limit)
 
     def _batches(self) -> Generator[Batch, None, None]:
-        """This rank's batches, as many and as large as every other rank's: rows of no label fill up the last."""
+        """This rank's batches, as many and as large as every other rank's: rows without labels fill up the last."""
         size = self.job_config.validation.local_batch_size
         with closing(self._rows()) as rows:
             while chunk := list(islice(rows, size * self._ranks)):
@@ -143,6 +125,7 @@ def _stack(rows: list[Batch]) -> Batch:
 
 
 def build_validator(
+    context: RunContext,
     *,
     sources: Sequence[Source],
     job_config: JobConfig,
@@ -183,8 +166,8 @@ def build_validator(
         dp_world_size,
         dims=parallel_dims,
         pipeline=Pipeline(pp_schedule, pp_has_first_stage, pp_has_last_stage, loss_fn) if pp_schedule else None,
-        context=validation_context,
-        # as in flame.training.trainer: 0.2.2 asks autocast for float32, which CPU refuses
-        amp=nullcontext() if training.mixed_precision_param == "float32" else maybe_enable_amp,
+        train_context=validation_context,
+        autocast=autocast_for(job_config, maybe_enable_amp),
         metrics=metrics_processor,
+        raise_if_stopped=context.raise_if_stopped,
     )

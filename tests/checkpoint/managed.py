@@ -9,13 +9,18 @@ from torchtitan.components.optimizer import OptimizersContainer
 
 from flame.checkpoint.manager import CheckpointManager
 from flame.config.schema import JobConfig
+from flame.training.context import RunContext
 
 
 class Trainer:
-    """What the manager knows of a trainer: counters, which it saves and loads, and the settings."""
+    """What the manager knows of a trainer: counters, which it saves and loads, and the run's context."""
 
     def __init__(self, job_config: JobConfig) -> None:
-        self.job_config, self.step, self.tokens, self.data_digest = job_config, 0, 0, ""
+        self.context = RunContext(job_config)
+        self.step, self.tokens, self.data_digest = 0, 0, ""
+
+    def check_state(self) -> None:
+        pass
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step, "tokens": self.tokens, "data_digest": self.data_digest}
@@ -60,7 +65,7 @@ class Job:
 
     def run(self, steps: int) -> "Job":
         """Do what torchtitan's loop does: start, and save after each step up to the last."""
-        self.manager.load(self.trainer.job_config.checkpoint.load_step)
+        self.manager.load(self.trainer.context.job_config.checkpoint.load_step)
         while self.trainer.step < steps:
             self.trainer.step += 1
             self.trainer.tokens += 100

@@ -321,7 +321,7 @@ def test_a_full_save_can_be_resumed_and_is_written_once(mode, tmp_path):
 def test_todays_settings_apply_to_the_optimizer_too_and_each_change_is_logged(tmp_path, log):
     Job(tmp_path).run(2)
     again = Job(tmp_path, weight_decay=0.5)
-    again.trainer.job_config.optimizer.weight_decay = 0.5
+    again.trainer.context.job_config.optimizer.weight_decay = 0.5
     again.manager.load(-1)
     assert [group["weight_decay"] for group in again.optimizers.optimizers[0].param_groups] == [0.5]
     assert "changed since step-2: optimizer.weight_decay 0.1 -> 0.5, applied" in log.messages
@@ -343,7 +343,7 @@ def test_a_model_alone_is_not_resumed(tmp_path):
 
 
 def of_steps(job, steps):
-    job.trainer.job_config.training.steps = steps
+    job.trainer.context.job_config.training.steps = steps
     return job
 
 

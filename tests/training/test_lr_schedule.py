@@ -4,13 +4,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flame.training.lr_schedule import build_schedule
+from flame.training.lr_schedule import build_lr_schedule
 
 
 def rates(steps, lr=1.0, **settings):
     """The learning rate of each step under the configured schedule."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
-    schedule = build_schedule([optimizer], config(**settings), steps)
+    schedule = build_lr_schedule([optimizer], config(**settings), steps)
     seen = []
     for _ in range(steps):
         seen.append(optimizer.param_groups[0]["lr"])
@@ -47,7 +47,7 @@ def test_linear_reaches_its_floor_one_step_after_the_last():
 def test_a_resumed_run_takes_todays_learning_rate_at_the_saved_step():
     def optimizer_and_schedule(lr):
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
-        return optimizer, build_schedule([optimizer], config(warmup_steps=4), 8)
+        return optimizer, build_lr_schedule([optimizer], config(warmup_steps=4), 8)
 
     first_optimizer, first = optimizer_and_schedule(lr=1.0)
     for _ in range(2):

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torchtitan.models.moe.moe import MoE, MoEArgs
 
-from flame.config.schema import JobConfig
+from flame.config.schema import Training
 from flame.data.inspect import show
-from flame.training.nonfinite import find
-from flame.training.trainer import FlameTrainer
+from flame.errors import NonFiniteError
+from flame.training.nonfinite import SkippedSteps, find
 from tests.launch import SMALL, metrics, train_each
 from tests.tiny import write_config
 
@@ -22,7 +22,7 @@ STOPS = {  # name: (what is bad when, flags, what the report must say)
         "gradient 2-9",
         ["--training.skip_nan_inf", "--training.max_skipped_steps=2"],
         f"step 4: not finite: 1 gradient ({BAD}; on rank 1); stopped before the update, and nothing was saved (as were "
-        "the 2 steps before, all that --training.max_skipped_steps allows)",
+        "the 2 steps before, --training.max_skipped_steps allows no more)",
     ),
     "weight": ("weight 3", [], f"step 3: not finite after it: 1 tensor ({BAD}; on rank 1); it is not saved"),
     "moment": ("moment 3", [], f"step 3: not finite after it: 1 tensor (exp_avg of {BAD}; on rank 1); it is not saved"),
@@ -82,15 +82,14 @@ def test_the_data_of_the_bad_step_can_be_shown_and_are_those_of_its_digest(name,
     assert f"digest {last['data_digest']}: what metrics.jsonl says of step 3" in capsys.readouterr().out
 
 
-def test_a_skipped_step_leaves_no_count_of_its_tokens_with_the_experts():
-    trainer = FlameTrainer.__new__(FlameTrainer)  # what skips a step knows no more than this
-    trainer.job_config, trainer.step, trainer.skipped_steps, trainer.skipped_in_a_row = JobConfig(), 3, 0, 0
-    trainer.job_config.training.skip_nan_inf = True
+def test_a_skipped_step_resets_the_token_counts_of_the_experts():
     moe = MoE(MoEArgs(num_experts=4, use_grouped_mm=False), dim=8, hidden_dim=8)
     moe.tokens_per_expert = torch.full((4,), 5.0)
-    trainer.model_parts = [torch.nn.Sequential(moe)]
-    trainer._skip("the loss")
-    assert trainer.skipped_steps == 1 and not moe.tokens_per_expert.any()
+    steps = SkippedSteps(Training(skip_nan_inf=True, max_skipped_steps=1), updates_in_backward=False)
+    steps.skip(3, "the loss", [torch.nn.Sequential(moe)], "")
+    assert steps.total == 1 and not moe.tokens_per_expert.any()
+    with pytest.raises(NonFiniteError, match=r"^step 4: .*1 steps before"):
+        steps.skip(4, "the loss", [moe], "")
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

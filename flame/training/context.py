@@ -1,0 +1,42 @@
+"""What the parts of a run share on one rank: its folder, requests to stop, and what all ranks agree on."""
+
+import math
+import os
+import time
+from functools import cached_property
+
+from flame.checkpoint.start import StartPlan, plan_start
+from flame.checkpoint.verification import VERIFY_TIMEOUT
+from flame.config.schema import JobConfig
+from flame.runtime import stop
+from flame.runtime.consensus import RankConsensus
+from flame.runtime.run_folder import Run
+
+
+class RunContext:
+    """Made before the process group; `consensus` and `start` are collectives at their first use."""
+
+    def __init__(self, job_config: JobConfig, signals: stop.Signals | None = None) -> None:
+        self.job_config = job_config
+        self.is_first = os.environ.get("RANK", "0") == "0"
+        self.run = Run(job_config.job.dump_folder, writes=self.is_first)
+        self.signals = signals or stop.Signals(stop.note, stop.end_at_once)
+        limit = job_config.training.max_wall_time
+        self.deadline = stop.launched_at() + stop.seconds(limit) if limit else math.inf
+
+    @cached_property
+    def consensus(self) -> RankConsensus:
+        """The one gloo group of the run."""
+        return RankConsensus(VERIFY_TIMEOUT)
+
+    @cached_property
+    def start(self) -> StartPlan:
+        """How the job starts. Rank 0 alone looks at the checkpoints. Raises UserError on all ranks."""
+        return self.consensus.first(lambda: plan_start(self.job_config))
+
+    def raise_if_stopped(self) -> None:
+        """Raise Stopped on all ranks if one of them received a signal or the time limit of rank 0 has passed."""
+        late = self.is_first and time.monotonic() >= self.deadline
+        (asked,) = self.consensus.max(stop.OUT_OF_TIME if late else self.signals.asked)
+        if asked:
+            raise stop.Stopped(asked)

@@ -1,0 +1,97 @@
+"""What all ranks agree on about a step's data, and what is counted of each source."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torchtitan.tools.logging import logger
+
+from flame.config.schema import Data
+from flame.data.document import Bad, allow_bad
+from flame.data.loader import Loader
+from flame.errors import UserError
+
+
+class DataAccounting:
+    """Sums over the data-parallel ranks, None of them or a mesh; `logs` is whether this rank logs.
+
+    Every call is made by all ranks of the mesh, in the same order.
+    """
+
+    def __init__(
+        self, loader: Loader, mesh: DeviceMesh | None, device: torch.device, settings: Data, *, logs: bool
+    ) -> None:
+        self._loader, self._mesh, self._device, self._settings, self._logs = loader, mesh, device, settings, logs
+        self._bad_rows: dict[str, int] = {}
+        self._reported: set[tuple[str, Bad]] = set()
+        self._epochs: dict[str, int] = {}  # completed epochs of each source, as far as they were logged
+
+    def begin(self) -> None:
+        """Take the epochs that a resumed run has completed as logged."""
+        self._epochs = {name: int(epochs) for name, (_, epochs) in self._sum_counts().items()}
+
+    def sum_step(self, valid_tokens: int, digest: int, exhausted: bool) -> tuple[int, int, bool]:
+        """The valid tokens and the digest of the global batch, and whether any rank ran out of data.
+
+        Raises UserError, on all ranks, if a source has more bad rows than --data.max_bad_rows allows.
+        """
+        rows = self._loader.skipped()
+        counts = [count for pair in rows.values() for count in pair]
+        total, digest, exhausted_ranks, *counts = self._sum(
+            torch.tensor([valid_tokens, _as_int64(digest), exhausted, *counts], dtype=torch.int64)
+        ).tolist()
+        self._check_rows(dict(zip(rows, zip(counts[::2], counts[1::2], strict=True), strict=True)))
+        return total, digest, exhausted_ranks > 0
+
+    def count_sources(self) -> dict[str, float]:
+        """The record of a logged step: tokens, epochs and skipped rows of each source. Logs each new epoch."""
+        record: dict[str, float] = {}
+        for name, (tokens, epochs) in self._sum_counts().items():
+            record |= {f"data/{name}/tokens": round(tokens), f"data/{name}/epoch": epochs}
+            record[f"data/{name}/skipped"] = self._bad_rows.get(name, 0)
+            if self._logs and self._settings.epochs == 0 and (completed := int(epochs)) > self._epochs[name]:
+                logger.warning(f"source {name} starts epoch {completed + 1} (--data.epochs sets an end)")
+                self._epochs[name] = completed
+        return record
+
+    def _check_rows(self, rows: dict[str, tuple[int, int]]) -> None:
+        """Log new bad rows; rows: {source: (bad, read)} of all ranks."""
+        bad_rows = {name: bad for name, (bad, _) in rows.items()}
+        if bad_rows == self._bad_rows or not any(bad_rows.values()):
+            return
+        self._bad_rows = bad_rows
+        noted = [(name, row) for rank in self._gather(self._loader.noted()) for name in rank for row in rank[name]]
+        for name, row in noted:
+            if self._logs and (name, row) not in self._reported:
+                logger.warning(f"source {name}: {row.place} is skipped: {row.reason}")
+        self._reported.update(noted)
+        limit = self._settings.max_bad_rows
+        for name, (bad, read) in rows.items():
+            if bad > (allowed := allow_bad(limit, read)):
+                example = next((f", such as {row.place} ({row.reason})" for n, row in noted if n == name), "")
+                found = f"{bad} bad rows among {read} of source {name}{example}"
+                raise UserError("--data.max_bad_rows", found, f"at most {allowed:g} (set to {limit:g})")
+
+    def _sum_counts(self) -> dict[str, tuple[float, float]]:
+        """{source: (tokens, epochs)} of all ranks."""
+        counts = self._loader.counts()
+        flat = self._sum(torch.tensor([value for pair in counts.values() for value in pair], dtype=torch.float64))
+        return dict(zip(counts, flat.view(-1, 2).tolist(), strict=True))
+
+    def _sum(self, values: torch.Tensor) -> torch.Tensor:
+        values = values.to(self._device)
+        if self._mesh is not None:
+            dist.all_reduce(values, group=self._mesh.get_group())
+        return values
+
+    def _gather(self, value: Any) -> list[Any]:
+        if self._mesh is None:
+            return [value]
+        values = [value] * self._mesh.size()
+        dist.all_gather_object(values, value, group=self._mesh.get_group())
+        return values
+
+
+def _as_int64(digest: int) -> int:
+    return (digest + 2**63) % 2**64 - 2**63  # torch adds signed 64-bit integers, which wrap
