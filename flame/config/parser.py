@@ -10,7 +10,6 @@ import dataclasses
 import importlib
 import io
 import os
-from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any
 
@@ -211,22 +210,3 @@ def _plain(section: Any, default: Any) -> dict[str, Any]:
         elif value is not None or usual is not None:
             table[f.name] = "none" if value is None else value
     return table
-
-
-@contextlib.contextmanager
-def validation_as_training(config: JobConfig) -> Iterator[JobConfig]:
-    """A copy whose training section names validation's data; UserErrors in the block name validation's flags."""
-    held_out = config.validation
-    training = dataclasses.replace(
-        config.training,
-        dataset=held_out.dataset,
-        dataset_name=held_out.dataset_name,
-        dataset_split=held_out.dataset_split,
-        data_dir=None,
-        data_files=held_out.data_files,
-        data_probs=None,
-    )
-    try:
-        yield dataclasses.replace(config, training=training, data=dataclasses.replace(config.data, sources=[]))
-    except UserError as error:
-        raise UserError(str(error).replace("--training.", "--validation.")) from None

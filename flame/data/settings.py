@@ -9,7 +9,7 @@ from itertools import count
 from pathlib import Path
 
 from flame.config.paths import COMPRESSED, KINDS, PATTERN
-from flame.config.schema import Data, DataSource, Training
+from flame.config.schema import Data, DataSource, Training, Validation
 from flame.errors import UserError, near_multiples
 
 _LISTS = {  # field of a source: the comma list of it in [training]
@@ -18,14 +18,14 @@ _LISTS = {  # field of a source: the comma list of it in [training]
 }
 
 
-def parse_sources(training: Training, data: Data) -> list[DataSource]:
-    """The sources of a job, each with its name, split and column; a weight is a share of the sum of all weights.
+def parse_sources(section: Training | Validation, data: Data) -> list[DataSource]:
+    """The sources of a section, each with its name, split and column; a weight is a share of the sum of all weights.
 
-    They are data.sources or, without those, the aligned comma lists of `training`. Raises UserError for lists of
+    They are its aligned comma lists or, of training, data.sources if there are any. Raises UserError for lists of
     unequal length, weights that are not positive numbers or, in data_probs, do not sum to 1, names that are not unique,
     and sources that are given in both ways.
     """
-    sources = _check_tables(training, data) if data.sources else _read_lists(training)
+    sources = _check_tables(section, data) if _in_tables(section, data) else _read_lists(section)
     taken = {source.name for source in sources if source.name}
     parsed = []
     for source in sources:
@@ -37,7 +37,7 @@ def parse_sources(training: Training, data: Data) -> list[DataSource]:
 
 
 @contextmanager
-def spelled_by_the_user(data: Data, index: int) -> Iterator[None]:
+def spelled_by_the_user(section: Training | Validation, data: Data, index: int) -> Iterator[None]:
     """In the block, a UserError whose setting is a field of the source at an index names its flag or TOML key."""
     try:
         yield
@@ -45,17 +45,25 @@ def spelled_by_the_user(data: Data, index: int) -> Iterator[None]:
         field = error.setting
         if field not in DataSource.__dataclass_fields__:
             raise
-        flag = "--data.column" if field == "column" else f"--training.{_LISTS.get(field)}"
-        raise error.at(f"data.sources[{index}].{field}" if data.sources else flag) from error
+        flag = "--data.column" if field == "column" else _flag(section, _LISTS.get(field, field))
+        raise error.at(f"data.sources[{index}].{field}" if _in_tables(section, data) else flag) from error
 
 
-def _check_tables(training: Training, data: Data) -> list[DataSource]:
+def _in_tables(section: Training | Validation, data: Data) -> bool:
+    return isinstance(section, Training) and bool(data.sources)
+
+
+def _flag(section: Training | Validation, name: str) -> str:
+    return f"--{'training' if isinstance(section, Training) else 'validation'}.{name}"
+
+
+def _check_tables(training: Training | Validation, data: Data) -> list[DataSource]:
     given = [name for name in _LISTS.values() if getattr(training, name) != getattr(Training, name)]
     if given:
         raise UserError(f"--training.{given[0]}", hint="the sources are in [[data.sources]], give only one of the two")
     names = [source.name for source in data.sources if source.name]
     for index, source in enumerate(data.sources):
-        with spelled_by_the_user(data, index):
+        with spelled_by_the_user(training, data, index):
             if not 0 < source.weight < math.inf:
                 raise UserError("weight", source.weight, "a number above 0")
             if names.count(source.name or "") > 1:
@@ -63,20 +71,20 @@ def _check_tables(training: Training, data: Data) -> list[DataSource]:
     return data.sources
 
 
-def _read_lists(training: Training) -> list[DataSource]:
-    paths = [path.strip() for path in training.dataset.split(",")]
+def _read_lists(section: Training | Validation) -> list[DataSource]:
+    paths = [path.strip() for path in section.dataset.split(",")]
     if not all(paths):
         allowed = "a comma list whose every item is stdlib, a local path or a hub id"
-        raise UserError("--training.dataset", repr(training.dataset), allowed)
+        raise UserError(_flag(section, "dataset"), repr(section.dataset), allowed)
     fields: dict[str, list[str | None]] = {}
-    for field, flag in _LISTS.items():
-        value = getattr(training, flag)
+    for field, name in _LISTS.items():
+        value = getattr(section, name, None)  # validation has no data_dir and no data_probs
         if field in ("path", "weight") or value is None:
             continue
         whole = field == "data_files" and len(paths) == 1  # the one source's files, however many
         fields[field] = [item.strip() or None for item in ([value] if whole else value.split(","))]
-        _check_length(flag, fields[field], paths)
-    weights = _read_shares(training.data_probs, paths)
+        _check_length(_flag(section, name), fields[field], paths)
+    weights = _read_shares(getattr(section, "data_probs", None), paths)
     return [
         DataSource(path, weight=weight, **{field: items[i] for field, items in fields.items()})
         for i, (path, weight) in enumerate(zip(paths, weights, strict=True))
@@ -87,7 +95,7 @@ def _read_shares(text: str | None, paths: Sequence[str]) -> Sequence[float]:
     if text is None:
         return [1.0] * len(paths)
     items = text.split(",")
-    _check_length("data_probs", items, paths)
+    _check_length("--training.data_probs", items, paths)
     try:
         shares = [float(item) for item in items]
     except ValueError:
@@ -102,7 +110,7 @@ def _read_shares(text: str | None, paths: Sequence[str]) -> Sequence[float]:
 def _check_length(flag: str, items: Sequence[str | None], paths: Sequence[str]) -> None:
     if len(items) != len(paths):
         allowed = f"one item for each of {len(paths)} datasets"
-        raise UserError(f"--training.{flag}", f"{len(items)} items", allowed, "an empty item is none")
+        raise UserError(flag, f"{len(items)} items", allowed, "an empty item is none")
 
 
 def _choose_name(source: DataSource, taken: Collection[str]) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flame.config.schema import Data, Training
+from flame.config.schema import Data, Training, Validation
 from flame.data.document import Bad, Document
 from flame.data.files import LibraryFiles
 from flame.data.settings import parse_sources, spelled_by_the_user
@@ -34,13 +34,19 @@ class Source:
         return self.rows.texts(list(range(0, len(self.rows), step))[:count])
 
 
-def build_sources(training: Training, data: Data) -> list[Source]:
-    """Open the sources of a job. Raises UserError for settings that are wrong, and for data that cannot be read."""
+def build_sources(section: Training | Validation, data: Data, streaming: bool | None = None) -> list[Source]:
+    """Open the sources of a section.
+
+    streaming: read hub sources over the network; default training.streaming. Raises UserError for settings that are
+    wrong, and for data that cannot be read.
+    """
     sources: list[Source] = []
-    for index, source in enumerate(parse_sources(training, data)):
+    if streaming is None:
+        streaming = isinstance(section, Training) and section.streaming
+    for index, source in enumerate(parse_sources(section, data)):
         assert source.name
-        with spelled_by_the_user(data, index):
-            rows = LibraryFiles() if source.path == "stdlib" else open_table(source, training.streaming)
+        with spelled_by_the_user(section, data, index):
+            rows = LibraryFiles() if source.path == "stdlib" else open_table(source, streaming)
             opened = Source(source.name, source.weight, rows)
             if not opened.streamed and len(opened.rows) == 0:
                 raise UserError("path", f"no rows in {source.path}")

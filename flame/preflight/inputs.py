@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flame.config.paths import check_path, exists, is_local
-from flame.config.schema import DataSource, JobConfig
+from flame.config.schema import Data, DataSource, JobConfig, Training, Validation
 from flame.data.settings import parse_sources, spelled_by_the_user
 from flame.errors import UserError
 
@@ -85,10 +85,10 @@ def _read_json(flag: str, path: Path) -> dict[str, Any]:
     return found
 
 
-def check_data(config: JobConfig) -> None:
-    """Validate the settings of the sources, and that files which must be on this machine are. Raises UserError."""
-    for index, source in enumerate(parse_sources(config.training, config.data)):
-        with spelled_by_the_user(config.data, index):
+def check_data(section: Training | Validation, data: Data) -> None:
+    """Validate the settings of a section's sources. Raises UserError, also for files that are missing here."""
+    for index, source in enumerate(parse_sources(section, data)):
+        with spelled_by_the_user(section, data, index):
             _check_source(source)
 
 

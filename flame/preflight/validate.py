@@ -8,7 +8,7 @@ from operator import attrgetter
 from pathlib import Path
 
 from flame.checkpoint.start import check_orphaned_checkpoints, plan_start
-from flame.config.parser import JobConfig, validation_as_training
+from flame.config.parser import JobConfig
 from flame.data.settings import check_lanes, parse_skip
 from flame.errors import UserError, near_multiples
 from flame.parallel import pipeline_schedule
@@ -43,7 +43,7 @@ def check(config: JobConfig, world_size: int) -> None:
     data_parallel = _check_parallelism(config, world_size)
     _check_batch(config, data_parallel)
     check_model(config)
-    check_data(config)
+    check_data(config.training, config.data)
     _check_validation(config)
     _check_folders(config)
 
@@ -220,8 +220,7 @@ def _check_validation(config: JobConfig) -> None:
         return
     if not config.validation.dataset:
         raise UserError("--validation.dataset: not set, must be a local path or a hub id, or a comma list of them")
-    with validation_as_training(config) as held_out:
-        check_data(held_out)
+    check_data(config.validation, config.data)
     validation, training = config.validation, config.training
     if config.parallelism.pipeline_parallel_degree > 1:  # whose stages take batches of one shape
         for name in ("local_batch_size", "seq_len"):

@@ -11,7 +11,7 @@ from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_type
 
 from flame.checkpoint.commit import complete_steps
-from flame.config.parser import validation_as_training, world_size
+from flame.config.parser import world_size
 from flame.config.schema import JobConfig
 from flame.convert.hf_structure import model_structure
 from flame.convert.initial import build_adapter
@@ -69,8 +69,8 @@ def register(job_config: JobConfig, context: RunContext | None = None) -> None:
         _check_same_model(flag, description, context.run.folder)
     sources, held_out_sources = build_sources(job_config.training, job_config.data), []
     if job_config.validation.enable:
-        with validation_as_training(job_config) as held_out:
-            held_out_sources = build_sources(held_out.training, held_out.data)
+        streaming = job_config.training.streaming
+        held_out_sources = build_sources(job_config.validation, job_config.data, streaming)
     spec = TrainSpec(
         **fields,
         build_lr_schedulers_fn=build_lr_schedule,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchtitan.components.loss import IGNORE_INDEX
 
-from flame.config.parser import parse, recorded, validation_as_training
+from flame.config.parser import parse, recorded
 from flame.errors import UserError
 from flame.preflight.validate import check
 from flame.training.validation import build_validator
@@ -51,8 +51,7 @@ def validator(held_out, rank=0, ranks=1, *flags):
 
     config = parse([f"--validation.dataset={held_out}", f"--validation.seq_len={SEQ}", *flags])
     logged = Logged()
-    with validation_as_training(config) as as_training:
-        sources = build_sources(as_training.training, as_training.data)
+    sources = build_sources(config.validation, config.data)
     made = build_validator(
         SimpleNamespace(raise_if_stopped=lambda: None),
         sources=sources,
