@@ -60,7 +60,8 @@ def plan_start(job_config: JobConfig, found: Mapping[int, Status] | None = None)
         if asked == "scratch" and path:
             raise UserError("--checkpoint.start", asked, hint=f"--checkpoint.initial_load_path is {path}")
         if steps and asked in ("init", "scratch"):
-            raise UserError("--checkpoint.start", asked, "auto or resume", f"or move {folder}/step-{steps[0]} away")
+            hint = f"{folder} has checkpoints up to step-{steps[0]}; move it away to start anew"
+            raise UserError("--checkpoint.start", asked, "auto or resume", hint)
         steps = [step for step in steps if step > 0]
         if not steps:
             _check_restartable(config, folder, found)
