@@ -9,6 +9,7 @@ from flame.config.paths import check_path, exists, is_local
 from flame.config.schema import Data, DataSource, JobConfig, Training, Validation
 from flame.data.settings import parse_sources, spelled_by_the_user
 from flame.errors import UserError
+from flame.models.vocabulary import fit_vocab_size
 
 _BUILDERS = ("json", "parquet", "text", "csv", "arrow")  # of load_dataset: the data is in data_files
 # torchtitan's models that train here; of the others flux makes images, llama3_ft needs torchft, gpt_oss always a GPU.
@@ -48,12 +49,9 @@ def check_model(config: JobConfig) -> None:
     described = _read_json("model.config", path)
     if not isinstance(described.get("model_type"), str):
         raise UserError(f"--model.config: {path} names no model_type, so it is no Hugging Face model config")
-    room, ids = described.get("vocab_size"), vocab_of_tokenizer(model.tokenizer_path)
-    if isinstance(room, int) and ids is not None and ids > room and not model.grow_vocab:
-        raise UserError(
-            f"--model.tokenizer_path: {model.tokenizer_path} has {ids} ids, but {model.config} has room for {room} "
-            "(vocab_size); take the model's own tokenizer or add --model.grow_vocab"
-        )
+    vocab_size, ids = described.get("vocab_size"), vocab_of_tokenizer(model.tokenizer_path)
+    if isinstance(vocab_size, int) and ids is not None:
+        fit_vocab_size(vocab_size, ids, model.config, model.grow_vocab)
 
 
 def vocab_of_tokenizer(path: str) -> int | None:

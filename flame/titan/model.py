@@ -25,9 +25,10 @@ from transformers import PreTrainedConfig
 
 from flame.config.schema import JobConfig
 from flame.errors import UserError
-from flame.models.hf import VOCAB_MULTIPLE, build_on_meta, save_assets
+from flame.models.hf import build_on_meta, save_assets
 from flame.models.init import Unit, init_weights
 from flame.models.loss import cross_entropy
+from flame.models.vocabulary import fit_vocab_size
 from flame.titan import hf_equivalent
 from flame.titan import parallelize as parallel
 
@@ -45,12 +46,8 @@ def load(job_config: JobConfig, tokenizer: Any) -> dict[str, Any]:
     if model.flavor not in spec.model_args:
         raise UserError("--model.flavor", repr(model.flavor), f"one of {model.name}'s {', '.join(spec.model_args)}")
     args = copy.deepcopy(spec.model_args[model.flavor])  # torchtitan changes them, in a table that all share
-    if (ids := tokenizer.vocab_size) > args.vocab_size:
-        if not model.grow_vocab:
-            allowed = f"at most the {args.vocab_size} of {model.name} {model.flavor}"
-            hint = "use a smaller tokenizer or set --model.grow_vocab"
-            raise UserError("--model.tokenizer_path", f"{ids} ids", allowed, hint)
-        args.vocab_size = -(-ids // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    name = f"{model.name} {model.flavor}"
+    args.vocab_size = fit_vocab_size(args.vocab_size, tokenizer.vocab_size, name, model.grow_vocab)
     parallel.validate(spec, args, job_config)
     description = {"model_type": f"torchtitan.{model.name}", "flavor": model.flavor, **asdict(args)}
     hf_config = hf_equivalent.equivalent_config(model.name, args)

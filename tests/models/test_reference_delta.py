@@ -281,7 +281,7 @@ def test_a_model_learns_to_copy(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_every_parameter_gets_a_gradient(name):
     model = build(name).train()
-    reference.check(model.config.model_type)
+    reference.check_supported(model.config.model_type)
     x = torch.randint(0, 32, (2, 70))
     model(x, labels=x, use_cache=False).loss.backward()
     assert all(p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in model.parameters())

@@ -58,7 +58,7 @@ _SERVED = frozenset(
 )
 
 
-def check(model_type: str) -> None:
+def check_supported(model_type: str) -> None:
     """Refuse a model type of fla that has no reference, and so cannot run on a CPU. Raises UserError."""
     if model_type not in _SERVED:
         raise UserError(
