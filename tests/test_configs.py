@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from flame.models.hf import read_config
-from flame.models.listing import count
+from flame.models.listing import measure
 from tests.models.small import SHIPPED
 
 # Parameters, and without embedding and head: flame 0.x's models counted with fla 0.6; Pythia, Llama, Mistral, Falcon,
@@ -67,7 +67,7 @@ ALWAYS = {
 
 @pytest.mark.parametrize("name", SIZES)
 def test_a_model_has_the_parameters_it_is_known_for(name):
-    assert count(SHIPPED[name])[1:3] == SIZES[name]
+    assert measure(SHIPPED[name])[1:3] == SIZES[name]
 
 
 def test_every_shipped_config_is_counted_here():
@@ -77,7 +77,7 @@ def test_every_shipped_config_is_counted_here():
 @pytest.mark.parametrize("name", sorted(OURS - {"gla_debug"}))
 def test_a_model_is_about_as_large_as_its_name_says(name):
     wanted = {"340M": 370e6, "1B": 1.35e9}[name.rsplit("_", 1)[1]]  # as transformer_340M and transformer_1B are
-    assert count(SHIPPED[name])[1] == pytest.approx(wanted, rel=1 / 6)
+    assert measure(SHIPPED[name]).parameters == pytest.approx(wanted, rel=1 / 6)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -93,7 +93,7 @@ def test_a_config_is_sorted_has_a_vocabulary_and_no_needless_defaults(name):
 
 def test_hybrids_have_attention_among_their_recurrent_layers():
     for name in ("gla_hybrid_340M", "gated_deltanet_hybrid_340M"):
-        layers = [type(block.attn).__name__ for block in count(SHIPPED[name])[4].layers]
+        layers = [type(block.attn).__name__ for block in measure(SHIPPED[name]).model.layers]
         assert 1 < layers.count("Attention") < len(layers) / 4
 
 

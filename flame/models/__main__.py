@@ -7,18 +7,18 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from flame.errors import UserError
+from flame.errors import REFUSED, UserError
 from flame.runtime import device
 
 
 def main(argv: list[str]) -> int:
-    """Exit code: 0 fine, 1 a check failed, 2 a mistake of the user, said in one line."""
-    parser = argparse.ArgumentParser(prog="python -m flame.models", description="Model configs, and proofs about them.")
+    """Exit code: 0 success, 1 a failed check, 2 a UserError, printed as one line."""
+    parser = argparse.ArgumentParser(prog="python -m flame.models", description="List model configs, or check one.")
     commands = parser.add_subparsers(dest="command", required=True)
     listing = commands.add_parser("list", help="the configs of configs/, or those given, with their sizes")
     listing.add_argument("configs", nargs="*", type=Path, metavar="CONFIG.json")
     listing.add_argument("--seq_len", type=int, default=2048, help="row length that FLOPs are counted at")
-    audit = commands.add_parser("audit", help="prove that flame's model is transformers' own, from init to gradients")
+    audit = commands.add_parser("audit", help="check flame's model against transformers', from init to gradients")
     audit.add_argument("config", help="as --model.config")
     audit.add_argument("--depth", type=int, help="only this many blocks (two at least)")
     audit.add_argument("--width", type=int, help="with this hidden size, and all else as small")
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
         return _list(given) if given.command == "list" else _audit(given)
     except UserError as error:
         print(f"flame: {error}", file=sys.stderr)
-        return 2
+        return REFUSED
 
 
 def _list(given: Any) -> int:
@@ -43,7 +43,7 @@ def _list(given: Any) -> int:
 
     for path in given.configs:
         if not path.is_file():
-            raise UserError(f"list: there is no {path}, must be a model's JSON file")
+            raise UserError("list", f"no file {path}", "a model's JSON file")
     print(table(given.configs or sorted(CONFIGS.glob("*.json")), given.seq_len))
     return 0
 
@@ -55,7 +55,7 @@ def _audit(given: Any) -> int:
 
     for name, least in (("depth", 2), ("width", 16), ("seq_len", 8)):
         if (value := getattr(given, name)) is not None and value < least:
-            raise UserError(f"--{name}: found {value}, must be {least} or more")
+            raise UserError(f"--{name}", value, f"{least} or more")
     if given.module:
         import_models(given.module)
     family, config = load_hf_config(given.config, trust_remote_code=given.trust_remote_code)

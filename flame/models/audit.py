@@ -1,6 +1,6 @@
-"""`python -m flame.models audit`: proofs that flame trains the model that its Hugging Face config means.
+"""`python -m flame.models audit`: checks that flame trains the model that its Hugging Face config means.
 
-Each check is a line with its figure. The model runs as the trainer runs it; its twin is transformers' own.
+Each check is a line with its figure. It compares the model as the trainer runs it with transformers' own.
 """
 
 import copy
@@ -18,14 +18,14 @@ from flame.models.causal_lm import CausalLM, ModelArgs
 from flame.models.family import Family
 from flame.models.hf import build_hf
 
-SIGMAS = 6  # a random tensor's mean and std may differ by this many standard errors
-CLOSE = 1e-5  # relative difference of what two orders of the same fp32 sums may give
+SIGMAS = 6  # standard errors by which the mean and std of a random tensor may differ
+CLOSE = 1e-5  # relative difference of one fp32 sum in two orders
 LEAK = 1e-3  # relative difference that documents which see each other must show
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of an audit: what was checked, whether it holds, and the figure that says so."""
+    """One line of an audit: a check, whether it passes, and its figure."""
 
     name: str
     ok: bool
@@ -33,7 +33,7 @@ class Finding:
 
 
 def audit(family: Family, config: Any, seq_len: int = 128, seed: int = 0) -> Iterator[Finding]:
-    """Findings on the model of a config, one after the other as they come."""
+    """Findings on the model of a config, one by one as they are made."""
     model = CausalLM(ModelArgs(seed=seed).bind(family, config))
     try:
         model.init_weights()
@@ -41,29 +41,29 @@ def audit(family: Family, config: Any, seq_len: int = 128, seed: int = 0) -> Ite
         yield Finding("initialisation", False, str(error))
         return
     count = sum(1 for _ in [*model.parameters(), *model.buffers()])
-    yield Finding("initialisation", True, f"{count} parameters and buffers, begun as NaN, are all set")
+    yield Finding("initialisation", True, f"{count} parameters and buffers, NaN before it, are all set")
     torch.manual_seed(seed)
-    eager = build_hf(config)
-    yield _check_statistics(model, eager)
-    yield _check_buffers(model, eager)
+    hf = build_hf(config)
+    yield _check_distribution(model, hf)
+    yield _check_buffers(model, hf)
     yield _check_embeddings(model)
-    stir(model, seed)
+    perturb_weights(model, seed)
     batch = torch.randint(0, config.vocab_size, (2, seq_len), generator=torch.Generator().manual_seed(seed))
     yield from _check_forward(model, batch)
     yield _check_packing(model, batch)
 
 
 @torch.no_grad()
-def stir(model: nn.Module, seed: int) -> None:
-    """Add noise to every matrix, so that nothing hides behind outputs that begin as zero or weights that are tiny."""
+def perturb_weights(model: nn.Module, seed: int) -> None:
+    """Add noise to every matrix, so that outputs that start at zero and tiny weights hide no difference."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.ndim > 1:
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.7 / parameter.shape[-1] ** 0.5)
 
 
-def _check_statistics(model: CausalLM, eager: nn.Module) -> Finding:
-    theirs = dict(eager.named_parameters())
+def _check_distribution(model: CausalLM, hf: nn.Module) -> Finding:
+    theirs = dict(hf.named_parameters())
     worst, name = 0.0, "none"
     for key, parameter in model.named_parameters():
         mine, other = parameter.detach().double().flatten(), theirs[key].detach().double().flatten()
@@ -80,36 +80,35 @@ def _check_statistics(model: CausalLM, eager: nn.Module) -> Finding:
     )
 
 
-def _check_buffers(model: CausalLM, eager: nn.Module) -> Finding:
-    theirs = dict(eager.named_buffers())
+def _check_buffers(model: CausalLM, hf: nn.Module) -> Finding:
+    theirs = dict(hf.named_buffers())
     worst = max((_distance(buffer, theirs[key]) for key, buffer in model.named_buffers()), default=0.0)
     return Finding("buffers", worst <= CLOSE, f"{len(theirs)} buffers differ by {worst:.1e} at most")
 
 
 def _check_embeddings(model: CausalLM) -> Finding:
-    table = model.embedding.weight
     head = [name for name, _ in model.named_parameters() if name.startswith(model.head_name)]
-    alone = [p for p in model.parameters() if p is table]
-    ok = len(alone) == 1 and bool(head) != model.tied
+    shared = [p for p in model.parameters() if p is model.embedding.weight]
+    ok = len(shared) == 1 and bool(head) != model.tied
     kind = "tied: the head reads the embedding table" if model.tied else f"untied: the head has {', '.join(head)}"
     return Finding("embeddings", ok, kind)
 
 
 def _check_forward(model: CausalLM, tokens: torch.Tensor) -> Iterator[Finding]:
-    twin = _twin(model)
+    reference = _reference_model(model)
     labels = F.pad(tokens[:, 1:], (0, 1), value=IGNORE_INDEX)
     with torch.no_grad():
-        difference = _distance(model.eval()(tokens), twin.eval()(tokens, use_cache=False).logits)
+        difference = _distance(model.eval()(tokens), reference.eval()(tokens, use_cache=False).logits)
     yield Finding("logits", difference <= CLOSE, f"differ from transformers' by {difference:.1e}")
-    torch.manual_seed(0)  # dropout, if there is any, is to drop the same
+    torch.manual_seed(0)  # any dropout must drop the same in both
     mine = model.train()(tokens, labels=labels) / (labels != IGNORE_INDEX).sum()
     torch.manual_seed(0)
-    theirs = twin.train()(tokens, labels=tokens, use_cache=False).loss
+    theirs = reference.train()(tokens, labels=tokens, use_cache=False).loss
     mine.backward()
     theirs.backward()
     difference = _distance(mine.detach(), theirs.detach())
     yield Finding("loss", difference <= CLOSE, f"{mine.item():.5f}, differs from transformers' by {difference:.1e}")
-    gradients = {name: p.grad for name, p in twin.named_parameters()}
+    gradients = {name: p.grad for name, p in reference.named_parameters()}
     scale = max(float(g.norm()) for g in gradients.values() if g is not None)
     worst = max(
         float((p.grad - gradients[name]).norm()) / scale
@@ -121,7 +120,7 @@ def _check_forward(model: CausalLM, tokens: torch.Tensor) -> Iterator[Finding]:
 
 def _check_packing(model: CausalLM, tokens: torch.Tensor) -> Finding:
     if model.family.packing is None:
-        return Finding("packing", True, "documents cannot be kept apart; --training.varlen is refused")
+        return Finding("packing", True, "documents cannot be kept apart; --training.varlen is rejected")
     rows, length = tokens.shape
     cut = length // 3  # a document of its own in each row, and the rest of the row
     boundaries = [edge for row in range(rows) for edge in (row * length, row * length + cut)] + [tokens.numel()]
@@ -138,15 +137,16 @@ def _check_packing(model: CausalLM, tokens: torch.Tensor) -> Finding:
     )
 
 
-def _twin(model: CausalLM) -> Any:
+def _reference_model(model: CausalLM) -> Any:
+    """transformers' own model with the same weights."""
     config = copy.deepcopy(model.hf.config)
-    config.fuse_cross_entropy = False  # of fla: its Triton kernel needs a GPU, the loss is the same
-    twin = build_hf(config)
-    missing, unexpected = twin.load_state_dict(model.state_dict(), strict=False)
+    config.fuse_cross_entropy = False  # fla's Triton kernel needs a GPU; the loss is the same
+    reference = build_hf(config)
+    missing, unexpected = reference.load_state_dict(model.state_dict(), strict=False)
     assert not unexpected, unexpected
     assert all(name.startswith(model.head_name) and model.tied for name in missing), missing
-    twin.tie_weights()
-    return twin
+    reference.tie_weights()
+    return reference
 
 
 def _distance(mine: torch.Tensor, theirs: torch.Tensor) -> float:

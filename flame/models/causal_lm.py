@@ -16,6 +16,7 @@ from torchtitan.protocols import BaseModelArgs, ModelProtocol
 from transformers import PreTrainedConfig
 from transformers.utils.generic import is_flash_attention_requested
 
+from flame.config.schema import JobConfig
 from flame.models.family import Family
 from flame.models.flops import active_params, flops_per_token
 from flame.models.hf import build_hf, save_assets
@@ -25,7 +26,7 @@ from flame.models.loss import Head, TiedHead, cross_entropy
 
 @dataclass
 class ModelArgs(BaseModelArgs):
-    """What torchtitan's Trainer needs before the model is built; filled by `update_from_config`."""
+    """What torchtitan's Trainer needs before the model is built; completed by `update_from_config`."""
 
     config: dict[str, Any] | None = None  # the HF config, for torchtitan's start-up log
     seed: int = 0
@@ -36,20 +37,20 @@ class ModelArgs(BaseModelArgs):
         return self.hf_config.num_hidden_layers
 
     def bind(self, family: Family, hf_config: PreTrainedConfig) -> "ModelArgs":
-        """Give the arguments their model; kept out of the dataclass fields, which torchtitan prints as JSON."""
+        """Set the model; kept out of the dataclass fields, which torchtitan prints as JSON."""
         self.hf_family, self.hf_config = family, hf_config
         self.config = json.loads(hf_config.to_json_string(use_diff=True))
         return self
 
-    def update_from_config(self, job_config: Any, **_: Any) -> None:
+    def update_from_config(self, job_config: JobConfig, **_: Any) -> None:
         self.seed = job_config.debug.seed or 0
 
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
-        """Parameters, and training FLOPs a token at rows of `seq_len`."""
+        """The number of parameters, and training FLOPs per token at rows of `seq_len`."""
         assert isinstance(model, CausalLM)
-        parameters = sum(p.numel() for p in model.parameters())
-        met = active_params(model, self.hf_config, model.embedding if model.tied else None)
-        return parameters, flops_per_token(self.hf_family, self.hf_config, met, seq_len)
+        active = active_params(model, self.hf_config, model.embedding if model.tied else None)
+        flops = flops_per_token(self.hf_family, self.hf_config, active, seq_len)
+        return sum(p.numel() for p in model.parameters()), flops
 
 
 class Blocks(nn.ModuleDict):
@@ -75,12 +76,12 @@ class CausalLM(ModelProtocol):
         super().__init__(args)
         self.model_args = args
         self.family = family = args.hf_family
-        self.sequence_shard = (0, 1)  # of so many: what a rank has of each sequence behind the blocks
+        self.sequence_shard = (0, 1)  # the rank's shard of each sequence after the blocks, and the number of shards
         hf = build_hf(args.hf_config)
         # Not a child: its children are registered below, under their names. It keeps `_init_weights` and its forward.
         self.__dict__["hf"] = hf
         linear = hf.get_output_embeddings()
-        # LightNet's class does not say what it calls its backbone.
+        # LightNet's class does not name its backbone.
         self.prefix = hf.base_model_prefix or next(name for name, child in hf.named_children() if child is not linear)
         self.head_name = next(name for name, child in hf.named_children() if child is linear)
         self.tied = bool(getattr(args.hf_config, "tie_word_embeddings", False))
@@ -94,7 +95,7 @@ class CausalLM(ModelProtocol):
         blocks = getattr(self.backbone, family.blocks)
         setattr(self.backbone, family.blocks, Blocks({str(i): block for i, block in enumerate(blocks)}))
 
-        # How to build each part anew; recorded now, because AC, compile and FSDP change classes and wrap modules.
+        # How to rebuild each part; recorded now, because AC, compile and FSDP change classes and wrap modules.
         config = args.hf_config
         self.__dict__["build"] = {
             **{f"{family.blocks}.{i}": partial(block.__class__, config, i) for i, block in enumerate(blocks)},
@@ -109,11 +110,15 @@ class CausalLM(ModelProtocol):
     def embedding(self) -> nn.Embedding:
         return getattr(self.backbone, self.family.embedding)
 
+    @property
+    def head(self) -> nn.Module | None:
+        return self._modules[self.head_name]
+
     # The names torchtitan's apply_fsdp and apply_ac expect. Tied weights must live in one FSDP group, the root's: the
     # embedding and the head are then hidden from it, as they are where transformers' own forward uses them in any way.
     @property
     def tok_embeddings(self) -> nn.Module | None:
-        return self.embedding if self._apart else None
+        return self.embedding if self._has_own_groups else None
 
     @property
     def layers(self) -> Blocks:
@@ -125,15 +130,11 @@ class CausalLM(ModelProtocol):
         return None if isinstance(norm, nn.Identity) else norm
 
     @property
-    def head(self) -> nn.Module | None:
-        return self._modules[self.head_name]
-
-    @property
     def output(self) -> nn.Module | None:
-        return self.head if self._apart else None
+        return self.head if self._has_own_groups else None
 
     @property
-    def _apart(self) -> bool:
+    def _has_own_groups(self) -> bool:
         return self.family.fused_loss and not self.tied
 
     def keep_stage(self, parts: set[str], blocks: dict[str, nn.Module]) -> None:
@@ -142,10 +143,10 @@ class CausalLM(ModelProtocol):
         if "tok_embeddings" not in parts:
             setattr(self.backbone, self.family.embedding, None)
             for name, child in list(self.backbone.named_children()):
-                if isinstance(child, nn.Dropout):  # GPT-NeoX's of the embeddings, which this stage is not given
+                if isinstance(child, nn.Dropout):  # GPT-NeoX's, of the embeddings
                     setattr(self.backbone, name, nn.Identity())
         if "norm" not in parts:
-            setattr(self.backbone, self.family.norm, nn.Identity())  # transformers calls it whatever it is
+            setattr(self.backbone, self.family.norm, nn.Identity())  # transformers calls it in any case
         if "output" not in parts:
             setattr(self, self.head_name, None)
 
@@ -158,17 +159,17 @@ class CausalLM(ModelProtocol):
     ) -> torch.Tensor:
         """Logits (batch, seq, vocab), or with labels (batch, seq) their summed cross entropy.
 
-        tokens: (batch, seq) int64. Of packed documents, `positions` (batch, seq) restart at each document, and
-        `cu_seqlens` (documents + 1,) are their boundaries in the flattened batch. In training the sum has the
-        balance loss of a mixture's routers too, times `router_aux_loss_coef` and the number of labels, if the config
-        says `output_router_logits`: divided by that number it is the loss of transformers.
+        tokens: (batch, seq) int64, or hidden states (batch, seq, hidden) of the pipeline stage before. For packed
+        documents, `positions` (batch, seq) restart at each document, and `cu_seqlens` (documents + 1,) are their
+        boundaries in the flattened batch. In training, if the config has `output_router_logits`, the sum includes the
+        routers' balance loss x `router_aux_loss_coef` x the number of labels, so that the mean is transformers' loss.
         """
         if not self.family.fused_loss:
             output = self.hf(input_ids=tokens, use_cache=False)
             if labels is None:
                 return output.logits
-            loss = cross_entropy(output.logits, self._own_part(labels))
-            return self._balanced(loss, labels, getattr(output, "aux_loss", None))
+            loss = cross_entropy(output.logits, self._own_shard(labels))
+            return self._add_balance(loss, labels, getattr(output, "aux_loss", None))
         shape = tokens.shape[:2]
         packing: dict[str, Any] = {}
         if positions is not None and self.family.packing == "cu_seqlens":
@@ -177,34 +178,36 @@ class CausalLM(ModelProtocol):
         elif positions is not None:
             packing = {"position_ids": positions}
             if self.family.packing == "mask":
-                packing["attention_mask"] = _same_document(positions)
+                packing["attention_mask"] = _document_mask(positions)
             elif is_flash_attention_requested(self.hf.config):  # takes no mask, and reads no positions of several rows
-                packing |= _varlen(_boundaries(positions) if cu_seqlens is None else cu_seqlens, shape[1])
-        routed = self.family.router_loss if labels is not None and self._balances else None
-        if routed is not None:
+                packing |= _flash_varlen(_boundaries(positions) if cu_seqlens is None else cu_seqlens, shape[1])
+        router_loss = self.family.router_loss if labels is not None and self._trains_balance else None
+        if router_loss is not None:
             packing["output_router_logits"] = True
-        given = "inputs_embeds" if tokens.is_floating_point() else "input_ids"  # of the stage before, or none
-        output = self.backbone(**{given: tokens}, use_cache=False, **packing)
+        name = "inputs_embeds" if tokens.is_floating_point() else "input_ids"
+        output = self.backbone(**{name: tokens}, use_cache=False, **packing)
         hidden = output[0]
         if self.head is None:
             hidden = hidden.view(*shape, -1)
-            return hidden.clone() if hidden._is_view() else hidden  # zero-bubble schedules detach it where it lies
+            return hidden.clone() if hidden._is_view() else hidden  # zero-bubble schedules detach it in place
         if labels is None:
             return self.head(hidden).view(*shape, -1)
-        loss = self.head(hidden, self._own_part(labels.reshape(len(hidden), -1)))
-        return loss if routed is None else self._balanced(loss, labels, routed(self.hf.config, output.router_logits))
+        loss = self.head(hidden, self._own_shard(labels.reshape(len(hidden), -1)))
+        if router_loss is None:
+            return loss
+        return self._add_balance(loss, labels, router_loss(self.hf.config, output.router_logits))
 
-    def _own_part(self, labels: torch.Tensor) -> torch.Tensor:
-        rank, ranks = self.sequence_shard
-        return labels.chunk(ranks, 1)[rank]
+    def _own_shard(self, labels: torch.Tensor) -> torch.Tensor:
+        shard, count = self.sequence_shard
+        return labels.chunk(count, 1)[shard]
 
     @property
-    def _balances(self) -> bool:
-        # Not in validation, whose loss is that of the tokens, in whatever batches they come.
+    def _trains_balance(self) -> bool:
+        # Not in validation, whose loss is that of the tokens, however they are batched.
         return self.training and bool(getattr(self.hf.config, "output_router_logits", False))
 
-    def _balanced(self, loss: torch.Tensor, labels: torch.Tensor, balance: torch.Tensor | None) -> torch.Tensor:
-        if balance is None or not self._balances:
+    def _add_balance(self, loss: torch.Tensor, labels: torch.Tensor, balance: torch.Tensor | None) -> torch.Tensor:
+        if balance is None or not self._trains_balance:
             return loss
         return loss + self.hf.config.router_aux_loss_coef * balance * (labels != IGNORE_INDEX).sum()
 
@@ -220,33 +223,33 @@ class CausalLM(ModelProtocol):
         init_weights(self, units, self.hf._init_weights, self.model_args.seed, constants)
         setattr(self.hf, self.head_name, head)
 
+    def _build_head(self) -> nn.Module:
+        head = self.build[self.head_name]()
+        setattr(self.hf, self.head_name, head)  # RWKV-7's _init_weights has a rule for the module `self.lm_head`
+        return head
+
     def save_assets(self, folder: Path, tokenizer: Any) -> None:
         """Write what the run trains: transformers' config.json, and the tokenizer."""
         save_assets(folder, self.hf, tokenizer)
 
-    def _build_head(self) -> nn.Module:
-        fresh = self.build[self.head_name]()
-        setattr(self.hf, self.head_name, fresh)  # RWKV-7 draws in its own way the module that `self.lm_head` is
-        return fresh
-
     def parts(self) -> Iterator[tuple[str, nn.Module]]:
-        """The children of the backbone and the head, by name, as far as a pipeline stage has them."""
+        """The children of the backbone and the head, by name, without those a pipeline stage lacks."""
         yield from ((name, part) for name, part in self.backbone.named_children() if not isinstance(part, nn.Identity))
         yield from ((name, child) for name, child in self.named_children() if name != self.prefix)
 
 
-def _same_document(positions: torch.Tensor) -> torch.Tensor:
-    """Which earlier tokens of its row each token sees, (batch, 1, seq, seq), of positions that restart at documents."""
+def _document_mask(positions: torch.Tensor) -> torch.Tensor:
+    """The earlier tokens that each token sees, (batch, 1, seq, seq), from positions that restart at documents."""
     document = (positions == 0).cumsum(-1)
     same = document[:, :, None] == document[:, None, :]
     return same.tril()[:, None]
 
 
-def _varlen(cu_seqlens: torch.Tensor, row: int) -> dict[str, Any]:
-    """What transformers hands on to flash-attn, as FlashAttentionKwargs, of documents within rows of so many tokens."""
+def _flash_varlen(cu_seqlens: torch.Tensor, seq_len: int) -> dict[str, Any]:
+    """transformers' FlashAttentionKwargs for documents within rows of `seq_len`."""
     # The longest document may be overstated, at the price of empty blocks: a length that does not change with the batch
     # neither waits for the GPU nor compiles anew.
-    return {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens, "max_length_q": row, "max_length_k": row}
+    return {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens, "max_length_q": seq_len, "max_length_k": seq_len}
 
 
 def _boundaries(positions: torch.Tensor) -> torch.Tensor:
@@ -258,11 +261,11 @@ def _boundaries(positions: torch.Tensor) -> torch.Tensor:
 def _builder(part: nn.Module, config: PreTrainedConfig) -> Any:
     if not any(True for _ in part.parameters()) and any(True for _ in part.buffers()):
         return partial(type(part), config=config)  # rotary tables: only their constructor can compute them
-    return partial(_emptied, copy.deepcopy(part))
+    return partial(_empty_copy, copy.deepcopy(part))
 
 
-def _emptied(part: nn.Module) -> nn.Module:
+def _empty_copy(part: nn.Module) -> nn.Module:
     empty = copy.deepcopy(part).to_empty(device=torch.get_default_device())
     for module in empty.modules():
-        module.__dict__.pop("_is_hf_initialized", None)  # what transformers filled is gone
+        module.__dict__.pop("_is_hf_initialized", None)  # what transformers had set is gone
     return empty

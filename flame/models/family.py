@@ -90,24 +90,3 @@ def each_layer(config: Any) -> list[Any]:
     if getattr(config, "is_heterogeneous", False):
         return list(config.per_layer_config)
     return [config] * config.num_hidden_layers
-
-
-def attention_flops(width: int, seq_len: int, window: int | None = None, value_width: int | None = None) -> float:
-    """Forward FLOPs per token of one layer of causal softmax attention: QK^T and AV, 2 FLOPs per MAC.
-
-    width: heads x head_dim of the queries (value_width: of the values, if it differs). A token attends to half the row
-    on average, or to the `window` tokens before it.
-    """
-    keys = seq_len / 2
-    if window is not None and window < seq_len:
-        keys = window - window**2 / (2 * seq_len)
-    return 2 * (width + (width if value_width is None else value_width)) * keys
-
-
-def state_flops(heads: float, d_k: float, d_v: float, passes: int = 2) -> float:
-    """Forward FLOPs per token of one layer whose state is `heads` matrices (d_k, d_v): one MAC per entry and pass.
-
-    The recurrence counts, however a kernel computes it: a write k v^T and a read q S are two passes. Gates and decays
-    are elementwise and not counted.
-    """
-    return passes * 2 * heads * d_k * d_v

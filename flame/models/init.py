@@ -1,7 +1,7 @@
-"""Weights that do not depend on the layout: every module is drawn whole, seeded by its name, then sharded.
+"""Initial weights that do not depend on the layout: each module is drawn whole, seeded by its name, then sharded.
 
-DTensor's own random init draws the same numbers on every CPU rank, and Hugging Face's `_init_weights` alone forgets
-what only constructors set. So each block is built anew by its own constructor, one at a time; a NaN left anywhere
+DTensor's own random init draws the same numbers on every CPU rank, and Hugging Face's `_init_weights` alone misses
+what only constructors set. So each block is rebuilt by its own constructor, one at a time; a NaN left anywhere
 afterwards is an error that names the tensor.
 """
 
@@ -34,53 +34,54 @@ def init_weights(
     seed: int,
     constants: Mapping[str, float] | None = None,
 ) -> None:
-    """Fill every parameter and buffer of `model`, which is made of `units` and of `constants`, {name: value}.
+    """Set every parameter and buffer of `model`, which consists of `units` and of `constants`, {name: value}.
 
     `init_module` is Hugging Face's `_init_weights`. Peak extra memory is one unit. Raises RuntimeError naming
     parameters or buffers that nothing initialised.
     """
-    for name, tensor in _tensors(model):
-        if tensor.is_floating_point():
-            local_tensor(tensor).fill_((constants or {}).get(name, float("nan")))
+    for name, tensor in _floating_point(model):
+        tensor.fill_((constants or {}).get(name, float("nan")))
     for unit in units:
-        _fill(unit, init_module, seed)
-    unset = [
-        name for name, tensor in _tensors(model) if tensor.is_floating_point() and local_tensor(tensor).isnan().any()
-    ]
+        _init_unit(unit, init_module, seed)
+    unset = [name for name, tensor in _floating_point(model) if tensor.isnan().any()]
     if unset:
         raise RuntimeError(f"initialisation left {len(unset)} tensors unset: {', '.join(unset[:8])}")
 
 
-def _fill(unit: Unit, init_module: Callable[[nn.Module], None], seed: int) -> None:
+def _floating_point(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from ((name, local_tensor(tensor)) for name, tensor in _tensors(model) if tensor.is_floating_point())
+
+
+def _init_unit(unit: Unit, init_module: Callable[[nn.Module], None], seed: int) -> None:
     targets = dict(_tensors(unit.module))
     if not targets:
         return
     device = local_tensor(next(iter(targets.values()))).device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device, _poisoned():
-        torch.manual_seed(_seed_of(unit.name, seed))
-        fresh = unit.build().apply(lambda module: None if _is_done(module) else init_module(module))
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device, _nan_in_new_memory():
+        torch.manual_seed(_derive_seed(unit.name, seed))
+        fresh = unit.build().apply(lambda module: None if _is_initialised(module) else init_module(module))
     values = dict(_tensors(fresh))
     assert values.keys() == targets.keys(), f"{unit.name}: {sorted(values.keys() ^ targets.keys())}"
     for name, target in targets.items():
         _copy(target, values[name])
 
 
-def _is_done(module: nn.Module) -> bool:
-    return getattr(module, "_is_hf_initialized", False)  # transformers asks this too: RWKV-7's constructor says so
+def _is_initialised(module: nn.Module) -> bool:
+    return getattr(module, "_is_hf_initialized", False)  # as transformers asks; RWKV-7's constructor sets it
 
 
 @contextlib.contextmanager
-def _poisoned() -> Iterator[None]:
-    """torch.empty gives NaN, so that what a constructor allocates and nothing fills shows."""
+def _nan_in_new_memory() -> Iterator[None]:
+    """torch.empty gives NaN, so that what a constructor allocates and nothing sets shows."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)  # it is this mode that fills new memory
+    torch.use_deterministic_algorithms(True, warn_only=True)  # this mode fills new memory
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-def _seed_of(name: str, seed: int) -> int:
+def _derive_seed(name: str, seed: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest(), "big")
 
 
@@ -93,5 +94,4 @@ def _copy(target: torch.Tensor, value: torch.Tensor) -> None:
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        yield strip_wrappers(name), tensor
+    yield from ((strip_wrappers(n), tensor) for n, tensor in [*module.named_parameters(), *module.named_buffers()])

@@ -1,7 +1,8 @@
-"""`python -m flame.models list`: the model configs there are, counted on the meta device."""
+"""`python -m flame.models list`: model configs with their sizes, counted on the meta device."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -10,44 +11,39 @@ from flame.models.family import layouts
 from flame.models.hf import read_config, read_fields
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-COLUMNS = ("model", "type", "parameters", "no embeddings", "GFLOPs/token", "layouts", "compile", "varlen")
+_HEADER = ("model", "type", "parameters", "no embeddings", "GFLOPs/token", "layouts", "compile", "varlen")
 
 
-def count(path: Path, seq_len: int = 2048) -> tuple[str, int, int, int, CausalLM]:
-    """Of a config file: model type, parameters, those that are no embedding or head, training FLOPs a token, model."""
-    family, config = read_config(read_fields(str(path)), str(path))
-    args = ModelArgs().bind(family, config)
+class Size(NamedTuple):
+    """A model on the meta device, with its parameters (inner: without embedding and head) and FLOPs per token."""
+
+    model: CausalLM
+    parameters: int
+    inner: int
+    flops: int
+
+
+def measure(path: Path, seq_len: int = 2048) -> Size:
+    """The size of a config file's model; training FLOPs at rows of `seq_len`. Raises UserError if it is invalid."""
+    args = ModelArgs().bind(*read_config(read_fields(str(path)), str(path)))
     with torch.device("meta"):
         model = CausalLM(args)
     parameters, flops = args.get_nparams_and_flops(model, seq_len)
-    tables = model.embedding.weight.numel() * (1 if model.tied else 2)
-    return config.model_type, parameters, parameters - tables, flops, model
-
-
-def rows(paths: Iterable[Path], seq_len: int) -> Iterator[tuple[str, ...]]:
-    """The cells of each config's line, as COLUMNS names them."""
-    for path in paths:
-        model_type, parameters, inner, flops, model = count(path, seq_len)
-        family = model.family
-        yield (
-            path.stem,
-            model_type,
-            f"{parameters:,}",
-            f"{inner:,}",
-            f"{flops / 1e9:,.2f}",
-            " ".join(layouts(family)),
-            "fullgraph" if family.fullgraph else "breaks",
-            "no" if family.packing is None else "yes",
-        )
+    return Size(model, parameters, parameters - model.embedding.weight.numel() * (1 if model.tied else 2), flops)
 
 
 def table(paths: Iterable[Path], seq_len: int) -> str:
-    """Aligned columns; numbers to the right."""
-    cells = [COLUMNS, *rows(paths, seq_len)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    right = range(2, 5)
+    """A line per config: aligned columns, numbers to the right."""
+    rows = [_HEADER]
+    for path in paths:
+        model, parameters, inner, flops = measure(path, seq_len)
+        family, config = model.family, model.hf.config
+        numbers = f"{parameters:,}", f"{inner:,}", f"{flops / 1e9:,.2f}"
+        compiled, varlen = "fullgraph" if family.fullgraph else "breaks", "no" if family.packing is None else "yes"
+        rows.append((path.stem, config.model_type, *numbers, " ".join(layouts(family)), compiled, varlen))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = (
-        "  ".join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-        for row in cells
+        "  ".join(c.rjust(w) if 2 <= i < 5 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
     )
     return "\n".join(line.rstrip() for line in lines)

@@ -1,4 +1,4 @@
-"""The language-model head that returns the loss itself: logits are made chunk by chunk and never all alive."""
+"""Language-model heads that return the loss itself: logits are computed in chunks and never all held."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.utils.checkpoint import checkpoint
 from torchtitan.components.loss import IGNORE_INDEX
 
-CHUNK = 1024  # tokens whose logits are alive at a time
+CHUNK = 1024  # tokens whose logits are held at a time
 L2WARP = 1e-4  # weight of RWKV's penalty
 
 
@@ -26,12 +26,12 @@ def linear_cross_entropy(
 
     hidden: (batch, seq, hidden), weight: (vocab, hidden), labels: (batch, seq) int64; returns a scalar. `l2warp` adds
     to the gradient, not to the value, that of L2WARP / 2 x the square of every token's largest logit (RWKV-LM). Logits
-    of a weight that is cut along the vocabulary stay cut, as torch's loss_parallel takes them, unless `gather`.
-    On a GPU this is fla's fused Triton kernel; elsewhere chunks of logits, computed again in the backward.
+    of a weight sharded along the vocabulary stay sharded, as torch's loss_parallel takes them, unless `gather`.
+    On a GPU this is fla's fused Triton kernel; elsewhere chunks of logits, recomputed in the backward.
     """
     hidden, labels = hidden.flatten(0, -2), labels.flatten()
-    if isinstance(weight, DTensor):  # cut along the vocabulary: every rank has its part of each token's logits
-        hidden = DTensor.from_local(hidden, weight.device_mesh, [Replicate()], run_check=False)
+    if isinstance(weight, DTensor):
+        hidden = _replicate(hidden, weight)
     elif hidden.is_cuda:
         from fla.modules.fused_linear_cross_entropy import fused_linear_cross_entropy_loss
 
@@ -72,10 +72,13 @@ def _chunk_loss(
 def _logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     if not isinstance(weight, DTensor):
         return F.linear(hidden, weight, bias)
-    whole = DTensor.from_local(hidden, weight.device_mesh, [Replicate()], run_check=False)
-    logits = F.linear(whole, weight, bias)
+    logits = F.linear(_replicate(hidden, weight), weight, bias)
     assert isinstance(logits, DTensor)
     return logits.full_tensor()
+
+
+def _replicate(hidden: torch.Tensor, weight: DTensor) -> DTensor:
+    return DTensor.from_local(hidden, weight.device_mesh, [Replicate()], run_check=False)
 
 
 class Head(nn.Linear):
@@ -117,7 +120,7 @@ class SummedLoss:
 
 
 def build_loss(_job_config: Any, **_: Any) -> SummedLoss:
-    """torchtitan's loss hook."""
+    """torchtitan's `build_loss_fn`."""
     return SummedLoss()
 
 

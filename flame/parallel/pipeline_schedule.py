@@ -71,7 +71,9 @@ def validate(job_config: JobConfig) -> None:
     schedule, degree, count = get_schedule(layout), layout.pipeline_parallel_degree, num_microbatches(job_config)
     size = layout.pipeline_parallel_microbatch_size
     if schedule.fills_stages and count < (stages := (schedule.stages_per_rank or 1) * degree):
-        hint = f"{schedule.name} needs a microbatch (pipeline_parallel_microbatch_size {size}) per stage, of {stages}"
+        hint = (
+            f"{schedule.name} needs a microbatch (pipeline_parallel_microbatch_size {size}) for each of {stages} stages"
+        )
         raise UserError("--training.local_batch_size", batch, f"{stages * size} or more", hint)
     if schedule.equal_rounds and count % (rounds := max(1, count // degree)):
         below, above = (number * degree * size for number in (rounds, rounds + 1))

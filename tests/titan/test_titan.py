@@ -301,7 +301,7 @@ def test_a_vocabulary_that_is_too_small_is_rejected_or_grown(tmp_path):
     with pytest.raises(UserError) as error:
         titan_model.load(config, tokenizer)
     assert error.value.setting == "--model.tokenizer_path"
-    assert (error.value.found, error.value.allowed) == ("357 ids", "at most the 320 of llama3 tiny")
+    assert error.value.found == "357 ids" and error.value.allowed.startswith("at most 320,")
     config.model.grow_vocab = True
     assert titan_model.load(config, tokenizer)["model_args"]["tiny"].vocab_size == 384
 
