@@ -34,11 +34,11 @@ def train(argv: list[str], signals: Signals, trainer: str) -> int:
 
     try:
         config = parse(argv)
-        check(config, world_size())
+        context = RunContext(config, signals)
+        check(config, world_size(), is_first=context.is_first)
         if config.job.dry_run:
             print(summarize(config, world_size()))
             return 0
-        context = RunContext(config, signals)
         with hold(context.run.folder) if context.is_first else nullcontext():
             register(config, context)
             return run_job(resolve_name(trainer), context)

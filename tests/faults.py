@@ -4,6 +4,7 @@ import json
 import math
 import resource
 import signal
+import sys
 import time
 from collections import Counter
 from contextlib import suppress
@@ -147,3 +148,21 @@ class Asked(FlameTrainer):
 
         context.raise_if_stopped = raise_if_stopped
         super().__init__(job_config, context)
+
+
+class Watched(FlameTrainer):
+    """Writes to scans-RANK how often this process listed a folder of checkpoints from the import of this module on."""
+
+    scans = 0
+
+    def train(self):
+        (self.run.folder / f"scans-{dist.get_rank()}").write_text(str(Watched.scans))
+        super().train()
+
+
+def _count_scans(event, arguments):
+    if event == "os.scandir" and str(arguments[0]).endswith("/checkpoint"):
+        Watched.scans += 1
+
+
+sys.addaudithook(_count_scans)

@@ -79,8 +79,8 @@ def _run_jobs(trainer: str, jobs: list[list[str]]) -> None:
     for flags in jobs:
         train_spec._extra_train_specs.clear()
         config = parse(flags)
-        check(config, world_size())
         context = RunContext(config)
+        check(config, world_size(), is_first=context.is_first)
         register(config, context)
         job = trainer_class(config, context)
         job.train()

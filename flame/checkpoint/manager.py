@@ -27,7 +27,6 @@ from flame.checkpoint.commit import (
     pending_deletions,
     read_marker,
     remove_incomplete,
-    scan_checkpoints,
 )
 from flame.checkpoint.start import StartPlan, changed_settings, check_resumable, step_of
 from flame.checkpoint.verification import find_intact
@@ -243,7 +242,7 @@ class CheckpointManager(TitanCheckpointManager):
         start, last_step = context.start, context.job_config.training.steps
         source, restored = "", []
         if start.mode == "resume":
-            self.consensus.first(lambda: self._name_broken(folder))
+            self._log_corrupted(folder)
             flag = f"--checkpoint.{'load_step' if start.steps == (self.config.load_step,) else 'folder'}"
             path = find_intact(self.consensus, [folder / f"step-{step}" for step in start.steps], flag)
             number = step_of(path)
@@ -266,14 +265,14 @@ class CheckpointManager(TitanCheckpointManager):
         self._say(start.mode, source, restored)
         return bool(source)
 
-    def _name_broken(self, folder: Path) -> None:
-        for step, status in scan_checkpoints(folder).items():
-            if status.corruption:
+    def _log_corrupted(self, folder: Path) -> None:
+        for step, status in self.trainer.context.start.checkpoints.items():
+            if status.corruption and dist.get_rank() == 0:
                 logger.warning(f"{folder / f'step-{step}'} is not complete and is not used: {status.corruption}")
 
     def _archive(self, folder: Path, after: int | None = None) -> None:
         """Move away the checkpoints after the step that is resumed; at a new start, the first save, cut short."""
-        for step in [] if self.load_only else scan_checkpoints(folder):
+        for step in [] if self.load_only else self.trainer.context.start.checkpoints:
             path = folder / f"step-{step}"
             if after is None or (step > after and not is_unfinished(path)):  # that one will be overwritten
                 logger.warning(f"{path} is moved to {archive(path)}")

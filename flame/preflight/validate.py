@@ -34,8 +34,11 @@ _MAY_BE_LEFT_OUT = ("optimizer", "lr_scheduler", "dataloader", "train_state")
 _ABOVE_0 = ("optimizer.lr", "optimizer.eps", "training.max_norm")
 
 
-def check(config: JobConfig, world_size: int) -> None:
-    """Refuse, with one UserError, a config that could not train on `world_size` processes."""
+def check(config: JobConfig, world_size: int, *, is_first: bool = True) -> None:
+    """Raises UserError for a config that could not train on `world_size` processes.
+
+    is_first: look at the checkpoints too, whose files one rank reads for all.
+    """
     _check_ranges(config)
     _check_choices(config)
     if config.fault_tolerance.enable:
@@ -46,6 +49,8 @@ def check(config: JobConfig, world_size: int) -> None:
     check_data(config.training, config.data)
     _check_validation(config)
     _check_folders(config)
+    if is_first:
+        _check_start(config)
 
 
 def _check_ranges(config: JobConfig) -> None:
@@ -254,6 +259,11 @@ def _check_folders(config: JobConfig) -> None:
     if unknown := set(checkpoint.exclude_from_loading) - set(_MAY_BE_LEFT_OUT):
         allowed = ", ".join(_MAY_BE_LEFT_OUT)
         raise UserError(f"--checkpoint.exclude_from_loading: found {min(unknown)}, must be among {allowed}")
+
+
+def _check_start(config: JobConfig) -> None:
+    """Look at the checkpoints of the run, and at what it starts from."""
+    dump, checkpoint = Path(config.job.dump_folder), config.checkpoint
     start = plan_start(config)
     if start.mode != "resume":
         check_orphaned_checkpoints(checkpoint, dump)

@@ -14,7 +14,7 @@ from flame.runtime.run_folder import Run
 
 
 class RunContext:
-    """Made before the process group; `consensus` and `start` are collectives at their first use."""
+    """Made before the process group; `consensus` and `start` are collectives when they are first used."""
 
     def __init__(self, job_config: JobConfig, signals: stop.Signals | None = None) -> None:
         self.job_config = job_config
@@ -30,9 +30,15 @@ class RunContext:
         return RankConsensus(VERIFY_TIMEOUT)
 
     @cached_property
+    def plan(self) -> StartPlan:
+        """How the job starts; asked on rank 0 alone, which reads every checkpoint for it. Raises UserError."""
+        assert self.is_first
+        return plan_start(self.job_config)
+
+    @cached_property
     def start(self) -> StartPlan:
-        """How the job starts. Rank 0 alone looks at the checkpoints. Raises UserError on all ranks."""
-        return self.consensus.first(lambda: plan_start(self.job_config))
+        """The plan of rank 0, on all ranks. Raises UserError on all of them."""
+        return self.consensus.first(lambda: self.plan)
 
     def raise_if_stopped(self) -> None:
         """Raise Stopped on all ranks if one of them received a signal or the time limit of rank 0 has passed."""

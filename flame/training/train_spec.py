@@ -10,7 +10,6 @@ from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_type
 
-from flame.checkpoint.commit import complete_steps
 from flame.config.parser import world_size
 from flame.config.schema import JobConfig
 from flame.convert.hf_structure import model_structure
@@ -64,7 +63,7 @@ def register(job_config: JobConfig, context: RunContext | None = None) -> None:
         import_models(job_config.experimental.custom_import)
     tokenizer = build_tokenizer(model.tokenizer_path, model.trust_remote_code, model.add_tokens)
     fields, flag, description = (_load_hf if model.name == "auto" else _load_titan)(job_config, tokenizer)
-    if context.is_first and complete_steps(context.run.folder / job_config.checkpoint.folder):
+    if context.is_first and not all(status.corruption for status in context.plan.checkpoints.values()):
         _check_same_tokens(tokenizer, context.run.folder)
         _check_same_model(flag, description, context.run.folder)
     sources, held_out_sources = build_sources(job_config.training, job_config.data), []

@@ -25,7 +25,10 @@ def test_a_run_of_0_1_0_resumes_with_the_losses_and_the_data_of_the_whole_run(ra
         "--training.global_batch_size=4",
         "--training.steps=6",
     ]
-    train_each([flags], ranks=ranks)
+    train_each([flags], ranks=ranks, trainer="tests.faults:Watched")
+    # rank 0 alone looks for checkpoints, and tells the others
+    scans = [int((tmp_path / f"run/scans-{rank}").read_text()) for rank in range(ranks)]
+    assert scans[0] > 0 and not any(scans[1:])
     whole = [json.loads(line) for line in (tmp_path / "whole_metrics.jsonl").read_text().splitlines()]
     records = metrics(tmp_path / "run")
     assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6]
