@@ -216,16 +216,6 @@ def archive(checkpoint: Path) -> Path:
     return target
 
 
-def is_resumable(checkpoint: Path) -> bool:
-    """`Status.resumable` of a checkpoint. Raises as `inspect_checkpoint` does."""
-    return inspect_checkpoint(checkpoint).resumable
-
-
-def is_unfinished(checkpoint: Path) -> bool:
-    """`Status.unfinished` of a checkpoint. Raises as `inspect_checkpoint` does."""
-    return inspect_checkpoint(checkpoint).unfinished
-
-
 def _free(path: Path) -> Path:
     """The path, or the first of path.2, path.3 and so on that does not exist."""
     names = chain([path], (path.with_name(f"{path.name}.{n}") for n in count(2)))

@@ -20,9 +20,7 @@ from flame.checkpoint.commit import (
     MARKER,
     archive,
     complete_steps,
-    find_corruption,
-    is_resumable,
-    is_unfinished,
+    inspect_checkpoint,
     mark_for_deletion,
     pending_deletions,
     read_marker,
@@ -181,7 +179,7 @@ class CheckpointManager(TitanCheckpointManager):
     def _is_saved(self, step: int) -> bool:
         """Whether a checkpoint that can be resumed is there; all ranks get the answer of the first."""
         path = Path(self._create_checkpoint_id(step))
-        return self.consensus.first(lambda: find_corruption(path) is None and is_resumable(path))
+        return self.consensus.first(lambda: inspect_checkpoint(path).resumable)
 
     def _async_wait(self) -> None:
         try:
@@ -272,14 +270,15 @@ class CheckpointManager(TitanCheckpointManager):
 
     def _archive(self, folder: Path, after: int | None = None) -> None:
         """Move away the checkpoints after the step that is resumed; at a new start, the first save, cut short."""
-        for step in [] if self.load_only else self.trainer.context.start.checkpoints:
-            path = folder / f"step-{step}"
-            if after is None or (step > after and not is_unfinished(path)):  # that one will be overwritten
+        for step, status in self.trainer.context.start.checkpoints.items():
+            keep = after is not None and (step <= after or status.unfinished)  # an unfinished one is overwritten
+            if not (keep or self.load_only):
+                path = folder / f"step-{step}"
                 logger.warning(f"{path} is moved to {archive(path)}")
 
     def _resume(self, checkpoint: Path, step: int) -> list[str]:
         """Load a checkpoint of this job; returns the names of what was loaded."""
-        if step == 0 or self.consensus.first(lambda: is_resumable(checkpoint)):
+        if step == 0 or self.trainer.context.start.checkpoints[step].resumable:
             return self._load(checkpoint, model_only=step == 0)
         # The end of the job, of which the marker alone has what it counted.
         marker = self.consensus.first(lambda: read_marker(checkpoint))

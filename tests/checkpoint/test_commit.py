@@ -14,7 +14,7 @@ from flame.checkpoint.commit import (
     archive,
     complete_steps,
     find_corruption,
-    is_resumable,
+    inspect_checkpoint,
     read_marker,
     scan_checkpoints,
     verify_hashes,
@@ -130,7 +130,7 @@ def test_a_checkpoint_without_a_marker_is_checked_against_its_metadata(name, dam
         damage(checkpoint / name)
         assert words in find_corruption(checkpoint) and complete_steps(tmp_path) == []
     else:
-        assert find_corruption(checkpoint) is None and complete_steps(tmp_path) == [3] and is_resumable(checkpoint)
+        assert inspect_checkpoint(checkpoint) == Status(resumable=True) and complete_steps(tmp_path) == [3]
 
 
 def test_overwriting_a_checkpoint_leaves_no_old_file(tmp_path):
@@ -163,5 +163,5 @@ def test_a_checkpoint_made_of_safetensors_is_complete_and_cannot_be_resumed(tmp_
         entries, {"weight": whole("weight", (64,))}, {"weight": (64,)}, tmp_path / "step-0", piece_bytes=64
     )
     checkpoint = tmp_path / "step-0"
-    assert found(checkpoint) is None and not is_resumable(checkpoint)
+    assert found(checkpoint) is None and not inspect_checkpoint(checkpoint).resumable
     assert len(read_marker(checkpoint)["files"]) == 5  # four pieces and .metadata

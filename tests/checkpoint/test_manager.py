@@ -16,8 +16,7 @@ from flame.checkpoint.commit import (
     MARKER,
     METADATA,
     complete_steps,
-    find_corruption,
-    is_resumable,
+    inspect_checkpoint,
     read_marker,
     scan_checkpoints,
     verify_hashes,
@@ -362,7 +361,7 @@ def test_a_model_alone_never_replaces_a_full_checkpoint(tmp_path):
     job.trainer.step = 2
     job.manager.save(2)
     job.manager.save(2, last_step=True)  # the data have ended
-    assert is_resumable(tmp_path / "checkpoint" / "step-2")
+    assert inspect_checkpoint(tmp_path / "checkpoint" / "step-2").resumable
     job.manager.close()
 
 
@@ -379,5 +378,5 @@ def test_the_background_process_makes_the_checkpoint_complete(tmp_path, monkeypa
             job.manager._flattened_model_states_sd(), str(path), AsyncMode.ASYNC_WITH_PINNED_MEM
         )
         getattr(response, "upload_completion", response).result()
-        assert read_marker(path)["step"] == step and find_corruption(path) is None and not verify_hashes(path)
+        assert read_marker(path)["step"] == step and inspect_checkpoint(path).resumable and not verify_hashes(path)
     job.manager.close()

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from flame.checkpoint.commit import complete_steps, is_resumable
+from flame.checkpoint.commit import complete_steps, inspect_checkpoint
 from tests.launch import SMALL, metrics, train_each
 from tests.tiny import write_config
 
@@ -57,14 +57,14 @@ def test_a_run_that_ended_with_a_model_alone_is_complete_when_it_is_started_agai
     assert (found["status"], found["step"], saved) == ("completed", 2, [1, 2])
     assert found["tokens"] == metrics(root / "alone")[-1]["tokens"] > 0
     assert (found["start"]["mode"], found["start"]["restored"]) == ("resume", ["model"])
-    assert not is_resumable(root / "alone" / "checkpoint" / "step-2")
+    assert not inspect_checkpoint(root / "alone" / "checkpoint" / "step-2").resumable
     assert len(metrics(root / "alone")) == 2
 
 
 def test_the_end_of_the_data_leaves_a_checkpoint_that_can_be_resumed_as_it_is(root):
     found, saved = status(root / "data"), complete_steps(root / "data" / "checkpoint")
     assert (found["status"], saved[-1]) == ("data_exhausted", found["step"])
-    assert is_resumable(root / "data" / "checkpoint" / f"step-{found['step']}")
+    assert inspect_checkpoint(root / "data" / "checkpoint" / f"step-{found['step']}").resumable
 
 
 def test_a_run_outlives_a_disk_too_full_for_its_records_and_keeps_those_of_every_step(root):
