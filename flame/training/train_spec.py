@@ -30,7 +30,7 @@ from flame.training import quantize
 from flame.training.context import RunContext
 from flame.training.lr_schedule import build_lr_schedule
 from flame.training.metrics import build_metrics
-from flame.training.validation import build_validator
+from flame.training.validation import Validator
 
 _NEEDS_GPU = {
     "training.enable_cpu_offload": lambda config: config.training.enable_cpu_offload,
@@ -77,7 +77,7 @@ def register(job_config: JobConfig, context: RunContext | None = None) -> None:
         build_tokenizer_fn=lambda _job_config: tokenizer,
         build_loss_fn=build_loss,
         build_metrics_processor_fn=partial(build_metrics, context),
-        build_validator_fn=partial(build_validator, context, sources=held_out_sources),
+        build_validator_fn=partial(Validator, context, held_out_sources),
     )
     register_train_spec(model.name, spec)
 

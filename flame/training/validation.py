@@ -34,35 +34,54 @@ Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
 class Validator(BaseValidator):
     """torchtitan's hook, called every validation.freq steps. torchtitan's own Validator averages batches, not tokens.
 
-    loader: batches of one row, all rows of the set. Raises UserError if there is none.
+    After `sources`, the held-out ones, the arguments are torchtitan's. Raises UserError if the sources fill no row.
     """
 
     def __init__(
         self,
-        job_config: JobConfig,
-        loader: Loader,
-        rank: int,
-        ranks: int,
+        context: RunContext,
+        sources: Sequence[Source],
         *,
-        dims: ParallelDims,
-        pipeline: Pipeline | None,
-        train_context: Callable[[], AbstractContextManager],
-        autocast: AbstractContextManager,
-        metrics: Metrics,
-        raise_if_stopped: Callable[[], None],
+        job_config: JobConfig,
+        dp_world_size: int,
+        dp_rank: int,
+        tokenizer: Tokenizer,
+        parallel_dims: ParallelDims,
+        loss_fn: SummedLoss,
+        validation_context: Callable[[], AbstractContextManager],
+        maybe_enable_amp: AbstractContextManager,
+        metrics_processor: Metrics,
+        pp_schedule: Any = None,
+        pp_has_first_stage: Any = None,
+        pp_has_last_stage: Any = None,
     ) -> None:
         super().__init__(job_config)
-        self._loader, self._start, self._rank, self._ranks = loader, loader.position(), rank, ranks
-        self._dims, self._pipeline, self._metrics = dims, pipeline, metrics
-        self._train_context, self._autocast, self._raise_if_stopped = train_context, autocast, raise_if_stopped
+        self._context, self._metrics, self._dims = context, metrics_processor, parallel_dims
+        self._rank, self._dp_degree, self._train_context = dp_rank, dp_world_size, validation_context
+        self._autocast = autocast_for(job_config, maybe_enable_amp)
+        self._pipeline = Pipeline(pp_schedule, pp_has_first_stage, pp_has_last_stage, loss_fn) if pp_schedule else None
+        training, validation = job_config.training, job_config.validation
+        self._loader = Loader(
+            sources,
+            tokenizer,
+            rank=0,
+            world=1,
+            batch=1,
+            seq_len=validation.seq_len,
+            lanes=1,
+            window=1,
+            workers=validation.dataloader.num_workers,
+            prefetch=64,
+            varlen=training.varlen,
+            context_len=training.context_len,
+            epochs=1,
+        )
+        self._start = self._loader.position()
         with closing(self._rows()) as rows:
             if next(rows, None) is None:
-                validation = job_config.validation
-                raise UserError(
-                    "--validation.dataset",
-                    f"less than one row in {validation.dataset}",
-                    f"at least validation.seq_len {validation.seq_len} tokens and one more",
-                )
+                found = f"less than one row in {validation.dataset}"
+                allowed = f"at least validation.seq_len {validation.seq_len} tokens and one more"
+                raise UserError("--validation.dataset", found, allowed)
 
     @torch.no_grad()
     def validate(self, model_parts: list[torch.nn.Module], step: int) -> None:
@@ -73,7 +92,7 @@ class Validator(BaseValidator):
         total = torch.zeros(2, dtype=torch.float64, device=utils.device_type)  # losses, tokens
         with closing(self._batches()) as batches:
             for inputs, labels in batches:
-                self._raise_if_stopped()
+                self._context.raise_if_stopped()
                 moved = {name: tensor.to(utils.device_type) for name, tensor in inputs.items()}
                 tokens, targets = moved.pop("input"), labels.to(utils.device_type)
                 with self._train_context(), self._autocast:
@@ -105,10 +124,10 @@ class Validator(BaseValidator):
         """This rank's batches, as many and as large as every other rank's: rows without labels fill up the last."""
         size = self.job_config.validation.local_batch_size
         with closing(self._rows()) as rows:
-            while chunk := list(islice(rows, size * self._ranks)):
+            while chunk := list(islice(rows, size * self._dp_degree)):
                 inputs, labels = chunk[0]
                 blank = (inputs, torch.full_like(labels, IGNORE_INDEX))
-                mine = chunk[self._rank :: self._ranks]
+                mine = chunk[self._rank :: self._dp_degree]
                 yield _stack([*mine, *[blank] * (size - len(mine))])
 
 
@@ -122,52 +141,3 @@ def _stack(rows: list[Batch]) -> Batch:
         end = torch.tensor([len(rows) * seq], dtype=first["cu_seqlens"].dtype)
         inputs["cu_seqlens"] = torch.cat([*begins, end])
     return inputs, torch.cat([labels for _, labels in rows])
-
-
-def build_validator(
-    context: RunContext,
-    *,
-    sources: Sequence[Source],
-    job_config: JobConfig,
-    dp_world_size: int,
-    dp_rank: int,
-    tokenizer: Tokenizer,
-    parallel_dims: ParallelDims,
-    loss_fn: SummedLoss,
-    validation_context: Callable[[], AbstractContextManager],
-    maybe_enable_amp: AbstractContextManager,
-    metrics_processor: Metrics,
-    pp_schedule: Any = None,
-    pp_has_first_stage: Any = None,
-    pp_has_last_stage: Any = None,
-    **_: Any,
-) -> Validator:
-    """torchtitan's `build_validator_fn` over the opened held-out sources. Raises UserError if they fill no row."""
-    validation, training = job_config.validation, job_config.training
-    loader = Loader(
-        sources,
-        tokenizer,
-        rank=0,
-        world=1,
-        batch=1,
-        seq_len=validation.seq_len,
-        lanes=1,
-        window=1,
-        workers=validation.dataloader.num_workers,
-        prefetch=64,
-        varlen=training.varlen,
-        context_len=training.context_len,
-        epochs=1,
-    )
-    return Validator(
-        job_config,
-        loader,
-        dp_rank,
-        dp_world_size,
-        dims=parallel_dims,
-        pipeline=Pipeline(pp_schedule, pp_has_first_stage, pp_has_last_stage, loss_fn) if pp_schedule else None,
-        train_context=validation_context,
-        autocast=autocast_for(job_config, maybe_enable_amp),
-        metrics=metrics_processor,
-        raise_if_stopped=context.raise_if_stopped,
-    )

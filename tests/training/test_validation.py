@@ -11,7 +11,7 @@ from torchtitan.components.loss import IGNORE_INDEX
 from flame.config.parser import parse, recorded
 from flame.errors import UserError
 from flame.preflight.validate import check
-from flame.training.validation import build_validator
+from flame.training.validation import Validator
 from tests.launch import SMALL, metrics, train_each
 from tests.tiny import write_config
 
@@ -52,9 +52,9 @@ def validator(held_out, rank=0, ranks=1, *flags):
     config = parse([f"--validation.dataset={held_out}", f"--validation.seq_len={SEQ}", *flags])
     logged = Logged()
     sources = build_sources(config.validation, config.data)
-    made = build_validator(
+    made = Validator(
         SimpleNamespace(raise_if_stopped=lambda: None),
-        sources=sources,
+        sources,
         job_config=config,
         dp_world_size=ranks,
         dp_rank=rank,
