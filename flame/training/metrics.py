@@ -15,7 +15,6 @@ from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import NoColor, get_peak_flops
 
 from flame.config.schema import JobConfig
-from flame.runtime.run_folder import Run
 from flame.training.context import RunContext
 
 _FALLBACK_PEAK = 312e12  # torchtitan 0.2.2 (tools/utils.py) takes an unknown device for an A100
@@ -27,36 +26,26 @@ class Metrics(MetricsProcessor):
     time_last_log: float
     ntokens_since_last_log: int
 
-    def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims, run: Run, tag: str | None = None) -> None:
-        super().__init__(job_config, parallel_dims, tag)
-        self.run = run
-        self.steps_since_last_log = 0
+    def __init__(
+        self, context: RunContext, job_config: JobConfig, parallel_dims: ParallelDims, _model_args: Any
+    ) -> None:
+        if job_config.metrics.enable_wandb:
+            _name_wandb_run(context)
+        super().__init__(job_config, parallel_dims)
+        self.run, self.steps_since_last_log = context.run, 0
         self.failed = False  # TensorBoard or W&B
         if os.environ.get("NO_COLOR"):  # https://no-color.org; train.sh sets it when its output is not a terminal
             self.color = NoColor()
         self.peak_flops = known_peak_flops(self.device_memory_monitor.device_name)
 
-    def log(
-        self,
-        step: int,
-        loss: float,
-        max_loss: float,
-        grad_norm: float,
-        extra_metrics: dict[str, Any],
-    ) -> None:
+    def log(self, step: int, loss: float, max_loss: float, grad_norm: float, extra_metrics: dict[str, Any]) -> None:
         """Log a step. `loss` is the mean over the step's global valid tokens, `grad_norm` the norm before clipping.
 
         `extra_metrics` must hold lr, tokens (seen by the run so far) and data_digest.
         """
         seconds = time.perf_counter() - self.time_last_log
-        rate = (
-            self.ntokens_since_last_log / seconds / self.parallel_dims.non_data_parallel_size
-        )  # per second and device
-        step_seconds = seconds / max(1, self.steps_since_last_log)
-        loading = sum(self.data_loading_times) / seconds
-        memory = self.device_memory_monitor.get_peak_stats()
+        rate = self.ntokens_since_last_log / seconds / self.parallel_dims.non_data_parallel_size  # per device
         flops = self.num_flops_per_token * rate
-
         record = {
             "step": step,
             "loss": loss,
@@ -66,9 +55,9 @@ class Metrics(MetricsProcessor):
             "tokens_per_second": rate * self.parallel_dims.world_size,
             "tflops": flops / 1e12,
             "mfu": None if self.peak_flops is None else flops / self.peak_flops,
-            "step_seconds": step_seconds,
-            "data/wait_share": loading,
-            "memory_gib": memory.max_reserved_gib,
+            "step_seconds": seconds / max(1, self.steps_since_last_log),
+            "data/wait_share": sum(self.data_loading_times) / seconds,
+            "memory_gib": self.device_memory_monitor.get_peak_stats().max_reserved_gib,
         }
         self.run.log({name: _json_number(value) for name, value in record.items()})
         self._show({name: value for name, value in record.items() if isinstance(value, int | float)}, step)
@@ -82,7 +71,7 @@ class Metrics(MetricsProcessor):
     def log_validation(self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None) -> None:
         """Log a validation as a record of its own. extra_metrics: validation/seconds, kept out of training's speed."""
         record = {"validation/loss": loss, **(extra_metrics or {})}
-        self.run.log({"step": step, **{name: None if value != value else value for name, value in record.items()}})
+        self.run.log({"step": step, **{name: _json_number(value) for name, value in record.items()}})
         self._show(record, step)
         logger.info(f"validation after step {step}: loss {loss:.4f}")
         self.time_last_log += record.get("validation/seconds", 0.0)
@@ -129,19 +118,6 @@ def known_peak_flops(device_name: str) -> float | None:
     """Peak bf16 FLOP/s of a device torchtitan knows by name, else None."""
     peak = get_peak_flops(device_name)
     return peak if peak != _FALLBACK_PEAK or "A100" in device_name else None
-
-
-def build_metrics(
-    context: RunContext,
-    job_config: JobConfig,
-    parallel_dims: ParallelDims,
-    model_args: Any = None,
-    tag: str | None = None,
-) -> Metrics:
-    """torchtitan's `build_metrics_processor_fn`."""
-    if job_config.metrics.enable_wandb:
-        _name_wandb_run(context)
-    return Metrics(job_config, parallel_dims, context.run, tag)
 
 
 def _name_wandb_run(context: RunContext) -> None:

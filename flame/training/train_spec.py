@@ -29,7 +29,7 @@ from flame.titan.hf_equivalent import TITAN_CONFIG, titan_structure
 from flame.training import quantize
 from flame.training.context import RunContext
 from flame.training.lr_schedule import build_lr_schedule
-from flame.training.metrics import build_metrics
+from flame.training.metrics import Metrics
 from flame.training.validation import Validator
 
 _NEEDS_GPU = {
@@ -76,7 +76,7 @@ def register(job_config: JobConfig, context: RunContext | None = None) -> None:
         build_dataloader_fn=partial(build_dataloader, sources=sources),
         build_tokenizer_fn=lambda _job_config: tokenizer,
         build_loss_fn=build_loss,
-        build_metrics_processor_fn=partial(build_metrics, context),
+        build_metrics_processor_fn=partial(Metrics, context),
         build_validator_fn=partial(Validator, context, held_out_sources),
     )
     register_train_spec(model.name, spec)
