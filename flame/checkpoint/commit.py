@@ -124,10 +124,8 @@ def verify_hashes(checkpoint: Path, rank: int = 0, world_size: int = 1) -> list[
         except FileNotFoundError:
             problems.append(f"{name} is missing")
             continue
-        if found != file["xxh3_128"]:
-            problems.append(
-                f"{name} holds other bytes than were saved (its hash is {found}, must be {file['xxh3_128']})"
-            )
+        if found != (saved := file["xxh3_128"]):
+            problems.append(f"{name} holds other bytes than were saved (its hash is {found}, must be {saved})")
     return problems
 
 

@@ -12,6 +12,12 @@ _MODULES = (  # whose classes are read as PickledObject
     "torch.storage",
     "pathlib",
 )
+_REBUILT = {
+    ("torch", "Size"): tuple,
+    ("torch._utils", "_rebuild_tensor_v2"): lambda *args: args[:4],
+    ("torch._utils", "_rebuild_tensor_v3"): lambda *args: args[:4],
+    ("collections", "OrderedDict"): OrderedDict,
+}
 
 
 class PickledObject:
@@ -35,7 +41,7 @@ def read_pickle(data: bytes) -> Any:
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if known := _KNOWN.get((module, name)):
+        if known := _REBUILT.get((module, name)):
             return known
         if module in _MODULES or (module == "torch" and name.endswith("Storage")):
             return PickledObject
@@ -45,15 +51,3 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> str:
         return str(pid[2])  # ("storage", type, key, device, length)
-
-
-def _tensor(storage: str, offset: int, sizes: Any, strides: Any, *_: Any) -> tuple[str, int, Any, Any]:
-    return storage, offset, sizes, strides
-
-
-_KNOWN = {
-    ("torch", "Size"): tuple,
-    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    ("torch._utils", "_rebuild_tensor_v3"): _tensor,
-    ("collections", "OrderedDict"): OrderedDict,
-}
