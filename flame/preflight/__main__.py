@@ -1,7 +1,7 @@
-"""What train.sh asks before it starts any process: `python -m flame.preflight "$@"`.
+"""What train.sh runs before it starts any process: `python -m flame.preflight "$@"`.
 
-Prints the --help page, or refuses a mistake with one line, in well under a second: it loads neither torch nor the
-package torchtitan, only torchtitan's config module.
+Prints the --help page, or rejects a job with one line, in well under a second: it loads neither torch nor the package
+torchtitan, only torchtitan's config module.
 """
 
 import contextlib
@@ -16,17 +16,17 @@ from pathlib import Path
 
 from flame.errors import REFUSED, UserError
 
-HELP_SHOWN = 64  # exit code that tells train.sh that all went well and there is nothing to launch
-DRY_RUN = 65  # exit code that tells train.sh that one process is enough
+HELP_SHOWN = 64  # exit code: there is nothing to launch
+DRY_RUN = 65  # exit code: a dry run, for which train.sh starts one process
 
 
 @contextlib.contextmanager
 def without_torch() -> Iterator[None]:
-    """Stand-ins for torch and the packages torchtitan and torchtitan.config, while config modules are imported.
+    """In the block, stand-ins for torch, torchtitan and torchtitan.config, so that config modules can be imported.
 
-    torchtitan/__init__ imports quantization and with it inductor (3 to 4 s), while torchtitan/config/job_config.py
-    needs of torch only the name. A package object that has nothing but __path__ lets its modules be found without
-    running its __init__. Whatever is already loaded stays, and no stand-in outlives the block.
+    torchtitan/__init__ of 0.2.2 imports quantization and with it inductor (3 to 4 s), while torchtitan/config needs
+    only the name of torch. The modules of a package that has nothing but __path__ are found without its __init__.
+    Modules that are loaded already are left alone.
     """
     titan = importlib.util.find_spec("torchtitan")
     assert titan is not None and titan.submodule_search_locations, "torchtitan is not installed"
@@ -52,10 +52,10 @@ def main(argv: list[str]) -> int:
     if "-h" in argv or "--help" in argv:
         try:
             print(help_text(), end="", flush=True)
-        except BrokenPipeError:  # `train.sh -h | head`; Python would complain again when it closes stdout
+        except BrokenPipeError:  # `train.sh -h | head`; Python would fail again when it closes stdout
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return HELP_SHOWN
-    logging.getLogger("flame").setLevel(logging.ERROR)  # the run itself says what it ignores
+    logging.getLogger("flame").setLevel(logging.ERROR)  # the run itself logs what it ignores
     try:
         config = parse(argv)
         check(config, world_size())

@@ -1,4 +1,4 @@
-"""The files and hub ids a job names: whether those that should be here are, and fit together."""
+"""Validation of the files and hub ids that a job names: those that must be on this machine exist and fit together."""
 
 import json
 import os
@@ -17,26 +17,25 @@ TITAN = ("deepseek_v3", "llama3", "llama4", "qwen3")
 
 
 def check_model(config: JobConfig) -> None:
-    """Refuse a model or tokenizer that is missing or broken, and a tokenizer larger than the model."""
+    """Validate the model and tokenizer settings, and their files on this machine, without loading either.
+
+    Raises UserError; also for a tokenizer with more ids than the model has room for, unless the vocabulary may grow.
+    """
     model = config.model
     if model.name not in ("auto", *TITAN):
-        raise UserError(
-            f"--model.name: found {model.name!r}, must be auto (the model_type of --model.config decides) or one of "
-            f"torchtitan's {', '.join(TITAN)}"
-        )
+        allowed = f"auto (the model_type of model.config decides) or one of torchtitan's {', '.join(TITAN)}"
+        raise UserError("--model.name", repr(model.name), allowed)
     if model.name != "auto" and model.config:
-        raise UserError(
-            f"--model.config: found {model.config}, must be none with --model.name {model.name}, whose sizes are its "
-            "--model.flavor's"
-        )
+        hint = "model.flavor gives its sizes"
+        raise UserError("--model.config", model.config, f"none with model.name {model.name}", hint)
     if model.name == "auto" and not model.config:
-        raise UserError("--model.config: not set, must be a model JSON (configs/), a Hugging Face folder or a hub id")
+        raise UserError("--model.config", "nothing", "a model JSON (configs/), a Hugging Face folder or a hub id")
     if not model.tokenizer_path:
-        raise UserError("--model.tokenizer_path: not set, must be byte, a folder, a tokenizer.json or a hub id")
+        raise UserError("--model.tokenizer_path", "nothing", "byte, a folder, a tokenizer.json or a hub id")
     if twice := [token for i, token in enumerate(model.add_tokens) if token in model.add_tokens[:i]]:
-        raise UserError(f"--model.add_tokens: found {twice[0]} twice")
+        raise UserError("--model.add_tokens", f"{twice[0]} twice", "a list of different tokens")
     if not all(model.add_tokens):
-        raise UserError("--model.add_tokens: found an empty item, every item must be a token")
+        raise UserError("--model.add_tokens", "an empty item", "a list of tokens")
     if model.tokenizer_path != "byte":
         check_path("--model.tokenizer_path", model.tokenizer_path)
     if not model.config:
@@ -46,41 +45,44 @@ def check_model(config: JobConfig) -> None:
     path = path / "config.json" if os.path.isdir(path) else path
     if not is_local(str(path)):
         return  # a hub id
-    described = _read_json("model.config", path)
+    described = _read_json("--model.config", path)
     if not isinstance(described.get("model_type"), str):
-        raise UserError(f"--model.config: {path} names no model_type, so it is no Hugging Face model config")
+        raise UserError("--model.config", f"no model_type in {path}", "a Hugging Face model config")
     vocab_size, ids = described.get("vocab_size"), vocab_of_tokenizer(model.tokenizer_path)
     if isinstance(vocab_size, int) and ids is not None:
         fit_vocab_size(vocab_size, ids, model.config, model.grow_vocab)
 
 
 def vocab_of_tokenizer(path: str) -> int | None:
-    """Ids a tokenizer needs (largest id + 1, added tokens too); None if only loading it would tell, as for a hub id."""
+    """Ids a tokenizer needs (largest id + 1, added tokens too); None if only loading it would tell, as for a hub id.
+
+    Raises UserError if its JSON cannot be read or does not describe a tokenizer.
+    """
     if path == "byte":
         return 257
     file = Path(path).expanduser()
     file = file / "tokenizer.json" if os.path.isdir(file) else file
     if file.suffix != ".json" or not os.path.isfile(file):
         return None
-    tokenizer = _read_json("model.tokenizer_path", file)
+    tokenizer = _read_json("--model.tokenizer_path", file)
     try:
         vocab = tokenizer["model"]["vocab"]
         ids = vocab.values() if isinstance(vocab, dict) else range(len(vocab))
         return max([*ids, *(token["id"] for token in tokenizer.get("added_tokens") or [])], default=-1) + 1
     except (KeyError, TypeError) as e:
-        raise UserError(f"--model.tokenizer_path: {file} is no tokenizer: {e!r}") from None
+        raise UserError("--model.tokenizer_path", file, "the JSON of a tokenizer", repr(e)) from None
 
 
 def _read_json(flag: str, path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
-        raise UserError(f"--{flag}: cannot read {path}: {e.strerror}") from None
+        raise UserError(flag, hint=f"cannot read {path}: {e.strerror}") from None
     except ValueError as e:
-        raise UserError(f"--{flag}: {path} is no valid JSON: {e}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"--{flag}: {path} holds a {type(found).__name__}, must be a JSON object")
-    return found
+        raise UserError(flag, path, "valid JSON", str(e)) from None
+    if not isinstance(content, dict):
+        raise UserError(flag, f"a {type(content).__name__} in {path}", "a JSON object")
+    return content
 
 
 def check_data(section: Training | Validation, data: Data) -> None:
