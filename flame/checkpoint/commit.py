@@ -1,7 +1,7 @@
 """The commit marker of a checkpoint: written last, it lists what each file must be. Imports no torch.
 
-Checkpoints without a marker, of torchtitan or of flame before it wrote markers, are complete when their metadata and
-the files it names are there, as long as it says.
+A checkpoint without a marker, of torchtitan or of flame before it wrote markers, is complete if its metadata and the
+files that it names exist and are large enough.
 """
 
 import json

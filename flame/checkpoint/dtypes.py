@@ -108,7 +108,7 @@ def cast(block: np.ndarray, source: str, target: str) -> np.ndarray:
     bits = single.view(np.uint32)
     if target == "float32":
         return bits
-    rounded = bits >> 16
+    rounded = bits >> 16  # to nearest even, in place
     rounded &= 1
     rounded += 0x7FFF
     rounded += bits

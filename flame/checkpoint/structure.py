@@ -27,8 +27,8 @@ class ConversionError(ValueError):
 class PublishedTensor:
     """What a published checkpoint has under one name: a tensor of the model, or a box of it, such as one expert's.
 
-    The box begins at the coordinates `start`; its leading dimensions that `shape` lacks have one element. With `heads`
-    each of so many equal groups of its rows has its first half in the tensor's even rows, the second in the odd ones.
+    The box begins at the coordinates `start`; leading dimensions that `shape` lacks have size 1. heads: if not 0, the
+    rows are this many equal groups, and the two halves of a group are the tensor's even and odd rows.
     """
 
     tensor: str
@@ -44,7 +44,7 @@ class PublishedTensor:
 
 
 def whole(name: str, shape: tuple[int, ...]) -> PublishedTensor:
-    """All of a tensor under its own name."""
+    """A tensor that is published as a whole, under its own name."""
     return PublishedTensor(name, (0,) * len(shape), shape)
 
 
