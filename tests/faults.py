@@ -2,10 +2,8 @@
 
 import json
 import math
-import resource
 import signal
 import sys
-import time
 from collections import Counter
 from contextlib import suppress
 from datetime import timedelta
@@ -13,6 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from flame.drills.fault import Stall, is_last_rank, limit_file_size
 from flame.errors import NonFiniteError
 from flame.training.context import RunContext
 from flame.training.nonfinite import name_state
@@ -33,7 +32,7 @@ class Poisoned(FlameTrainer):
         super().__init__(job_config, context)
 
     def _poison(self, what):
-        return what == self.what and self.step in self.bad_steps and dist.get_rank() == dist.get_world_size() - 1
+        return what == self.what and self.step in self.bad_steps and is_last_rank()
 
     def forward_backward_step(self, **arguments):
         loss = super().forward_backward_step(**arguments)
@@ -79,22 +78,15 @@ class EndingData(FlameTrainer):
     """The data of the last rank end in step 3, while the others have more."""
 
     def _collect(self, data_iterator):
-        if self.step == 3 and dist.get_rank() == dist.get_world_size() - 1:
+        if self.step == 3 and is_last_rank():
             return StepData([], 0, 0, exhausted=True)
         return super()._collect(data_iterator)
 
 
-class SlowData(FlameTrainer):
+class SlowData(Stall):
     """The last rank waits a second for the data of step 2."""
 
-    def batch_generator(self, data_iterable):
-        def slow():
-            for number, batch in enumerate(data_iterable, 1):
-                if number == 2 and dist.get_rank() == dist.get_world_size() - 1:
-                    time.sleep(1)
-                yield batch
-
-        return super().batch_generator(slow())
+    stall_step, stall_seconds = 2, 1.0
 
 
 class Odd(FlameTrainer):
@@ -104,10 +96,10 @@ class Odd(FlameTrainer):
 
     def train_step(self, data_iterator):
         what, rank = self.job_config.job.description, dist.get_rank()
-        if what == "clock" and self.step == 2 and rank == dist.get_world_size() - 1:
+        if what == "clock" and self.step == 2 and is_last_rank():
             self.checkpointer.last_save = -math.inf
         if what == "disk" and self.step == 2 and rank == 0:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (10, resource.RLIM_INFINITY))
+            limit_file_size(10)
             (tensorboard,) = self.metrics_processor.logger._loggers
             tensorboard.log({"full": 1.0}, 2)
             with suppress(OSError):  # all that follow raise it, from whatever they are called
@@ -115,7 +107,7 @@ class Odd(FlameTrainer):
         try:
             super().train_step(data_iterator)
         finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            limit_file_size(-1)
         backend = dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))
         self.timeouts[self.step] = backend.options._timeout.total_seconds()
 
@@ -142,7 +134,7 @@ class Asked(FlameTrainer):
             if (self.step, calls[self.step]) == asked:
                 if reason == "max_wall_time":
                     context.deadline = 0 if dist.get_rank() == 0 else math.inf
-                elif dist.get_rank() == dist.get_world_size() - 1:
+                elif is_last_rank():
                     context.signals.asked = signal.Signals[reason]
             RunContext.raise_if_stopped(context)
 

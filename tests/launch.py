@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flame.drills import job as drill_job
+
 REPO = Path(__file__).parents[1]
 SMALL = (  # flags that make any run small, deterministic and fully logged
     "--training.seq_len=128",
@@ -54,10 +56,8 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def trajectory(folder: Path) -> list[tuple[Any, ...]]:
-    """What must not depend on how a run came about: step, loss, gradient norm, learning rate, tokens and data."""
-    return [
-        tuple(r[name] for name in ("step", "loss", "grad_norm", "lr", "tokens", "data_digest")) for r in metrics(folder)
-    ]
+    """What must not depend on how a run came about, of each step."""
+    return drill_job.trajectory(metrics(folder))
 
 
 def _run_jobs(trainer: str, jobs: list[list[str]]) -> None:

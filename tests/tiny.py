@@ -4,27 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from flame.drills.job import MODEL
+
 _FLA = {"fuse_cross_entropy": True, "fuse_norm": True, "fuse_swiglu": True, "hidden_size": 64, "vocab_size": 320}
+_POSITIONS = {"max_position_embeddings": 256}
 CONFIGS: dict[str, dict[str, Any]] = {
-    "llama": {
-        "model_type": "llama",
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "vocab_size": 320,
-    },
-    "gpt_neox": {
-        "model_type": "gpt_neox",
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 256,
-        "vocab_size": 320,
-    },
+    "llama": MODEL | _POSITIONS | {"num_key_value_heads": 2},
+    "gpt_neox": MODEL | _POSITIONS | {"model_type": "gpt_neox"},
     "transformer": {"model_type": "transformer", "num_hidden_layers": 2, "num_heads": 4, **_FLA},
     "gla": {"model_type": "gla", "num_hidden_layers": 2, "num_heads": 4, **_FLA},
 }

@@ -1,4 +1,1 @@
-"""Drills: faults made on purpose in a tiny job, to see on a laptop or a cluster that nothing is lost.
-
-`python -m flame.drills [NAME ...] [--nproc N]`; see docs/drills.md.
-"""
+"""Drills: faults injected into a tiny job, to check on any machine that nothing is lost; see docs/drills.md."""

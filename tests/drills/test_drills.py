@@ -1,4 +1,4 @@
-"""The drills find nothing wrong with flame, and do find what is wrong."""
+"""The drills pass on flame, and fail where a claim does not hold."""
 
 import signal
 import subprocess
@@ -9,6 +9,7 @@ import pytest
 
 from flame.drills.__main__ import main
 from flame.drills.drill import DRILLS
+from flame.drills.job import is_alive
 from tests.launch import environment
 
 FAST = ("data_end",)
@@ -20,7 +21,7 @@ def drill(*arguments):
 
 
 @pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in DRILLS])
-def test_a_drill_finds_nothing_wrong(name, tmp_path):
+def test_every_check_of_a_drill_holds(name, tmp_path):
     done = drill(name, "--nproc=2", f"--keep={tmp_path}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "  ok      " in done.stdout
@@ -37,31 +38,34 @@ def test_twenty_kills_lose_nothing(mode, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_claim_that_does_not_hold_is_said_and_is_the_exit_code(tmp_path):
+def test_a_check_that_fails_is_reported_and_makes_the_exit_code_1(tmp_path):
     done = drill("nan", "--nproc=1", f"--keep={tmp_path}", "--flags", "--training.skip_nan_inf")
     assert done.returncode == 1
     assert "FAILED  ends with exit code 1: 0 (" in done.stdout
 
 
-def test_a_drill_that_there_is_not_is_refused():
-    done = drill("flood")
-    assert done.returncode == 2
-    assert "found flood, must be one of kill_in_save, sigterm" in done.stderr and "[]" not in done.stderr
-
-
-@pytest.mark.parametrize("folder", ["afile", "afile/x"])
-def test_a_folder_that_cannot_be_is_refused_in_one_line(folder, tmp_path, capsys):
-    (tmp_path / "afile").touch()
-    assert main(["nan", f"--keep={tmp_path / folder}"]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("flame: --keep: ") and "afile" in said and said.count("\n") == 1
-
-
 @pytest.mark.slow
-def test_what_a_job_of_the_drills_says_last_is_said(tmp_path):
+def test_a_job_that_cannot_start_is_reported_by_its_last_line(tmp_path):
     done = drill("nan", "--nproc=1", f"--keep={tmp_path}", "--flags", "--training.stepps=3")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "ends with 2 (flame: --training.stepps" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, found",
+    [
+        (["flood"], "flame: drill: found flood, must be one of kill_in_save, sigterm"),
+        (["nan", "--times=0"], "flame: --times: found 0, must be 1 or more"),
+        (["nan", "--keep={folder}/file"], "flame: --keep: "),
+        (["nan", "--keep={folder}/file/x"], "flame: --keep: "),
+        (["nan", "--keep={folder}"], "file, which exists already"),  # runs that are kept are not overwritten
+    ],
+)
+def test_a_usage_error_is_one_line_and_exit_code_2(arguments, found, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main([argument.format(folder=tmp_path) for argument in arguments]) == 2
+    line = capsys.readouterr().err
+    assert found in line and line.count("\n") == 1
 
 
 def test_ctrl_c_ends_the_job_too_and_without_a_traceback(tmp_path):
@@ -81,19 +85,4 @@ def test_ctrl_c_ends_the_job_too_and_without_a_traceback(tmp_path):
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     assert said == f"flame: nan: interrupted; the runs are in {tmp_path}\n"
-    assert not any(_is_alive(int(path.name)) for path in pids.iterdir())
-
-
-def _is_alive(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as stat:
-            return stat.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def test_runs_that_are_kept_are_not_overwritten(tmp_path):
-    (tmp_path / "nan").mkdir()
-    done = drill("nan", f"--keep={tmp_path}")
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "exists already" in done.stderr
+    assert not any(is_alive(int(path.name)) for path in pids.iterdir())
