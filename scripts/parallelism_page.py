@@ -1,4 +1,4 @@
-"""Writes the table of what each family allows into docs/parallelism.md: python scripts/parallelism_page.py"""
+"""Writes the tables of what each model supports into docs/parallelism.md: python scripts/parallelism_page.py"""
 
 from importlib import import_module
 from pathlib import Path
@@ -10,13 +10,13 @@ from flame.preflight.inputs import TITAN
 from flame.titan.parallelize import has_experts, has_right_masks
 
 PAGE = Path(__file__).parents[1] / "docs" / "parallelism.md"
-MARKS = ("<!-- families -->\n", "<!-- /families -->\n")  # the table lies between them
+MARKS = ("<!-- families -->\n", "<!-- /families -->\n")  # around the table
 TITAN_MARKS = ("<!-- torchtitan -->\n", "<!-- /torchtitan -->\n")
 COLUMNS = ("FSDP2", "HSDP", "DDP", "TP", "CP", "PP")
 
 
 def row(model_type: str, family: Family) -> str:
-    """A line of the table: what a model type allows, and why it does not allow the rest."""
+    """A row of the table: what a model type supports, and why it does not support the rest."""
     allowed = layouts(family)
     cells = ["yes" if column in allowed else "no" for column in COLUMNS]
     cells += ["one graph" if family.fullgraph else "graph breaks", "no" if family.packing is None else "yes"]
@@ -29,19 +29,20 @@ def row(model_type: str, family: Family) -> str:
 
 
 def table() -> str:
-    """The whole table."""
-    header = ("model type", *COLUMNS, "compile", "varlen", "tied", "float8", "because")
+    """The table of model types."""
+    header = ("model type", *COLUMNS, "compile", "varlen", "tied", "float8", "reason")
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     return "\n".join([*lines, *(row(*item) for item in sorted(BY_MODEL_TYPE.items()))]) + "\n"
 
 
 def titan_row(name: str, spec: Any) -> str:
-    """A line of torchtitan's table, of one of its TrainSpecs."""
+    """A row of torchtitan's table, for one of its TrainSpecs."""
     flavors = spec.model_args
-    divided = [flavor for flavor, args in flavors.items() if has_experts(args)]
+    mixtures = [flavor for flavor, args in flavors.items() if has_experts(args)]
     masked = [flavor for flavor, args in flavors.items() if has_right_masks(args)]
     cells = ["yes", "yes", "yes", "yes", "no", "yes" if spec.pipelining_fn else "no"]
-    cells += ["no" if not divided else "yes" if len(divided) == len(flavors) else _list(divided), _list(masked) or "no"]
+    experts = "no" if not mixtures else "yes" if len(mixtures) == len(flavors) else _list(mixtures)
+    cells += [experts, _list(masked) or "no"]
     return f"| `{name}` | {' | '.join(cells)} |"
 
 
@@ -58,7 +59,7 @@ def _list(flavors: list[str]) -> str:
 
 
 def page(text: str) -> str:
-    """The page with the tables of today in it."""
+    """The page with its tables up to date."""
     for (begin, end), made in ((MARKS, table()), (TITAN_MARKS, titan_table())):
         before, rest = text.split(begin)
         _, after = rest.split(end)

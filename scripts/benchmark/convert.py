@@ -1,9 +1,9 @@
 """DCP -> Hugging Face next to a plain copy and torch's own way: python scripts/benchmark/convert.py [--parameters 1.0]
 
-Makes a run with a Llama of so many billion parameters in float32 and its AdamW state, and one without that state, then
-lets each converter run in a process of its own, in turn, for --rounds rounds, every other one backwards: wall time, and
-peak resident memory of it and what it started. Needs 32 bytes of disk a parameter in --folder, and deletes what it
-made. torch's way needs 12 bytes of memory a parameter.
+Creates a run with a Llama of --parameters billion parameters in float32 and its AdamW state, and one without that
+state, then runs each converter in a separate process, in turn, for --rounds rounds, every other one in reverse order:
+wall time, and peak resident memory of it and its children. Needs 32 bytes of disk per parameter in --folder, and
+deletes what it created. torch's way needs 12 bytes of memory per parameter.
 """
 
 import argparse
@@ -23,7 +23,7 @@ VOCABULARY = 32_000
 BARE = ", no optimizer"  # in the checkpoint
 
 
-# -- what is measured, each in a process of its own --------------------------------------------------------------------
+# -- what is measured, each in a separate process ----------------------------------------------------------------------
 
 
 def make(run: Path, bare: Path, parameters: float) -> None:
@@ -40,7 +40,7 @@ def make(run: Path, bare: Path, parameters: float) -> None:
     shape = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": max(layers, 1)}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(LlamaConfig(**shape, num_attention_heads=16, vocab_size=VOCABULARY))
-    noise = torch.randn(VOCABULARY * width)  # every tensor is a view of it, so that making them takes no memory
+    noise = torch.randn(VOCABULARY * width)  # every tensor is a view of it, which takes no memory
     state = {name: noise[: tensor.numel()].view(tensor.shape) for name, tensor in model.state_dict().items()}
     moments = {f"state.{name}.{of}": t for name, t in state.items() for of in ("exp_avg", "exp_avg_sq")}
     everything = {**state, "optimizer": moments, "train_state": {"step": 1}}
@@ -54,7 +54,7 @@ def make(run: Path, bare: Path, parameters: float) -> None:
 
 
 def copy(run: Path, output: Path, nbytes: int) -> None:
-    """The floor: read so many bytes of the checkpoint and write them."""
+    """The lower bound: read `nbytes` of the checkpoint and write them."""
     output.mkdir()
     (source,) = (run / "checkpoint" / "step-1").glob("*.distcp")
     buffer = memoryview(bytearray(BUFFER))
@@ -96,18 +96,18 @@ def measure(command: list[str]) -> tuple[float, float]:
 
 
 def compare(folder: Path, parameters: float, rounds: int, without_torch: bool) -> None:
-    """Make a run in `folder`, measure all converters on it and print the table."""
+    """Create a run in `folder`, measure all converters on it and print the table."""
     run, bare, output = folder / "run", folder / "bare", folder / "output"
     this, converter = [sys.executable, __file__], [sys.executable, str(SCRIPTS / "convert_dcp_to_hf.py")]
     subprocess.run([*this, "make", str(run), str(bare), str(parameters)], check=True)
     flame, of_bare = ([*converter, f"--path={path}", f"--output={output}"] for path in (run, bare))
-    for command in (flame, of_bare):  # the first of a run takes longer
+    for command in (flame, of_bare):  # the first conversion of a run takes longer
         measure(command)
         nbytes = sum(file.stat().st_size for file in output.glob("*.safetensors"))
         shutil.rmtree(output)
     commands = {
         "read and write the same bytes": [*this, "copy", str(run), str(output), str(nbytes)],
-        "flame, first of a run cut short": flame,
+        "flame, first, of an interrupted run": flame,
         "flame": flame,
         f"flame{BARE}": of_bare,
         "flame, not verified": [*flame, "--no_verify"],
@@ -124,7 +124,7 @@ def compare(folder: Path, parameters: float, rounds: int, without_torch: bool) -
             found[name].append(measure(command))
             shutil.rmtree(output)
     print(f"output {nbytes / 2**20:,.0f} MiB in float32, load {os.getloadavg()[0]:.1f}, {os.cpu_count()} cores")
-    print(f"{'':>36}  {'wall s, each round':<28}{'to copy':>8}{'peak MiB':>10}{'to output':>10}")
+    print(f"{'':>36}  {'wall s, each round':<28}{'vs. copy':>8}{'peak MiB':>10}{'/ output':>10}")
     for name, pairs in found.items():
         walls, peak = [wall for wall, _ in pairs], max(peak for _, peak in pairs)
         ratio = median(wall / copied for wall, (copied, _) in zip(walls, next(iter(found.values())), strict=True))

@@ -1,8 +1,8 @@
-"""The data stream next to its tokenizer alone and to torchtitan's dataset, on real text made here:
+"""The data stream next to its tokenizer alone and to torchtitan's dataset, on text of this machine:
 python scripts/benchmark/data.py [--seconds 120]
 
 Writes three sources of Python source and documentation found on this machine to a temporary folder, trains a BPE of
-32,000 ids on them, and measures each part in a process of its own with one thread a tokenizer call. About 15 minutes.
+32,000 ids on them, and measures each part in a separate process with one thread per tokenizer call. About 15 minutes.
 """
 
 import argparse
@@ -21,20 +21,20 @@ from pathlib import Path
 from typing import Any
 
 ENDINGS = {"library": (".py",), "packages": (".py",), "documents": (".pyi", ".txt", ".md", ".rst")}
-SOURCE_BYTES = 32 << 20  # of each source, at most
+SOURCE_BYTES = 32 << 20  # of each source, maximum
 FILE_BYTES = 1 << 20  # larger files are tables
 SHARES = (0.5, 0.3, 0.2)
 VOCABULARY, SEQ_LEN, BATCH, SHUFFLED = 32_000, 2048, 8, 1024
-MIXED = 60 << 20  # characters the tokenizer alone is given: all of the first source, of the others by their shares
-WARM = 400  # batches before the clock starts: at first, every lane tokenizes a block of each source
+MIXED = 60 << 20  # characters for the tokenizer alone: all of the first source, the others by their shares
+WARM = 400  # batches before timing starts: at first, every lane tokenizes a block of each source
 PACKAGES = ("torch", "torchtitan", "datasets", "tokenizers", "fastokens", "transformers", "numpy")
 
 
-# -- what is measured on -----------------------------------------------------------------------------------------------
+# -- the text ----------------------------------------------------------------------------------------------------------
 
 
 def find(name: str) -> list[Path]:
-    """The files of a source: the library is Python's own, the others are of site-packages, spread over all of it."""
+    """The files of a source: Python's own library, or a sample spread over site-packages."""
     library, packages = Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("purelib"))
     root = library if name == "library" else packages
     files = [path for path in sorted(root.rglob("*")) if path.suffix in ENDINGS[name] and path.is_file()]
@@ -46,7 +46,7 @@ def find(name: str) -> list[Path]:
 
 
 def write_corpus(folder: Path) -> None:
-    """Three JSONL files, a row a file read, and a tokenizer trained on all of them."""
+    """Write three JSONL files, one row per file read, and a tokenizer trained on all of them."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -76,11 +76,11 @@ def read_texts(folder: Path) -> Iterator[str]:
                 yield json.loads(line)["text"]
 
 
-# -- the parts, each in its own process --------------------------------------------------------------------------------
+# -- the parts, each in a separate process -----------------------------------------------------------------------------
 
 
 def describe_job(folder: Path, workers: int = 0) -> Any:
-    """The job whose data stream is measured: three sources, mixed and shuffled."""
+    """The config of the job whose data stream is measured: three sources, mixed and shuffled."""
     from flame.config.parser import parse
 
     return parse(
@@ -126,7 +126,7 @@ def warm(side: Any) -> Any:
 
 
 def measure_flame(folder: Path, seconds: float) -> dict[str, float]:
-    """The stream against the tokenizer alone, alternating; its state, and how often it was made on the way."""
+    """The stream against the tokenizer alone, alternating; its state, and how often it is made while iterating."""
     from flame.data import bench
 
     loader, made = load(folder), []
@@ -135,12 +135,12 @@ def measure_flame(folder: Path, seconds: float) -> dict[str, float]:
     pair = bench.compare(warm(bench.iterate(loader)), load_ceiling(folder), 2, max(3, int(seconds / 6)))
     while_iterating = len(made)
     size, took = bench.weigh_state(loader)
-    state = {"state_bytes": size, "state_bytes_a_lane": size / 64, "state_ms": took * 1e3}
+    state = {"state_bytes": size, "state_bytes_per_lane": size / 64, "state_ms": took * 1e3}
     return {**as_numbers(pair), **state, "states_while_iterating": while_iterating}
 
 
 def measure_flame_with_tokenizers(folder: Path, seconds: float) -> dict[str, float]:
-    """The same for a tokenizer that fastokens does not read: `tokenizers` makes the ids on both sides."""
+    """The same for a tokenizer that fastokens does not support: `tokenizers` encodes on both sides."""
     hide_fastokens()
     return measure_flame(folder, seconds)
 
@@ -152,7 +152,7 @@ def hide_fastokens() -> None:
 def measure_workers(folder: Path, seconds: float) -> dict[str, float]:
     """Two workers against the stream on one thread, and against one worker beside the reader; in wall time.
 
-    Without fastokens: with it, one thread is so fast that a second has nothing to add.
+    Without fastokens: with it, one thread is so fast that a second adds nothing.
     """
     hide_fastokens()
     from flame.data import bench
@@ -193,9 +193,9 @@ def measure_titan(folder: Path, seconds: float) -> dict[str, float]:
 
 
 def measure_memory(folder: Path, seconds: float, workers: int = 0) -> dict[str, float]:
-    """Resident memory of a process that streams for so many seconds, then as a trainer has it.
+    """Resident memory of a process that streams for `seconds`, then with the trainer imported.
 
-    Of forty readings on the way, the median of each quarter: with threads, single ones differ by 50 MiB up and down.
+    The median of each quarter of forty readings: with threads, single readings vary by 50 MiB up and down.
     """
     batches, begin, seen = iter(load(folder, workers)), time.monotonic(), []
     while len(seen) < 40:
@@ -216,9 +216,9 @@ def measure_memory_with_workers(folder: Path, seconds: float) -> dict[str, float
 
 
 def measure_ceiling(folder: Path, _seconds: float) -> dict[str, float]:
-    """Resident memory of a process that holds the text and encodes all of it; with torch; and as a trainer has it.
+    """Resident memory of a process that holds the text and encodes it; with torch imported; with the trainer imported.
 
-    That is, with torchtitan's trainer and transformers, which every process that trains imports anyway.
+    The trainer is torchtitan's, with transformers: every process that trains imports them.
     """
     from tokenizers import Tokenizer
 
@@ -248,7 +248,7 @@ def as_numbers(pair: Any) -> dict[str, float]:
 
 
 def resident() -> dict[str, float]:
-    """Resident memory of this process now, MiB (Linux): all of it, and without pages of files."""
+    """Resident memory of this process now, in MiB (Linux): all of it, and without file-backed pages."""
     lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     return {"mib": int(lines["VmRSS"].split()[0]) / 1024, "mib_own": int(lines["RssAnon"].split()[0]) / 1024}
 
@@ -280,7 +280,7 @@ def read_cpu() -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=120, help="of each part that takes time")
+    parser.add_argument("--seconds", type=float, default=120, help="per timed part")
     parser.add_argument("--part", nargs=2, help=argparse.SUPPRESS)  # this process is one part: its name, the folder
     given = parser.parse_args()
     if given.part:
@@ -290,7 +290,7 @@ def main() -> None:
     print(describe_machine(), flush=True)
     with tempfile.TemporaryDirectory(prefix="flame-benchmark-") as made:
         write_corpus(Path(made))
-        # One thread a call on both sides; with workers, flame sets TOKENIZERS_PARALLELISM itself.
+        # One thread per call on both sides; with workers, flame sets TOKENIZERS_PARALLELISM itself.
         one_thread = {"RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         env = {**os.environ, **one_thread, "HF_HOME": f"{made}/hf", "HF_HUB_OFFLINE": "1"}
         for name in PARTS:

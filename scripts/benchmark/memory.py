@@ -47,7 +47,7 @@ _COMMON = ["--training.seq_len=256", "--training.steps=3", "--training.mixed_pre
 
 
 def resident() -> int:
-    """Bytes of this process that are in memory and belong to no file."""
+    """Resident bytes of this process without file-backed pages."""
     fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     return int(fields["RssAnon"].split()[0]) * 1024
 
@@ -97,7 +97,7 @@ def compare(ranks: int, model: dict | None, flags: list[str]) -> tuple[int, int]
         job = [f"--job.dump_folder={folder}/run", *_COMMON, *flags]
         command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}",
                    "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", __file__, *job]  # fmt: skip
-        # Freed blocks go back to the system at once: what is measured is what is in use.
+        # Freed blocks return to the system at once, so that only memory in use is measured.
         env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     found = [json.loads(line.split("MEASURED ")[1]) for line in done.stdout.splitlines() if "MEASURED " in line]
