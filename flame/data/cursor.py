@@ -7,12 +7,12 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from flame.data.document import Bad, Document
-from flame.data.window import IndexedWindows, Part, StreamedWindows
+from flame.data.window import IndexedWindows, StreamedWindows, WindowSlice
 from flame.errors import UserError
 
 BLOCK = 1 << 16  # characters tokenized in one call, at least: enough for Rust's threads, soon enough for the first step
 GROUP = 8  # rows read in one call, however large a window is: few texts are held, and files are seldom opened
-BARREN = 100  # a source is given up when a lane met no text in this many windows a lane, one after the other
+MAX_EMPTY_WINDOWS = 100  # per lane: a source in which a lane finds no text in so many windows in a row is given up
 
 
 class Encoder(Protocol):
@@ -25,7 +25,7 @@ class Encoder(Protocol):
 
 
 class Place(NamedTuple):
-    """Where a lane is in one source; at: document of its part of the window; mark: a stream's, before the window."""
+    """Where a lane is in one source; at: document of its slice of the window; mark: a stream's, before the window."""
 
     epoch: int = 0
     window: int = 0
@@ -37,7 +37,7 @@ class Place(NamedTuple):
 
 
 class Cursor:
-    """Reads one source for one lane: the ids of a document after the other, out of its part of a window."""
+    """Reads one source for one lane: the token ids of one document after the other, window by window."""
 
     def __init__(
         self,
@@ -51,100 +51,105 @@ class Cursor:
     ) -> None:
         self.name, self.windows, self.lane, self.encoder, self.place = name, windows, lane, encoder, place
         self._epochs, self._report = epochs, report  # 0 epochs: endless
-        self._part: Part | None = None
-        self._rows = self._documents = 0  # of the part, that were read: all, and those that are no bad rows
-        self._texts: deque[Document] = deque()  # the last of them, not tokenized yet
-        self._ids: list[np.ndarray] = []  # of the block, the documents before those
+        self._slice: WindowSlice | None = None
+        self._rows = self._bad = 0  # of the slice, that were read
+        self._pass_over = 0  # documents of the slice before the current one, still to be read
+        self._texts: deque[Document] = deque()  # documents that were read and not tokenized yet
+        self._ids: deque[np.ndarray] = deque()  # of the documents before those, the current one first
         self._tokens = place.tokens
 
     @property
-    def through(self) -> bool:
+    def exhausted(self) -> bool:
         """Whether the source was read as many times as asked for."""
         return 0 < self._epochs <= self.place.epoch
 
     def document(self) -> np.ndarray | None:
-        """Ids of the document at hand, EOS last, int32 (length,); None when the source is through."""
-        barren = 0
-        while self.place.at >= self._documents - len(self._texts):
-            if self._part is not None and (self._texts or self._rows < self._part.size):
-                self._encode()
-            elif self._part is not None:
-                self._leave()
-            elif self.through:
-                return None
-            elif barren == BARREN * self.windows.deal.lanes:
-                raise UserError(f"source {self.name}: no document in {barren} windows in a row of lane {self.lane}")
-            else:
-                barren += 1
-                self._enter()
-        return self._ids[self.place.at - self._documents + len(self._texts)]  # counted from the block's end
+        """Ids of the current document, EOS last, int32 (length,); None when the source is exhausted.
 
-    def spend(self, tokens: int) -> None:
-        """Count tokens handed out."""
+        Raises UserError if the source holds no document, or ids that the tokenizer does not have.
+        """
+        windows = 0
+        while not self._ids:
+            if self._slice is None:
+                if self.exhausted:
+                    return None
+                if windows == MAX_EMPTY_WINDOWS * self.windows.shuffle.lanes:
+                    found = f"no document in {windows} windows in a row of lane {self.lane}"
+                    raise UserError(f"source {self.name}", found)
+                windows += 1
+                self._enter_window()
+            elif self._texts or self._rows < self._slice.size:
+                self._encode(self._slice)
+            else:
+                self._leave_window(self._slice)
+        return self._ids[0]
+
+    def count_tokens(self, tokens: int) -> None:
+        """Count tokens that were handed out."""
         self._tokens += tokens
 
-    def close(self) -> None:
+    def advance(self) -> None:
         """Go on to the next document."""
-        assert self._part is not None, "a document is open"
+        assert self._slice is not None, "a document is open"
+        self._ids.popleft()
         self.place = self.place._replace(at=self.place.at + 1, documents=self.place.documents + 1)
-        if self.place.at == self._documents and self._rows == self._part.size:
-            self._leave()
+        if not self._ids and not self._texts and self._rows == self._slice.size:
+            self._leave_window(self._slice)
 
     def state(self) -> Place:
         return self.place._replace(tokens=self._tokens)
 
-    def _enter(self) -> None:
-        """Open the window at hand, or begin another epoch if there is none."""
-        self._part = self.windows.take(self.lane, self.place.epoch, self.place.window)
-        if self._part is None:
+    def _enter_window(self) -> None:
+        """Open the current window, or begin another epoch after the last."""
+        self._slice = self.windows.take(self.lane, self.place.epoch, self.place.window)
+        self._rows, self._bad, self._pass_over = 0, 0, self.place.at
+        if self._slice is None:
             self.place = self.place._replace(epoch=self.place.epoch + 1, window=0, at=0, mark=None)
 
-    def _leave(self) -> None:
-        assert self._part is not None
-        skipped = self.place.skipped + self._rows - self._documents
-        window = self.place.window + 1
-        self.place = self.place._replace(window=window, at=0, skipped=skipped, mark=self._part.after)
-        self._part, self._rows, self._documents, self._ids = None, 0, 0, []
+    def _leave_window(self, rows: WindowSlice) -> None:
+        skipped = self.place.skipped + self._bad
+        self.place = self.place._replace(window=self.place.window + 1, at=0, skipped=skipped, mark=rows.after)
+        self._slice = None
 
-    def _encode(self) -> None:
-        """Tokenize the part's next block of documents."""
-        assert self._part is not None
+    def _encode(self, rows: WindowSlice) -> None:
+        """Tokenize the slice's next block of documents."""
         block: list[Document] = []
         size = 0
-        while size < BLOCK and (self._texts or self._rows < self._part.size):
+        while size < BLOCK and (self._texts or self._rows < rows.size):
             if not self._texts:
-                self._read(self._part)
+                self._read(rows)
                 continue
             block.append(self._texts.popleft())
             size += len(block[-1])
-        self._ids = encode(self.encoder, block, self.name)
+        self._ids.extend(encode(self.encoder, block, self.name))
 
-    def _read(self, part: Part) -> None:
-        """Read the part's next rows, and keep the documents among them from the one at hand on."""
-        for row in part.read(self._rows, self._rows + GROUP):
+    def _read(self, rows: WindowSlice) -> None:
+        """Read the slice's next rows, and keep the documents among them from the current one on."""
+        for row in rows.read(self._rows, self._rows + GROUP):
             self._rows += 1
-            if not isinstance(row, Bad):
-                if self._documents >= self.place.at:
-                    self._texts.append(row)
-                self._documents += 1
-            elif self._report is not None:
-                self._report(self.name, row)
+            if isinstance(row, Bad):
+                self._bad += 1
+                if self._report is not None:
+                    self._report(self.name, row)
+            elif self._pass_over:
+                self._pass_over -= 1
+            else:
+                self._texts.append(row)
 
 
 def encode(encoder: Encoder, documents: Sequence[Document], name: str) -> list[np.ndarray]:
-    """Ids of each document, int32 (length,), the EOS last; one that is ids already may bring its own.
+    """Ids of each document, int32 (length,), the EOS last, which a document of ids may have already.
 
-    Raises UserError if ids that the tokenizer does not have are among those.
+    Raises UserError for ids that the tokenizer does not have.
     """
-    made = iter(encoder.encode_batch([document for document in documents if isinstance(document, str)]))
-    eos, found = np.array([encoder.eos_id], np.int32), []
+    encoded = iter(encoder.encode_batch([document for document in documents if isinstance(document, str)]))
+    eos, result = np.array([encoder.eos_id], np.int32), []
     for document in documents:
-        ids = next(made) if isinstance(document, str) else document
-        if not isinstance(document, str) and ids.max() >= encoder.vocab_size:
-            raise UserError(
-                f"source {name}: it holds token id {ids.max()}, but the tokenizer ends at {encoder.vocab_size - 1}; "
-                "give --model.tokenizer_path the one it was made with"
-            )
-        ended = not isinstance(document, str) and ids[-1] == encoder.eos_id
-        found.append(ids if ended else np.concatenate((ids, eos)))
-    return found
+        if isinstance(document, str):
+            result.append(np.concatenate((next(encoded), eos)))
+            continue
+        if document.max() >= encoder.vocab_size:
+            found, allowed = f"token id {document.max()}", f"below {encoder.vocab_size}, the tokenizer's number of ids"
+            raise UserError(f"source {name}", found, allowed, "give --model.tokenizer_path the tokenizer of these ids")
+        result.append(document if document[-1] == encoder.eos_id else np.concatenate((document, eos)))
+    return result

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 LONGEST = 1 << 25  # characters or ids; longer ones are dumps rather than documents, and cost memory by the gigabyte
-FEW = 100  # bad rows a source may have however short it is, where the limit is a share
+NAMED = 5  # bad rows per source that are named, on each rank
+ALWAYS_ALLOWED = 100  # bad rows of a source, however short it is, where the limit is a share
 
 Document = str | np.ndarray
 
@@ -20,7 +21,7 @@ class Bad:
 
 
 def accept(value: Any, place: str) -> Document | Bad:
-    """The document in a row's value, a list of integers as int32 (length,); or why there is none."""
+    """The document in a row's value, token ids as int32 (length,); or why it holds none."""
     if value is None:
         return Bad("null", place)
     if isinstance(value, bytes):
@@ -38,10 +39,10 @@ def accept(value: Any, place: str) -> Document | Bad:
     if isinstance(value, str):
         return value
     if value.dtype.kind not in "iu" or value.min() < 0 or value.max() > np.iinfo(np.int32).max:
-        return Bad("numbers that are no token ids", place)
+        return Bad("numbers that are not token ids", place)
     return value.astype(np.int32, copy=False)
 
 
 def allow_bad(limit: float, read: int) -> float:
     """How many of so many rows may be bad; limit: --data.max_bad_rows, a number of rows or, below 1, their share."""
-    return max(FEW, limit * read) if 0 < limit < 1 else limit
+    return max(ALWAYS_ALLOWED, limit * read) if 0 < limit < 1 else limit

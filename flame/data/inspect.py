@@ -1,19 +1,18 @@
-"""What a run was fed, read from its folder: one step as text, and two runs compared. Needs no GPU and no process group.
+"""What one step of a run was fed, as text, read from the run's folder. Needs no GPU and no process group.
 
 A step is decoded by the code that fed it: the run's own loader, from the newest checkpoint before the step.
 """
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed.checkpoint as dcp
 
 from flame.checkpoint.commit import complete_steps
 from flame.config.parser import JobConfig, parse
-from flame.data.ledger import roll
+from flame.data.ledger import read_ledger, roll
 from flame.data.loader import Row, build_dataloader
 from flame.data.source import build_sources
 from flame.data.tokenize import Tokenizer, build_tokenizer
@@ -22,24 +21,21 @@ from flame.errors import UserError
 CLIP = 60  # characters shown of each end of a piece
 
 
-@dataclass(frozen=True)
-class Start:
-    """Where reading begins: behind `step`, with the tokens, the ledger and the loader's state of then."""
+class Start(NamedTuple):
+    """Where reading begins: after `step`, with the tokens, the digest and the loader's state at that step."""
 
     step: int = 0
     tokens: int = 0
     data_digest: str = ""
-    loader: dict[str, Any] = field(default_factory=dict)
+    loader: dict[str, Any] | None = None
 
 
-@dataclass(frozen=True)
-class Fed:
-    """What one step was fed. first: sequence number of row 0; logged: the step at which the ledger was compared.
+class Fed(NamedTuple):
+    """What one step was fed. first: sequence number of row 0; logged: the step whose digest was compared.
 
-    expected: the digest the run logged there (None: no such record), found: the one that reading again gives.
+    expected: the digest that the run logged there (None: there is no such record); found: that of reading again.
     """
 
-    step: int
     start: int
     first: int
     rows: Sequence[Row]
@@ -50,19 +46,10 @@ class Fed:
 
 
 def read_config(folder: Path) -> JobConfig:
-    """The settings a run was started with last. Raises UserError if the folder is none of a run."""
+    """The settings a run was last started with. Raises UserError if the folder is not that of a run."""
     if not (folder / "config.toml").is_file():
-        raise UserError(f"{folder}: no config.toml there, so it is not the folder of a run")
+        raise UserError(str(folder), "no file config.toml", "the folder of a run")
     return parse(["--job.config_file", str(folder / "config.toml")])
-
-
-def read_ledger(folder: Path) -> dict[int, dict[str, Any]]:
-    """{step: record} of the steps whose data digest was logged."""
-    if not (folder / "metrics.jsonl").is_file():
-        raise UserError(f"{folder}: no metrics.jsonl there, so no step of a run was logged")
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines if line.endswith("}")]  # a kill can cut the last one
-    return {record["step"]: record for record in records if "data_digest" in record}
 
 
 def read_start(folder: Path, step: int) -> Start:
@@ -70,106 +57,83 @@ def read_start(folder: Path, step: int) -> Start:
     for before in reversed([s for s in complete_steps(folder) if s < step]):
         reader = dcp.FileSystemReader(folder / f"step-{before}")
         keys = reader.read_metadata().state_dict_metadata
-        wanted: dict[str, Any] = {key: None for key in keys if key.startswith(("dataloader.", "train_state."))}
-        if "dataloader.sequence" not in wanted:
+        state: dict[str, Any] = {key: None for key in keys if key.startswith(("dataloader.", "train_state."))}
+        if "dataloader.sequence" not in state:
             continue  # of the model only
-        dcp.load(wanted, storage_reader=reader, no_dist=True)
-        state = {key.removeprefix("dataloader."): wanted[key] for key in wanted if key.startswith("dataloader.")}
-        return Start(before, wanted["train_state.tokens"], wanted["train_state.data_digest"], state)
+        dcp.load(state, storage_reader=reader, no_dist=True)
+        loader = {key.removeprefix("dataloader."): state[key] for key in state if key.startswith("dataloader.")}
+        return Start(before, state["train_state.tokens"], state["train_state.data_digest"], loader)
     return Start()
 
 
 def replay(folder: Path, step: int) -> Fed:
     """Decode what a step was fed, and go on to the next logged step, whose digest is then compared.
 
-    Raises UserError for a folder of no run, a step below 1 and a step behind the end of the data.
+    Raises UserError if the folder is not that of a run, for a step below 1, and for a step after the end of the data.
     """
     if step < 1:
-        raise UserError(f"--step: found {step}, must be 1 or more")
+        raise UserError("--step", step, "1 or more")
     config, records = read_config(folder), read_ledger(folder)
     start = read_start(folder / config.checkpoint.folder, step)
     logged = min((s for s in records if s >= step), default=None)
     last = step if logged is None else logged
-    config.training.local_batch_size = _sequences(folder, config, start, records.get(last))
+    config.training.local_batch_size = _count_sequences(folder, config, start, records.get(last))
     config.training.global_batch_size = -1  # one batch is the whole step
-    sources, tokenizer = build_sources(config.training, config.data), _tokenizer(config)
-    loader = build_dataloader(sources=sources, dp_world_size=1, dp_rank=0, tokenizer=tokenizer, job_config=config)
-    loader.load_state_dict(start.loader)
+    sources = build_sources(config.training, config.data)
+    loader = build_dataloader(
+        sources=sources, dp_world_size=1, dp_rank=0, tokenizer=_load_tokenizer(config), job_config=config
+    )
+    loader.load_state_dict(start.loader or {})
     batches, digest = iter(loader), start.data_digest
     rows: Sequence[Row] = ()
     for at in range(start.step + 1, last + 1):
-        fed = next(batches, None)
-        if fed is None:
-            raise UserError(f"--step: found {step}, but the data of {folder} ends before step {at}")
+        if next(batches, None) is None:
+            raise UserError("--step", step, f"below {at}, where the data of {folder} ends")
         digest = roll(digest, loader.digest)
         if at == step:
-            rows, first = loader.rows, loader.position().sequence - len(fed[1])
+            rows, first = loader.rows, loader.position().sequence - len(loader.rows)
     expected = None if logged is None else records[logged]["data_digest"]
-    return Fed(step, start.step, first, rows, list(loader.counts()), last, expected, digest)
+    return Fed(start.step, first, rows, list(loader.counts()), last, expected, digest)
 
 
 def show(folder: Path, step: int, rank: int | None, ranks: int | None, full: bool) -> bool:
-    """Print what a step was fed, on one rank or all; False if it is not what the run's ledger says.
+    """Print what a step was fed, on one rank or all; False if the run logged another digest.
 
-    Raises UserError as `replay` does, and for ranks that cannot be.
+    Raises UserError as `replay` does, and for ranks that do not divide the lanes or the rows.
     """
     config = read_config(folder)
-    world = ranks or _ranks(folder)
-    if world < 1 or config.data.lanes % world:
-        raise UserError(f"--ranks: found {world}, must divide the {config.data.lanes} lanes of the run")
-    if rank is not None and not 0 <= rank < world:
-        raise UserError(f"--rank: found {rank}, must be 0 to {world - 1} with {world} ranks")
+    lanes, dp_degree = config.data.lanes, ranks or _read_ranks(folder)
+    if dp_degree < 1 or lanes % dp_degree:
+        raise UserError("--ranks", dp_degree, f"a divisor of the run's {lanes} lanes")
+    if rank is not None and not 0 <= rank < dp_degree:
+        raise UserError("--rank", rank, f"0 to {dp_degree - 1} with {dp_degree} ranks")
     fed = replay(folder, step)
-    if rank is not None and len(fed.rows) % world:
-        raise UserError(f"--ranks: found {world}, must divide the {len(fed.rows)} rows of the step")
-    chosen = [i for i in range(len(fed.rows)) if rank is None or i % world == rank]
+    if rank is not None and len(fed.rows) % dp_degree:
+        raise UserError("--ranks", dp_degree, f"a divisor of the {len(fed.rows)} rows of the step")
+    chosen = [i for i in range(len(fed.rows)) if rank is None or i % dp_degree == rank]
     origin = f"checkpoint step-{fed.start}" if fed.start else "the start of the run"
     print(
         f"step {step} of {folder}: sequences {fed.first} to {fed.first + len(fed.rows) - 1} of the data, "
         f"rows of {config.training.seq_len} tokens and the last label, read again from {origin}"
     )
     if rank is not None:
-        print(f"rank {rank} of {world}: {len(chosen)} of {len(fed.rows)} rows")
-    tokenizer = _tokenizer(config)
+        print(f"rank {rank} of {dp_degree}: {len(chosen)} of {len(fed.rows)} rows")
+    tokenizer = _load_tokenizer(config)
     for index in chosen:
         sequence = fed.first + index
-        print(f"row {index}  sequence {sequence}  lane {sequence % config.data.lanes}")
+        print(f"row {index}  sequence {sequence}  lane {sequence % lanes}")
         for line in _describe(fed.rows[index], fed.sources, tokenizer, full):
             print(f"  {line}")
     if fed.expected is None:
         print(f"digest {fed.found}: not compared, as no step from {step} on is in metrics.jsonl")
     elif fed.expected == fed.found:
-        print(f"digest {fed.found}: what metrics.jsonl says of step {fed.logged}")
+        print(f"digest {fed.found}: as logged at step {fed.logged}")
     else:
         print(
-            f"DIFFERENT DATA: the digest at step {fed.logged} is {fed.found}, but metrics.jsonl says {fed.expected}: "
+            f"DIFFERENT DATA: the digest at step {fed.logged} is {fed.found}, but {fed.expected} was logged: "
             "the text, the tokenizer or the settings are not those of the run, so the rows above may not be either"
         )
     return fed.expected in (None, fed.found)
-
-
-def verify(one: Path, other: Path) -> bool:
-    """Print up to which step two runs saw the same data, by their ledgers; False if they differ anywhere.
-
-    A digest rolls over all steps before it, so that equal at one step means equal up to it.
-    Raises UserError if no step was logged by both.
-    """
-    first, second = read_ledger(one), read_ledger(other)
-    common = sorted(first.keys() & second.keys())
-    if not common:
-        raise UserError(f"{one} and {other}: no step was logged by both")
-    same = [step for step in common if first[step]["data_digest"] == second[step]["data_digest"]]
-    apart = next((step for step in common if step not in same), None)
-    if apart is None:
-        print(f"the same data up to step {common[-1]}, digest {first[common[-1]]['data_digest']}")
-        return True
-    agreed = max((step for step in same if step < apart), default=0)
-    until = f"the same up to step {agreed}" if agreed else "and no logged step before it is the same"
-    print(
-        f"DIFFERENT DATA at step {apart}, {until}: "
-        f"{first[apart]['data_digest']} in {one}, {second[apart]['data_digest']} in {other}"
-    )
-    return False
 
 
 def _describe(row: Row, sources: Sequence[str], tokenizer: Tokenizer, full: bool) -> Iterator[str]:
@@ -179,25 +143,25 @@ def _describe(row: Row, sources: Sequence[str], tokenizer: Tokenizer, full: bool
         text = tokenizer.decode(row.tokens[begin:end].tolist())
         short = full or len(text) <= 2 * CLIP
         words = repr(text) if short else f"{text[:CLIP]!r} ... {text[-CLIP:]!r}"
-        opens = "begins" if begin in row.starts else "goes on"
-        yield f"{begin}-{end - 1}  {sources[source]} {opens}  {words}"
+        verb = "begins" if begin in row.starts else "goes on"
+        yield f"{begin}-{end - 1}  {sources[source]} {verb}  {words}"
 
 
-def _tokenizer(config: JobConfig) -> Tokenizer:
+def _load_tokenizer(config: JobConfig) -> Tokenizer:
     return build_tokenizer(config.model.tokenizer_path, config.model.trust_remote_code, config.model.add_tokens)
 
 
-def _ranks(folder: Path) -> int:
+def _read_ranks(folder: Path) -> int:
     file = folder / "environment.json"
     return json.loads(file.read_text())["device"].get("ranks", 1) if file.is_file() else 1
 
 
-def _sequences(folder: Path, config: JobConfig, start: Start, record: dict[str, Any] | None) -> int:
-    """Sequences of a step: by the tokens the run counted, as a resume may have changed them; else as configured."""
+def _count_sequences(folder: Path, config: JobConfig, start: Start, record: dict[str, Any] | None) -> int:
+    """Sequences per step: by the tokens the run counted, as a resume may have changed them; else as configured."""
     training = config.training
     if record is not None:
         tokens, steps = record["tokens"] - start.tokens, record["step"] - start.step
         return max(1, tokens // (steps * training.seq_len))
     if training.global_batch_size != -1:
         return training.global_batch_size
-    return training.local_batch_size * _ranks(folder)
+    return training.local_batch_size * _read_ranks(folder)

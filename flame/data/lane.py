@@ -1,4 +1,4 @@
-"""A lane: one independent stream of rows over its own part of every source, with a state of counters.
+"""A lane: one independent stream of rows over its own slice of every source, with a state of counters.
 
 A lane made from the state() of another, in another process, goes on with the rows that the other would have made.
 """
@@ -19,27 +19,28 @@ class LaneState(NamedTuple):
 
     open: int
     offset: int
-    credits: tuple[float, ...]
+    deficits: tuple[float, ...]
     places: tuple[Place, ...]
 
 
 class Lane:
     """Rows of seq_len + 1 tokens cut from the concatenated documents of the mixture; state: where to begin.
 
-    A source that is through is left out, and the shares of the others grow by the same factor.
+    A source that is exhausted is left out, and the shares of the others grow by the same factor.
     """
 
     def __init__(self, cursors: Sequence[Cursor], shares: Sequence[float], seq_len: int, state: LaneState) -> None:
-        self._cursors, self._asked, self._seq_len = cursors, shares, seq_len
-        self._open, self._offset, self._credits = state.open, state.offset, state.credits
-        if self._open >= 0 and cursors[self._open].through:  # a restart with fewer epochs than there were
+        self._cursors, self._all_shares, self._seq_len = cursors, shares, seq_len
+        self._open, self._offset, self._deficits = state.open, state.offset, state.deficits
+        if self._open >= 0 and cursors[self._open].exhausted:  # a restart with fewer epochs than there were
             self._open = -1
-        self._share()
+        self._update_shares()
 
     def row(self) -> tuple[np.ndarray, list[int], list[int]] | None:
         """The next row, int32 (seq_len + 1,), the indices in it at which a document begins, and its pieces' sources.
 
-        None when the sources are through before a row is full; the state is then that of no row.
+        None when the sources are exhausted before a row is full; the state is then that of no row. Raises UserError if
+        the open document is shorter than the state says.
         """
         need = self._seq_len + 1
         row, fill, starts, sources = np.empty(need, np.int32), 0, [], []
@@ -47,58 +48,59 @@ class Lane:
             if self._open < 0:
                 if not any(self._shares):
                     return None
-                self._open, self._offset = mixture.pick(self._credits, self._shares), 0
+                self._open, self._offset = mixture.pick(self._deficits, self._shares), 0
                 if self._cursors[self._open].document() is None:
                     self._open = -1
-                    self._share()
+                    self._update_shares()
                     continue
                 starts.append(fill)
             cursor = self._cursors[self._open]
             ids = cursor.document()
-            assert ids is not None, "a source with an open document is not through"
+            assert ids is not None, "a source with an open document is not exhausted"
             if self._offset >= len(ids):
-                raise UserError(f"source {cursor.name}: not the text or the tokenizer the checkpoint was made with")
+                hint = "not the text or the tokenizer that the checkpoint was made with"
+                raise UserError(f"source {cursor.name}", hint=hint)
             n = min(need - fill, len(ids) - self._offset)
             row[fill : fill + n] = ids[self._offset : self._offset + n]
             fill, self._offset = fill + n, self._offset + n
             sources.append(self._open)
-            cursor.spend(n)
+            cursor.count_tokens(n)
             if self._offset == len(ids):
-                cursor.close()
-                self._credits = mixture.charge(self._credits, self._shares, self._open, len(ids))
+                cursor.advance()
+                self._deficits = mixture.charge(self._deficits, self._shares, self._open, len(ids))
                 self._open = -1
         return row, starts, sources
 
-    def _share(self) -> None:
-        left = [0.0 if cursor.through else share for cursor, share in zip(self._cursors, self._asked, strict=True)]
+    def _update_shares(self) -> None:
+        left = [0.0 if c.exhausted else share for c, share in zip(self._cursors, self._all_shares, strict=True)]
         self._shares = mixture.normalize(left) if any(left) else tuple(left)
 
     def state(self) -> LaneState:
-        """The state behind the last row: a copy of a few counters."""
+        """The state after the last row: a copy of a few counters."""
         offset = self._offset if self._open >= 0 else 0
-        return LaneState(self._open, offset, self._credits, tuple(cursor.state() for cursor in self._cursors))
+        return LaneState(self._open, offset, self._deficits, tuple(cursor.state() for cursor in self._cursors))
 
 
 def dump_state(state: LaneState, names: Sequence[str]) -> str:
     """A lane's state as JSON, its sources under their names."""
     sources: Mapping[str, list] = {
-        name: [credit, *(place if place.mark is not None else place[:-1])]
-        for name, credit, place in zip(names, state.credits, state.places, strict=True)
+        name: [deficit, *(place if place.mark is not None else place[:-1])]
+        for name, deficit, place in zip(names, state.deficits, state.places, strict=True)
     }
     opened = names[state.open] if state.open >= 0 else None
     return json.dumps({"open": opened, "offset": state.offset, "sources": sources}, separators=(",", ":"))
 
 
 def parse_state(text: str, names: Sequence[str], fresh: LaneState) -> LaneState:
-    """The state in such JSON for the sources of today; fresh: a new lane's state, from which unknown sources start.
+    """The state in such JSON for today's sources; fresh: a new lane's state, from which new sources start.
 
-    Sources that are gone are dropped; if the open document was of one of them, it is abandoned.
+    Sources that are gone are dropped, and with them the open document if it was of one.
     """
     saved = json.loads(text)
     known = saved["sources"]
     opened = names.index(saved["open"]) if saved["open"] in names else -1
-    credits, places = list(fresh.credits), list(fresh.places)
+    deficits, places = list(fresh.deficits), list(fresh.places)
     for i, name in enumerate(names):
         if name in known:
-            credits[i], places[i] = known[name][0], Place(*known[name][1:])
-    return LaneState(opened, saved["offset"] if opened >= 0 else 0, tuple(credits), tuple(places))
+            deficits[i], places[i] = known[name][0], Place(*known[name][1:])
+    return LaneState(opened, saved["offset"] if opened >= 0 else 0, tuple(deficits), tuple(places))

@@ -1,9 +1,14 @@
 """What every step was fed, as a rolling digest: two runs saw the same data if and only if their digests agree."""
 
+import json
 from hashlib import blake2b
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
+
+from flame.errors import UserError
 
 
 def digest_batch(inputs: ArrayLike, labels: ArrayLike, indices: ArrayLike) -> int:
@@ -24,7 +29,40 @@ def digest_batch(inputs: ArrayLike, labels: ArrayLike, indices: ArrayLike) -> in
 
 
 def roll(previous: str, step_sum: int) -> str:
-    """The ledger after one more step, 16 hex characters; previous: the ledger before it, "" at the start of a run."""
+    """The digest after one more step, 16 hex characters; previous: the one before it, "" at the start of a run."""
     assert len(previous) in (0, 16), previous
     step = (step_sum % 2**64).to_bytes(8, "little")
     return blake2b(bytes.fromhex(previous) + step, digest_size=8).hexdigest()
+
+
+def read_ledger(folder: Path) -> dict[int, dict[str, Any]]:
+    """{step: record} of the steps whose digest a run logged. Raises UserError if the folder has no metrics.jsonl."""
+    if not (folder / "metrics.jsonl").is_file():
+        raise UserError(str(folder), "no file metrics.jsonl", "the folder of a run that has logged a step")
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines if line.endswith("}")]  # a kill can cut the last one
+    return {record["step"]: record for record in records if "data_digest" in record}
+
+
+def verify(one: Path, other: Path) -> bool:
+    """Print up to which step two runs saw the same data, by their ledgers; False if they differ anywhere.
+
+    A digest rolls over all steps before it, so that equal at one step means equal up to it.
+    Raises UserError if no step was logged by both.
+    """
+    first, second = read_ledger(one), read_ledger(other)
+    common = sorted(first.keys() & second.keys())
+    if not common:
+        raise UserError(f"{one} and {other}", hint="no step was logged by both")
+    same = [step for step in common if first[step]["data_digest"] == second[step]["data_digest"]]
+    differs = next((step for step in common if step not in same), None)
+    if differs is None:
+        print(f"the same data up to step {common[-1]}, digest {first[common[-1]]['data_digest']}")
+        return True
+    agreed = max((step for step in same if step < differs), default=0)
+    until = f"the same up to step {agreed}" if agreed else "and no logged step before it is the same"
+    print(
+        f"DIFFERENT DATA at step {differs}, {until}: "
+        f"{first[differs]['data_digest']} in {one}, {second[differs]['data_digest']} in {other}"
+    )
+    return False

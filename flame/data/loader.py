@@ -4,36 +4,33 @@ import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from itertools import cycle, islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.tools.logging import logger
 
+from flame.config.schema import JobConfig
 from flame.data import mixture, pack
 from flame.data.cursor import Cursor, Encoder, Place, encode
-from flame.data.document import Bad
+from flame.data.document import NAMED, Bad
 from flame.data.lane import Lane, LaneState, dump_state, parse_state
 from flame.data.ledger import digest_batch
 from flame.data.order import Order
 from flame.data.prefetch import read_in_turn
 from flame.data.settings import check_lanes, parse_skip
 from flame.data.source import Source
-from flame.data.window import Deal, IndexedWindows, StreamedWindows
+from flame.data.tokenize import Tokenizer
+from flame.data.window import IndexedWindows, StreamedWindows, WindowShuffle
 from flame.errors import UserError
 
-if TYPE_CHECKING:
-    from flame.config.parser import JobConfig
-    from flame.data.tokenize import Tokenizer
-
-NOTED = 5  # bad rows a source and rank are named in the log
 SAMPLE = 16  # documents of a source whose lengths set the phases of the lanes
-AHEAD = 1 << 19  # tokens in rows read ahead, up to 4 rows a lane: a document of a megabyte holds up no other thread
+AHEAD = 1 << 19  # tokens in rows read ahead, up to 4 rows per lane: a document of a megabyte delays no other lane
 
 
 class Row(NamedTuple):
-    """seq_len + 1 tokens, where documents begin in them, the source of each piece, and the lane's state behind it."""
+    """seq_len + 1 tokens, where documents begin in them, the source of each piece, and the lane's state after it."""
 
     tokens: np.ndarray
     starts: list[int]
@@ -42,7 +39,7 @@ class Row(NamedTuple):
 
 
 class Position(NamedTuple):
-    """Behind a batch: sequences handed out by all ranks, and the states of the rank's lanes."""
+    """After a batch: sequences handed out by all ranks, and the states of the rank's lanes."""
 
     sequence: int
     states: dict[int, LaneState]
@@ -54,8 +51,8 @@ class Loader(BaseDataLoader):
     Rank r of W owns the lanes l with l % W == r; its rows are the sequences r, r + W, r + 2W ... of the run. Iterating
     starts after the last batch handed out, or where load_state_dict put it, and takes this for the start of a step. It
     ends, unless epochs is 0, before the first batch for which one of its lanes has no whole row left. skip: first and
-    last steps of the data that are read and not handed out; step: sequences of a step, if a step is more than one batch
-    on each rank.
+    last step of the ranges of data that are read and discarded; step: sequences per step, if a step is more than one
+    batch on each rank. Raises UserError for a source of ids that the encoder does not have.
     """
 
     def __init__(
@@ -63,9 +60,9 @@ class Loader(BaseDataLoader):
         sources: Sequence[Source],
         encoder: Encoder,
         *,
-        rank: int,
-        world: int,
-        batch: int,
+        dp_rank: int,
+        dp_degree: int,
+        batch_size: int,
         seq_len: int,
         lanes: int = 64,
         window: int = 1024,
@@ -78,60 +75,62 @@ class Loader(BaseDataLoader):
         skip: Sequence[tuple[int, int]] = (),
         step: int | None = None,
     ) -> None:
-        self._sources, self._encoder, self._rank, self._world = sources, encoder, rank, world
-        self._batch, self._seq_len, self._varlen, self._context_len = batch, seq_len, varlen, context_len
+        self._sources, self._encoder, self._dp_rank, self._dp_degree = sources, encoder, dp_rank, dp_degree
+        self._batch_size, self._seq_len, self._varlen, self._context_len = batch_size, seq_len, varlen, context_len
         self._noted: dict[str, list[Bad]] = {source.name: [] for source in sources}
         self._names, self._epochs = [source.name for source in sources], epochs
         self._shares = mixture.normalize([source.weight for source in sources])
-        self._deals = [Deal(name, window, lanes, seed) for name in self._names]
-        self._order = Order(lanes, window, seed, step or batch * world, skip)
-        self._workers = min(workers, lanes // world)
-        self._ahead = max(self._workers * prefetch * batch, min(4 * lanes // world, AHEAD // (seq_len + 1)))  # rows
+        self._shuffles = [WindowShuffle(name, window, lanes, seed) for name in self._names]
+        self._order = Order(lanes, window, seed, step or batch_size * dp_degree, skip)
+        own_lanes = range(dp_rank, lanes, dp_degree)
+        self._workers = min(workers, len(own_lanes))
+        self._ahead = max(
+            self._workers * prefetch * batch_size, min(4 * len(own_lanes), AHEAD // (seq_len + 1))
+        )  # rows
         if workers:  # each of them is a thread of its own; Rust's pool of threads would have them wait for each other
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         lengths = [_typical_length(source, encoder) for source in sources]
         places = tuple(Place() for _ in sources)
-        self._fresh = {
-            lane: LaneState(-1, 0, mixture.open_credits(lane, self._shares, lengths), places)
-            for lane in range(rank, lanes, world)
+        self._initial_states = {
+            lane: LaneState(-1, 0, mixture.initial_deficits(lane, self._shares, lengths), places) for lane in own_lanes
         }
-        self._states = dict(self._fresh)
-        self._sequence = 0  # sequences of the run, on all ranks, that were handed out
-        self._turn: object = None
+        self._states = dict(self._initial_states)
+        self._sequence = 0  # sequences of the run that were handed out or skipped, on all ranks
+        self._iteration: object = None
         self.rows: Sequence[Row] = ()  # of the last batch handed out
         self.digest = 0  # of the last batch handed out, its rows at their indices in the step; see flame.data.ledger
 
     def __iter__(self) -> Generator[tuple[dict[str, torch.Tensor], torch.Tensor], None, None]:
-        turn = self._turn = object()
+        iteration = self._iteration = object()
         own = list(self._states)  # the rank's lanes; its j-th row comes from own[j % len(own)]
-        first = self._sequence // self._world % len(own)
-        order = own[first:] + own[:first]
-        lanes, turns = self._open_lanes(), cycle(order)
+        first = self._sequence // self._dp_degree % len(own)
+        turns = own[first:] + own[:first]
+        lanes, turn = self._open_lanes(), cycle(turns)
         handed_out = 0  # sequences since then, on all ranks
-        with closing(read_in_turn([_read(lanes[lane]) for lane in order], self._workers, self._ahead)) as stream:
-            while len(rows := list(islice(stream, self._batch))) == self._batch:
-                if self._turn is not turn:
+        with closing(read_in_turn([_read(lanes[lane]) for lane in turns], self._workers, self._ahead)) as stream:
+            while len(rows := list(islice(stream, self._batch_size))) == self._batch_size:
+                if self._iteration is not iteration:
                     raise RuntimeError("stale iterator: the loader was iterated anew or given another state since")
-                self._states.update((next(turns), row.state) for row in rows)
-                left_out = self._order.leaves_out(self._sequence)
-                self._sequence += self._batch * self._world
-                if left_out:
-                    for steps in self._order.left_out_up_to(self._sequence):
+                self._states.update((next(turn), row.state) for row in rows)
+                skipped = self._order.skips(self._sequence)
+                self._sequence += self._batch_size * self._dp_degree
+                if skipped:
+                    for steps in self._order.skipped_just_before(self._sequence):
                         logger.info(f"--data.skip: the data of steps {steps} is not trained on")
                     continue
                 self.rows = rows
-                batch = self._collate(rows, handed_out % self._order.step + self._rank)
-                handed_out += self._batch * self._world
+                batch = self._collate(rows, handed_out % self._order.step + self._dp_rank)
+                handed_out += self._batch_size * self._dp_degree
                 yield batch
 
     def _open_lanes(self) -> dict[int, Lane]:
         windows = [
             StreamedWindows(
-                source.rows, deal, {lane: (*s.places[i][:2], s.places[i].mark) for lane, s in self._states.items()}
+                source.rows, shuffle, {lane: (*s.places[i][:2], s.places[i].mark) for lane, s in self._states.items()}
             )
             if source.streamed
-            else IndexedWindows(source.rows, deal)
-            for i, (source, deal) in enumerate(zip(self._sources, self._deals, strict=True))
+            else IndexedWindows(source.rows, shuffle)
+            for i, (source, shuffle) in enumerate(zip(self._sources, self._shuffles, strict=True))
         ]
         return {
             lane: Lane(
@@ -153,69 +152,77 @@ class Loader(BaseDataLoader):
         if self._varlen:
             labels, positions, cu_seqlens = pack.mark_documents(labels, [row.starts for row in rows], self._context_len)
             batch |= {"positions": torch.from_numpy(positions), "cu_seqlens": torch.from_numpy(cu_seqlens)}
-        self.digest = digest_batch(inputs, labels, range(index, index + len(rows) * self._world, self._world))
+        self.digest = digest_batch(inputs, labels, [index + i * self._dp_degree for i in range(len(rows))])
         return batch, torch.from_numpy(labels)
 
     @property
     def ahead(self) -> int:
         """Batches that the workers may have ready."""
-        return -(-self._ahead // self._batch) if self._workers else 0
+        return -(-self._ahead // self._batch_size) if self._workers else 0
 
     def counts(self) -> dict[str, tuple[int, float]]:
         """{source: (tokens, epochs)} that this rank's lanes were handed; sums over ranks are those of the run."""
         totals = {}
-        for i, (source, deal) in enumerate(zip(self._sources, self._deals, strict=True)):
-            places = [state.places[i] for state in self._states.values()]
-            if source.streamed:  # its length is not known: whole epochs, each lane's for its part
-                epochs = sum(place.epoch for place in places) / deal.lanes
+        for source, places in zip(self._sources, self._places(), strict=True):
+            if source.streamed:  # its length is not known: whole epochs, each lane's for its share of the rows
+                epochs = sum(place.epoch for place in places) / self._order.lanes
             else:
                 epochs = sum(place.documents + place.skipped for place in places) / len(source.rows)
             totals[source.name] = (sum(place.tokens for place in places), epochs)
         return totals
 
-    def _note_bad(self, name: str, row: Bad) -> None:
-        noted = self._noted[name]
-        if len(noted) < NOTED and row not in noted:
-            noted.append(row)
-
     def skipped(self) -> dict[str, tuple[int, int]]:
         """{source: (bad rows skipped, rows read)} by this rank's lanes, a window at a time."""
         totals = {}
-        for i, name in enumerate(self._names):
-            places = [state.places[i] for state in self._states.values()]
-            skipped = sum(place.skipped for place in places)
-            totals[name] = (skipped, skipped + sum(place.documents for place in places))
+        for name, places in zip(self._names, self._places(), strict=True):
+            bad = sum(place.skipped for place in places)
+            totals[name] = (bad, bad + sum(place.documents for place in places))
         return totals
 
+    def _places(self) -> Iterator[tuple[Place, ...]]:
+        """For each source, where the rank's lanes are in it."""
+        return zip(*(state.places for state in self._states.values()), strict=True)
+
+    def _note_bad(self, name: str, row: Bad) -> None:
+        noted = self._noted[name]
+        if len(noted) < NAMED and row not in noted:
+            noted.append(row)
+
     def noted(self) -> dict[str, list[Bad]]:
-        """{source: the first bad rows} that this rank's lanes met since the loader was made."""
+        """{source: the first bad rows} that this rank's lanes have read since the loader was made."""
         return {name: list(rows) for name, rows in self._noted.items() if rows}
 
     def position(self) -> Position:
-        """Where the loader is behind the last batch handed out, for `rewind`; costs next to nothing."""
+        """Where the loader is after the last batch handed out, for `rewind`; costs next to nothing."""
         return Position(self._sequence, dict(self._states))
 
     def rewind(self, position: Position) -> None:
         """Take back the batches handed out since; the loader must then be iterated anew."""
-        self._sequence, self._states, self._turn = position.sequence, dict(position.states), None
+        self._sequence, self._states, self._iteration = position.sequence, dict(position.states), None
 
     def state_dict(self) -> dict[str, Any]:
-        """The state behind the last batch handed out: "sequence", "order", and JSON for each of the rank's lanes."""
+        """The state after the last batch handed out: "sequence", "order", and JSON for each of the rank's lanes."""
         lanes = {f"lane_{lane:03d}": dump_state(state, self._names) for lane, state in self._states.items()}
         return {"sequence": self._sequence, "order": self._order.dump(self._sequence), **lanes}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up such a state, made on any number of ranks. Raises UserError if the order of the data was another."""
+        """Continue from such a state, saved on any number of ranks.
+
+        Raises UserError if the data was in another order, or the ranks do not divide the sequences read.
+        """
         if not state_dict:
             return
         sequence = state_dict["sequence"]
         self._order.check(state_dict["order"], sequence)
-        if sequence % self._world:
-            raise UserError(f"the {sequence} sequences of the checkpoint do not divide over {self._world} ranks")
-        self._sequence, self._turn = sequence, None
-        self._states = {
-            lane: parse_state(state_dict[f"lane_{lane:03d}"], self._names, fresh) for lane, fresh in self._fresh.items()
-        }
+        if sequence % self._dp_degree:
+            allowed = f"a divisor of the {sequence} sequences that the checkpoint has read"
+            raise UserError("data-parallel ranks", self._dp_degree, allowed)
+        states = self._initial_states.items()
+        self.rewind(
+            Position(
+                sequence, {lane: parse_state(state_dict[f"lane_{lane:03d}"], self._names, s) for lane, s in states}
+            )
+        )
 
 
 def build_dataloader(
@@ -223,21 +230,21 @@ def build_dataloader(
     sources: Sequence[Source],
     dp_world_size: int,
     dp_rank: int,
-    tokenizer: "Tokenizer",
-    job_config: "JobConfig",
+    tokenizer: Tokenizer,
+    job_config: JobConfig,
 ) -> Loader:
-    """The loader of a data-parallel rank over the job's opened sources.
+    """The loader of a data-parallel rank over the job's opened sources; torchtitan's `build_dataloader_fn`.
 
-    Raises UserError for data settings that cannot be used.
+    Raises UserError for lanes that the ranks cannot share and steps to skip that are not steps.
     """
     training, data = job_config.training, job_config.data
     check_lanes(data, dp_world_size)
     return Loader(
         sources,
         tokenizer,
-        rank=dp_rank,
-        world=dp_world_size,
-        batch=training.local_batch_size,
+        dp_rank=dp_rank,
+        dp_degree=dp_world_size,
+        batch_size=training.local_batch_size,
         seq_len=training.seq_len,
         lanes=data.lanes,
         window=data.window,

@@ -1,4 +1,4 @@
-"""Megatron's indexed data: PREFIX.bin, token ids one after the other, and PREFIX.idx, where each sequence begins.
+"""Megatron's indexed data, read and written: PREFIX.bin, token ids, and PREFIX.idx, where each sequence begins.
 
 .idx, little-endian: magic, version (u64), dtype code (u8), number of sequences (u64), number of document bounds (u64),
 lengths (i32, one per sequence), byte offsets (i64, one per sequence), document bounds (i64, counted in sequences, from
@@ -7,20 +7,27 @@ lengths (i32, one per sequence), byte offsets (i64, one per sequence), document 
 
 import os
 import struct
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from glob import glob
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flame.data.document import Bad, Document, accept
+from flame.data.cursor import Encoder, encode
+from flame.data.document import NAMED, Bad, Document, accept, allow_bad
 from flame.errors import UserError
 from flame.runtime.atomic import open_atomically
+
+if TYPE_CHECKING:  # a source may be of this format
+    from flame.data.source import Source
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 CODES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # 6 and 7 are floats
 SMALL = 65500  # vocabularies below it are written as u16
+BLOCK = 1024  # rows tokenized together when sources are written
 
 
 class _Index:
@@ -111,3 +118,28 @@ def write(prefix: str | Path, documents: Iterable[np.ndarray], vocab_size: int) 
         index.write((ends[:-1] * dtype.itemsize).tobytes())
         index.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
     return len(lengths), int(ends[-1])
+
+
+def pack_sources(prefix: Path, sources: "Sequence[Source]", tokenizer: Encoder, max_bad_rows: float) -> tuple[int, int]:
+    """`python -m flame.data pack`: write every document of the sources, the EOS last; returns (documents, tokens).
+
+    Bad rows are skipped, the first of each source named on stderr. Raises UserError at more than max_bad_rows
+    (see flame.data.document.allow_bad) in a source, and if there is no document at all.
+    """
+    return write(prefix, _encode(sources, tokenizer, max_bad_rows), tokenizer.vocab_size)
+
+
+def _encode(sources: "Sequence[Source]", tokenizer: Encoder, max_bad_rows: float) -> Iterator[np.ndarray]:
+    for source in sources:
+        read = bad = 0
+        for rows in source.blocks(BLOCK):
+            for row in rows:
+                if isinstance(row, Bad):
+                    bad += 1
+                    if bad <= NAMED:
+                        print(f"source {source.name}: {row.place} is skipped: {row.reason}", file=sys.stderr)
+            read += len(rows)
+            if bad > (allowed := allow_bad(max_bad_rows, read)):
+                found = f"{bad} bad rows among {read} of source {source.name}"
+                raise UserError("--max-bad-rows", found, f"at most {allowed:g} (set to {max_bad_rows:g})")
+            yield from encode(tokenizer, [row for row in rows if not isinstance(row, Bad)], source.name)

@@ -1,4 +1,4 @@
-"""The order of a run's data: what it depends on and which steps of it are left out. A checkpoint must be kept to it."""
+"""The order of a run's data: the settings it depends on and the steps that are skipped; a checkpoint is bound to it."""
 
 import json
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ FLAGS = {"lanes": "--data.lanes", "window": "--data.window", "seed": "--debug.se
 
 @dataclass(frozen=True)
 class Order:
-    """skip: first and last of each range of steps that are read and not handed out; step: its number of sequences."""
+    """step: number of sequences per step; skip: first and last of each range of steps that are read and discarded."""
 
     lanes: int
     window: int
@@ -19,12 +19,12 @@ class Order:
     step: int
     skip: Sequence[tuple[int, int]] = ()
 
-    def leaves_out(self, sequence: int) -> bool:
-        """Whether a sequence of the run is one of a step that is left out."""
+    def skips(self, sequence: int) -> bool:
+        """Whether a sequence of the run is part of a skipped step."""
         return any(first <= sequence // self.step + 1 <= last for first, last in self.skip)
 
-    def left_out_up_to(self, sequence: int) -> list[str]:
-        """The ranges of steps that end just before a sequence."""
+    def skipped_just_before(self, sequence: int) -> list[str]:
+        """The ranges of steps that end at a sequence."""
         return [f"{first}-{last}" for first, last in self.skip if last * self.step == sequence]
 
     def dump(self, sequence: int) -> str:
@@ -32,21 +32,19 @@ class Order:
         return json.dumps({**{key: getattr(self, key) for key in FLAGS}, "skipped": self._skipped(sequence)})
 
     def check(self, text: str, sequence: int) -> None:
-        """Raises UserError unless this is the order in such JSON, as far as it was gone along."""
-        was = json.loads(text)
+        """Raise UserError unless the data up to a sequence were read in this order, given the JSON of a checkpoint."""
+        saved = json.loads(text)
         for key, flag in FLAGS.items():
-            if was[key] != getattr(self, key):
-                now = getattr(self, key)
-                raise UserError(f"{flag} {now}: the checkpoint's data order was made with {was[key]}; keep it")
-        passed, asked = was.get("skipped", []), self._skipped(sequence)
-        if passed != asked:
-            raise UserError(
-                f"--data.skip: of the steps before the checkpoint it names {self._name(asked)}, but "
-                f"{self._name(passed)} were skipped; keep those, or go back further by --checkpoint.load_step"
-            )
+            if saved[key] != getattr(self, key):
+                raise UserError(flag, getattr(self, key), f"{saved[key]}, as in the checkpoint")
+        done, asked = saved.get("skipped", []), self._skipped(sequence)
+        if done != asked:
+            found = f"{self._name(asked)} of the steps before the checkpoint"
+            allowed = f"{self._name(done)}, which were skipped"
+            raise UserError("--data.skip", found, allowed, "--checkpoint.load_step goes back to an earlier checkpoint")
 
     def _skipped(self, sequence: int) -> list[list[int]]:
-        """Ranges of sequences, the end not included, that are left out on the way to one."""
+        """Ranges of sequences, the end not included, that are skipped before one."""
         ranges = [((first - 1) * self.step, last * self.step) for first, last in self.skip]
         return [[begin, min(end, sequence)] for begin, end in ranges if begin < sequence]
 

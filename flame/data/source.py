@@ -1,6 +1,6 @@
 """Sources: named sets of rows and their weights in the mixture, opened by flame.data.table."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,14 @@ class Source:
             return next(self.rows.batches(count), ([], None))[0]
         step = max(1, len(self.rows) // count)
         return self.rows.texts(list(range(0, len(self.rows), step))[:count])
+
+    def blocks(self, size: int) -> Iterator[list[Document | Bad]]:
+        """All rows in their own order, up to so many at a time."""
+        if self.streamed:
+            yield from (rows for rows, _ in self.rows.batches(size))
+            return
+        for first in range(0, len(self.rows), size):
+            yield self.rows.texts(list(range(first, min(first + size, len(self.rows)))))
 
 
 def build_sources(section: Training | Validation, data: Data, streaming: bool | None = None) -> list[Source]:

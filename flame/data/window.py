@@ -1,7 +1,7 @@
 """Windows of a source, permuted and dealt to the lanes, with counters for state instead of a buffer.
 
 Window w is rows w*N .. w*N + N - 1. Its order is drawn by a counter-based generator keyed (seed, source, epoch,
-window); permuted place p goes to lane (p + shift) % L, the shift from the same generator. So each row is read once an
+window); permuted place p goes to lane (p + shift) % L, the shift from the same generator. So each row is read once per
 epoch by exactly one lane, every lane gets some of every source, and a source of fewer rows than lanes is shared too.
 """
 
@@ -27,36 +27,36 @@ class Rows(Protocol):
 
 @runtime_checkable
 class Stream(Protocol):
-    """Rows in one order only: batches from a mark on (None: the start), each with the mark behind it."""
+    """Rows in one order only: batches from a mark on (None: the start), each with the mark after it."""
 
     def batches(self, size: int, mark: Any = None) -> Iterator[tuple[list[Document | Bad], Any]]: ...
 
 
 @dataclass(frozen=True)
-class Deal:
-    """How the windows of one source are dealt: N rows a window, L lanes."""
+class WindowShuffle:
+    """How the windows of one source are shuffled: `size` rows per window, dealt to `lanes` lanes."""
 
-    name: str
+    source: str
     size: int
     lanes: int
     seed: int
 
-    def order(self, epoch: int, window: int, rows: int) -> tuple[np.ndarray, int]:
-        """The window's rows (at most N) permuted, and the shift."""
-        key = [((self.seed & 0xFFFFFFFF) << 32) + zlib.crc32(self.name.encode()), (epoch << 32) + window]
+    def permute(self, epoch: int, window: int, rows: int) -> tuple[np.ndarray, int]:
+        """The order of a window's rows (at most `size`), and the shift."""
+        key = [((self.seed & 0xFFFFFFFF) << 32) + zlib.crc32(self.source.encode()), (epoch << 32) + window]
         rng = np.random.Generator(np.random.Philox(key=key))
         return rng.permutation(rows), int(rng.integers(self.lanes))
 
-    def part(self, order: np.ndarray, shift: int, lane: int) -> np.ndarray:
-        """The rows, counted from the window's first, that are dealt to a lane."""
+    def slice(self, order: np.ndarray, shift: int, lane: int) -> np.ndarray:
+        """A lane's rows in that order, counted from the window's first."""
         return order[(lane - shift) % self.lanes :: self.lanes]
 
 
 @dataclass(frozen=True)
-class Part:
-    """A lane's part of a window: so many rows, of which `read(first, last)` gives some, the last not included.
+class WindowSlice:
+    """A lane's rows of a window: `read(first, last)` gives some of the `size`, the last not included.
 
-    after: the stream's mark behind the window (None with random access).
+    after: the stream's mark after the window (None with random access).
     """
 
     size: int
@@ -65,20 +65,20 @@ class Part:
 
 
 class IndexedWindows:
-    """Windows of rows with random access: a lane reads its own part and nothing else, and that when it is asked for."""
+    """Windows of rows with random access: a lane reads its own rows alone, and each only when it is asked for."""
 
-    def __init__(self, rows: Rows, deal: Deal) -> None:
-        self.rows, self.deal = rows, deal
+    def __init__(self, rows: Rows, shuffle: WindowShuffle) -> None:
+        self.rows, self.shuffle = rows, shuffle
 
-    def take(self, lane: int, epoch: int, window: int) -> Part | None:
-        """The lane's part of a window; None behind the last window of the epoch."""
-        first = window * self.deal.size
-        count = min(self.deal.size, len(self.rows) - first)
+    def take(self, lane: int, epoch: int, window: int) -> WindowSlice | None:
+        """The lane's slice of a window; None after the last window of the epoch."""
+        first = window * self.shuffle.size
+        count = min(self.shuffle.size, len(self.rows) - first)
         if count <= 0:
             return None
-        order, shift = self.deal.order(epoch, window, count)
-        chosen = (self.deal.part(order, shift, lane) + first).tolist()
-        return Part(len(chosen), lambda begin, end: self.rows.texts(chosen[begin:end]))
+        order, shift = self.shuffle.permute(epoch, window, count)
+        chosen = (self.shuffle.slice(order, shift, lane) + first).tolist()
+        return WindowSlice(len(chosen), lambda begin, end: self.rows.texts(chosen[begin:end]))
 
 
 class StreamedWindows:
@@ -88,21 +88,21 @@ class StreamedWindows:
     starts at the earliest of them. Lanes take their windows in order, from any thread.
     """
 
-    def __init__(self, stream: Stream, deal: Deal, places: Mapping[int, tuple[int, int, Any]]) -> None:
-        self.stream, self.deal = stream, deal
+    def __init__(self, stream: Stream, shuffle: WindowShuffle, places: Mapping[int, tuple[int, int, Any]]) -> None:
+        self.stream, self.shuffle = stream, shuffle
         self._lock = threading.Lock()
         self._next = {lane: (epoch, window) for lane, (epoch, window, _) in places.items()}
         self._epoch, self._window = min(self._next.values())
         marks = [mark for epoch, window, mark in places.values() if (epoch, window) == (self._epoch, self._window)]
         mark = next((m for m in marks if m is not None), None)
         if mark is None:
-            self._window = 0  # no mark, so the way to the window is read again
-        self._batches = stream.batches(deal.size, mark)
-        self._held: dict[tuple[int, int], dict[int, Part]] = {}
+            self._window = 0  # without a mark, the epoch is read again from its start
+        self._batches = stream.batches(shuffle.size, mark)
+        self._held: dict[tuple[int, int], dict[int, WindowSlice]] = {}
         self._ends: dict[int, int] = {}  # epoch -> its number of windows
 
-    def take(self, lane: int, epoch: int, window: int) -> Part | None:
-        """The lane's part of a window; None behind the last window of the epoch."""
+    def take(self, lane: int, epoch: int, window: int) -> WindowSlice | None:
+        """The lane's slice of a window; None after the last window of the epoch."""
         with self._lock:
             assert (epoch, window) >= self._next[lane], "a lane takes its windows in order"
             while (epoch, window) not in self._held:
@@ -111,32 +111,32 @@ class StreamedWindows:
                     return None
                 self._read()
             self._next[lane] = (epoch, window + 1)
-            parts = self._held[epoch, window]
-            part = parts.pop(lane)
-            if not parts:
+            slices = self._held[epoch, window]
+            taken = slices.pop(lane)
+            if not slices:
                 del self._held[epoch, window]
-            return part
+            return taken
 
     def _read(self) -> None:
-        """Read one window and keep the parts of the lanes that have not passed it."""
+        """Read one window and keep the slices of the lanes that have not passed it."""
         epoch, window = self._epoch, self._window
         batch = next(self._batches, None)
         if batch is None:
             if window == 0:
-                raise UserError(f"source {self.deal.name}: the stream has no rows")
+                raise UserError(f"source {self.shuffle.source}", "a stream without rows")
             self._ends[epoch] = window
             self._epoch, self._window = epoch + 1, 0
-            self._batches = self.stream.batches(self.deal.size)
+            self._batches = self.stream.batches(self.shuffle.size)
             return
-        texts, after = batch
+        rows, after = batch
         self._window += 1
         waiting = [lane for lane, place in self._next.items() if place <= (epoch, window)]
         if waiting:
-            order, shift = self.deal.order(epoch, window, len(texts))
+            order, shift = self.shuffle.permute(epoch, window, len(rows))
             self._held[epoch, window] = {
-                lane: _hold([texts[i] for i in self.deal.part(order, shift, lane)], after) for lane in waiting
+                lane: _hold([rows[i] for i in self.shuffle.slice(order, shift, lane)], after) for lane in waiting
             }
 
 
-def _hold(rows: list[Document | Bad], after: Any) -> Part:
-    return Part(len(rows), lambda begin, end: rows[begin:end], after)
+def _hold(rows: list[Document | Bad], after: Any) -> WindowSlice:
+    return WindowSlice(len(rows), lambda begin, end: rows[begin:end], after)

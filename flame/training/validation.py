@@ -64,9 +64,9 @@ class Validator(BaseValidator):
         self._loader = Loader(
             sources,
             tokenizer,
-            rank=0,
-            world=1,
-            batch=1,
+            dp_rank=0,
+            dp_degree=1,
+            batch_size=1,
             seq_len=validation.seq_len,
             lanes=1,
             window=1,

@@ -59,11 +59,14 @@ def one(kind=Texts):
     return [Source("a", 1.0, kind(documents("a", 90, 20)))]
 
 
-def loader(sources, rank=0, world=1, batch=4, **options):
+def loader(sources, rank=0, world=1, batch=4, encoder=None, **options):
     return Loader(
         sources,
-        Bytes(),
-        **{"rank": rank, "world": world, "batch": batch, "seq_len": 24, "lanes": 8, "window": 16, **options},
+        encoder or Bytes(),
+        dp_rank=rank,
+        dp_degree=world,
+        batch_size=batch,
+        **{"seq_len": 24, "lanes": 8, "window": 16, **options},
     )
 
 

@@ -1,7 +1,7 @@
 import pytest
 
 from flame.data.cursor import GROUP, Cursor, Place
-from flame.data.window import Deal, IndexedWindows, StreamedWindows
+from flame.data.window import IndexedWindows, StreamedWindows, WindowShuffle
 from tests.data.fakes import EOS, Bytes, Tape, Texts, documents
 
 START = Place()
@@ -11,11 +11,11 @@ for i in (0, 1, 2, 7, 8, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 59, 60)
 
 
 def cursor(place=START, rows=ROWS, kind=Texts, size=32, epochs=2):
-    deal = Deal("a", size, 2, 0)
+    shuffle = WindowShuffle("a", size, 2, 0)
     if kind is Texts:
-        windows = IndexedWindows(Texts(rows), deal)
+        windows = IndexedWindows(Texts(rows), shuffle)
     else:
-        windows = StreamedWindows(Tape(rows), deal, {1: (place.epoch, place.window, place.mark)})
+        windows = StreamedWindows(Tape(rows), shuffle, {1: (place.epoch, place.window, place.mark)})
     return Cursor("a", windows, 1, Bytes(), place, epochs)
 
 
@@ -28,7 +28,7 @@ def walk(cursor):
             return
         yield place, bytes(ids[:-1].tolist()).decode()
         assert ids[-1] == EOS
-        cursor.close()
+        cursor.advance()
 
 
 @pytest.mark.parametrize("kind", [Texts, Tape])
@@ -64,7 +64,7 @@ def test_of_a_large_window_only_the_next_rows_are_read():
             return super().texts(indices)
 
     rows = Watched(documents("a", 2000, 9000))
-    it = walk(Cursor("a", IndexedWindows(rows, Deal("a", 2000, 1, 0)), 0, Bytes(), Place()))
+    it = walk(Cursor("a", IndexedWindows(rows, WindowShuffle("a", 2000, 1, 0)), 0, Bytes(), Place()))
     for taken in range(1, 100):
         next(it)
         assert taken <= Watched.read <= taken + 2 * GROUP

@@ -94,7 +94,7 @@ def test_a_step_is_shown_as_text_with_its_sources_and_its_digest(made, capsys):
     for words in ("step 4", "sequences 12 to 15", "checkpoint step-3", "row 3  sequence 15  lane 7", "step 4\n"):
         assert words in text, words
     digest = [json.loads(line) for line in (made[0] / "metrics.jsonl").read_text().splitlines()][1]["data_digest"]
-    assert f"digest {digest}: what metrics.jsonl says of step 4" in text
+    assert f"digest {digest}: as logged at step 4" in text
     begun = [line for line in text.splitlines() if " begins " in line]
     assert begun and all(("<a" in line) == (" a begins" in line) for line in begun)
     assert any(" b begins" in line and "<b" in line for line in begun)
@@ -116,7 +116,7 @@ def test_the_ranks_share_the_rows_of_a_step(made, capsys):
     assert rows("--rank", 0) == rows()  # the run had one rank
 
 
-def test_a_change_of_the_text_is_said_aloud(tmp_path, capsys):
+def test_a_change_of_the_text_is_reported(tmp_path, capsys):
     text = tmp_path / "c.jsonl"
     text.write_text("".join(f'{{"text": "{i} some words"}}\n' for i in range(80)))
     write_run(tmp_path / "run", f"--training.dataset={text}")
@@ -137,7 +137,7 @@ def test_the_batch_of_the_time_is_shown_though_the_config_names_another_now(run)
     assert len(found.rows) == BATCH and found.found == found.expected
 
 
-def test_checkpoints_that_are_half_written_or_hold_the_model_only_are_passed_over(run):
+def test_checkpoints_that_are_incomplete_or_hold_the_model_only_are_passed_over(run):
     (run / "checkpoint/step-6/.metadata").unlink()
     dcp.save({"weight": 1}, checkpoint_id=run / "checkpoint/step-7", no_dist=True)
     assert read_start(run / "checkpoint", 9).step == 3
@@ -159,14 +159,14 @@ def test_a_mistake_is_one_line_and_exit_code_2(argv, words, made, capsys):
     assert code == 2 and text.count("\n") == 1 and all(word in text for word in words), text
 
 
-def test_a_folder_of_no_run_and_a_step_behind_the_data_are_refused(tmp_path, flags, capsys):
+def test_a_folder_without_a_run_and_a_step_after_the_end_of_the_data_are_rejected(tmp_path, flags, capsys):
     code, text = said(capsys, "show", tmp_path, "--step", 1)
-    assert code == 2 and "no config.toml" in text
+    assert code == 2 and "no file config.toml" in text
     code, text = said(capsys, "verify", tmp_path, tmp_path)
-    assert code == 2 and "no metrics.jsonl" in text
+    assert code == 2 and "no file metrics.jsonl" in text
     write_run(tmp_path / "run", *flags, "--data.epochs=1")
     code, text = said(capsys, "show", tmp_path / "run", "--step", 500)
-    assert code == 2 and "--step: found 500" in text and "ends before step" in text
+    assert code == 2 and "--step: found 500, must be below" in text and "ends" in text
 
 
 def test_runs_are_compared_up_to_the_last_step_both_logged(made, run, capsys):

@@ -1,4 +1,4 @@
-"""The law of every stage: take k, save, take the rest; restore, take the rest: the same."""
+"""The law of resume: take k, save, take the rest; restore, take the rest: the same."""
 
 import gc
 import json
@@ -38,7 +38,7 @@ def rows(sources, world, steps, states=None, **options):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("sources", [one, three])
 @pytest.mark.parametrize("kind", [Texts, Tape])
-def test_a_restored_loader_goes_on_where_the_saved_one_was(workers, sources, kind):
+def test_a_restored_loader_continues_where_the_saved_one_was(workers, sources, kind):
     whole = iter(loader(sources(kind), workers=workers, varlen=True))
     expected = take(whole, TOTAL)
     whole.close()
@@ -133,7 +133,7 @@ def test_the_shares_of_tokens_are_the_ones_asked_for_from_early_on():
             assert abs(counts[source.name] / total - source.weight) < tolerance, (steps, counts)
 
 
-def test_a_new_weight_holds_from_the_restart_and_leaves_the_others_where_they_were():
+def test_new_weights_hold_from_the_restart_and_sources_stay_where_they_were():
     def sources(weights):
         lengths = {"a": 40, "b": 90, "c": 200, "d": 60}
         return [Source(n, w, Texts(documents(n, 3000, lengths[n]))) for n, w in weights.items()]
@@ -187,12 +187,25 @@ def test_a_distributed_checkpoint_holds_the_state_and_gives_other_ranks_their_la
 
 
 def test_batches_read_ahead_are_not_in_the_state():
-    run = loader(three(), workers=2, prefetch=4)
-    running = iter(run)
-    take(running, 3)
-    state = run.state_dict()
-    time.sleep(0.1)
-    assert run.state_dict() == state and state["sequence"] == 12
+    class Counting(Bytes):
+        tokens = 0
+
+        def encode_batch(self, texts):
+            self.tokens += sum(map(len, texts))
+            return super().encode_batch(texts)
+
+    encoders, states = [Counting(), Counting()], []
+    for encoder, workers in zip(encoders, (0, 2), strict=True):
+        run = loader(three(), encoder=encoder, workers=workers, prefetch=4)
+        running = iter(run)
+        take(running, 3)
+        states.append(run.state_dict())
+    deadline = time.monotonic() + 60
+    while encoders[1].tokens <= encoders[0].tokens:
+        assert time.monotonic() < deadline, "nothing was read ahead"
+        time.sleep(0.01)
+    assert run.state_dict() == states[1] == states[0] and states[0]["sequence"] == 12
+    running.close()
 
 
 class Broken(Texts):
@@ -241,7 +254,7 @@ def test_workers_are_the_threads_that_tokenize_unless_the_user_wants_otherwise(m
     assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
 
 
-def test_an_iterator_left_behind_says_so():
+def test_a_stale_iterator_raises():
     run = loader(one())
     old = iter(run)
     take(old, 1)
@@ -251,27 +264,39 @@ def test_an_iterator_left_behind_says_so():
 
 
 @pytest.mark.parametrize(
-    "change, flag",
-    [({"lanes": 4}, "--data.lanes 4"), ({"window": 8}, "--data.window 8"), ({"seed": 3}, "--debug.seed 3")],
+    "change, flag, saved",
+    [({"lanes": 4}, "--data.lanes", 8), ({"window": 8}, "--data.window", 16), ({"seed": 3}, "--debug.seed", 0)],
 )
-def test_a_checkpoint_in_another_order_is_refused(change, flag):
-    with pytest.raises(UserError, match=flag):
+def test_a_checkpoint_in_another_order_is_rejected(change, flag, saved):
+    with pytest.raises(UserError) as error:
         loader(one(), **change).load_state_dict(loader(one()).state_dict())
+    assert (error.value.setting, error.value.found) == (flag, *change.values())
+    assert error.value.allowed.startswith(f"{saved},")
 
 
-def test_text_or_tokenizer_that_changed_under_a_checkpoint_is_said():
+def test_a_checkpoint_whose_sequences_the_ranks_do_not_divide_is_rejected():
+    before = loader(one(), batch=1)
+    take(iter(before), 3)
+    with pytest.raises(UserError) as error:
+        loader(one(), 0, 2).load_state_dict(before.state_dict())
+    assert error.value.found == 2 and "divisor of the 3 sequences" in error.value.allowed
+
+
+def test_text_or_a_tokenizer_that_has_changed_since_the_checkpoint_is_rejected():
     run = loader([Source("a", 1.0, Texts(["x" * 1000]))], lanes=1)
     take(iter(run), 5)
     other = loader([Source("a", 1.0, Texts(["x" * 10]))], lanes=1)
     other.load_state_dict(run.state_dict())
-    with pytest.raises(UserError, match="not the text"):
+    with pytest.raises(UserError) as error:
         take(iter(other), 1)
+    assert error.value.setting == "source a" and "not the text" in error.value.hint
 
 
 @pytest.mark.parametrize("rows", [Texts(["", None] * 9), Tape([""] * 9), Tape([])])
 def test_a_source_without_any_text_ends_the_run_instead_of_searching_for_ever(rows):
-    with pytest.raises(UserError, match="source a"):
+    with pytest.raises(UserError) as error:
         take(iter(loader([Source("a", 1.0, rows)])), 1)
+    assert error.value.setting == "source a"
 
 
 def test_varlen_batches_agree_with_their_tokens():

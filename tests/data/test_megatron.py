@@ -71,7 +71,7 @@ def test_other_integers_are_read_by_their_code(tmp_path, code, data, ids):
 
 
 @pytest.mark.parametrize(
-    "idx, data, said",
+    "idx, data, rule",
     [
         (b"MMIDIDX", BIN, "a Megatron index, which begins with MMIDIDX"),
         (IDX.replace(b"MMIDIDX", b"MMIDIDY"), BIN, "a Megatron index, which begins with MMIDIDX"),
@@ -82,12 +82,13 @@ def test_other_integers_are_read_by_their_code(tmp_path, code, data, ids):
         (IDX[:-8] + bytes(8), BIN, "not the data of"),
     ],
 )
-def test_files_that_are_not_whole_are_refused(tmp_path, idx, data, said):
-    with pytest.raises(UserError, match=said):
+def test_files_that_are_cut_short_or_of_another_format_are_rejected(tmp_path, idx, data, rule):
+    with pytest.raises(UserError) as error:
         build(pair(tmp_path, idx, data))
+    assert error.value.setting.startswith(f"{tmp_path}/x.") and rule in str(error.value)
 
 
-def test_documents_of_ids_are_trained_on_as_they_are_with_one_eos_behind_each(tmp_path):
+def test_documents_of_ids_are_trained_on_as_they_are_with_one_eos_after_each(tmp_path):
     (tmp_path / "ids.jsonl").write_text('{"input_ids": [1, 2, 3, 256]}\n{"input_ids": [4, 5]}\n')
     for sources in (build(tmp_path / "ids.jsonl"), build(pair(tmp_path, data=bytes(12)))):
         run = loader(sources, lanes=1, batch=1, window=1, seq_len=9)
@@ -99,9 +100,11 @@ def test_documents_of_ids_are_trained_on_as_they_are_with_one_eos_behind_each(tm
             assert tokens == [0, 0, 0, EOS, 0, EOS, 0, 0, EOS, 0]
 
 
-def test_ids_that_the_tokenizer_does_not_have_are_refused(tmp_path):
-    with pytest.raises(UserError, match="token id 300, but the tokenizer ends at 256"):
+def test_ids_that_the_tokenizer_does_not_have_are_rejected(tmp_path):
+    with pytest.raises(UserError) as error:
         next(iter(loader(build(pair(tmp_path)), lanes=1)))
+    assert (error.value.setting, error.value.found) == ("source x", "token id 300")
+    assert error.value.allowed.startswith("below 257")
 
 
 def test_packing_any_source_keeps_its_documents_in_order_and_names_bad_rows(tmp_path, capsys):
@@ -117,11 +120,11 @@ def test_packing_any_source_keeps_its_documents_in_order_and_names_bad_rows(tmp_
     assert all((tmp_path / f"again.{e}").read_bytes() == (tmp_path / f"out.{e}").read_bytes() for e in ("bin", "idx"))
 
 
-def test_packing_refuses_too_many_bad_rows_and_sources_without_documents(tmp_path, capsys):
+def test_packing_rejects_too_many_bad_rows_and_sources_without_documents(tmp_path, capsys):
     (tmp_path / "t.jsonl").write_text('{"text": ""}\n{"text": ""}\n')
     job = ["pack", str(tmp_path / "out"), "--dataset", f"{tmp_path}/t.jsonl", "--tokenizer", "byte"]
     assert main([*job, "--max-bad-rows", "1"]) == 2
-    assert "found 2 bad rows among 2 of source t, must be at most 1" in capsys.readouterr().err
+    assert "--max-bad-rows: found 2 bad rows among 2 of source t, must be at most 1" in capsys.readouterr().err
     assert main(job) == 2
     assert "no document to write" in capsys.readouterr().err
     assert not list(tmp_path.glob("out*"))

@@ -6,8 +6,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from flame.data.fast import open_fast
-from flame.data.tokenize import build_tokenizer
+from flame.data.tokenize import build_tokenizer, open_fast
 from flame.errors import UserError
 
 HARD = [
@@ -92,23 +91,25 @@ def test_a_bare_tokenizer_file_is_enough(folder, tmp_path):
     assert build_tokenizer(str(bare)).eos_id == 1
 
 
-def test_a_tokenizer_without_an_end_of_text_is_refused(tmp_path):
+def test_a_tokenizer_without_an_end_of_text_is_rejected(tmp_path):
     Backend(models.WordLevel({"a": 0, "?": 1}, unk_token="?")).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UserError, match=r"--model\.tokenizer_path .*no EOS"):
+    with pytest.raises(UserError) as error:
         build_tokenizer(str(tmp_path / "tokenizer.json"))
+    assert error.value.setting == "--model.tokenizer_path" and "no EOS" in error.value.found
 
 
 @pytest.mark.parametrize("path", ["/no/such/folder", "nowhere/tokenizer.json", "./here", "", None, "nobody/nothing"])
 def test_a_tokenizer_that_is_not_there_is_one_line(path):
-    with pytest.raises(UserError, match=r"--model\.tokenizer_path") as caught:
+    with pytest.raises(UserError) as error:
         build_tokenizer(path)
-    assert "\n" not in str(caught.value)
+    assert error.value.setting == "--model.tokenizer_path" and "\n" not in str(error.value)
 
 
 def test_a_broken_tokenizer_file_is_one_line(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match="not loadable"):
+    with pytest.raises(UserError) as error:
         build_tokenizer(str(tmp_path / "tokenizer.json"))
+    assert error.value.hint.startswith("not loadable")
 
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
