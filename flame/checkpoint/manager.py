@@ -1,4 +1,4 @@
-"""torchtitan's CheckpointManager that saves whole checkpoints or none, and starts from a verified one or none."""
+"""torchtitan's CheckpointManager, which saves a whole checkpoint or none and loads a verified one or none."""
 
 import time
 from collections.abc import Sequence
@@ -16,16 +16,7 @@ from torchtitan.components.checkpoint import CheckpointManager as TitanCheckpoin
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import GarbageCollection
 
-from flame.checkpoint.commit import (
-    MARKER,
-    archive,
-    complete_steps,
-    inspect_checkpoint,
-    mark_for_deletion,
-    pending_deletions,
-    read_marker,
-    remove_incomplete,
-)
+from flame.checkpoint import commit
 from flame.checkpoint.start import StartPlan, changed_settings, check_resumable, step_of
 from flame.checkpoint.verification import find_intact
 from flame.checkpoint.writer import Writer
@@ -34,30 +25,22 @@ from flame.config.schema import JobConfig
 from flame.errors import SaveError, UserError
 from flame.runtime.consensus import RankConsensus
 
-_OF_CHECKPOINT = (
-    "params",
-    "lr",
-    "initial_lr",
-)  # of optimizer groups; lr_schedule writes the rates
+_FROM_CHECKPOINT = ("params", "lr", "initial_lr")  # of an optimizer group; lr_schedule writes the rates anew
 _ANOTHER_MODEL = ("Size mismatch", "Missing key")  # how DCP says that tensors are not those of the model
 
 
 class Context(Protocol):
-    """What the manager shares with the rest of the run; flame.training.context."""
+    """What the manager needs of flame.training.context."""
 
     job_config: JobConfig
-
-    @property
-    def consensus(self) -> RankConsensus: ...
-
-    @property
-    def start(self) -> StartPlan: ...
+    consensus: RankConsensus
+    start: StartPlan
 
 
-class Trained(Protocol):
-    """The train state that is saved and loaded, and what is asked of it; flame.training.trainer."""
+class TrainState(Protocol):
+    """What the manager needs of the trainer, which it saves and loads under "train_state"."""
 
-    context: Context
+    context: Any  # a Context
     step: int
     tokens: int
     data_digest: str
@@ -71,10 +54,10 @@ class Trained(Protocol):
 class CheckpointManager(TitanCheckpointManager):
     """Saves when a save is due, starts as --checkpoint.start asks, and keeps the newest k checkpoints.
 
-    Mends of torchtitan 0.2.2: rotation counts half-written folders and export folders; an existing but empty folder
-    hides `initial_load_path` and trains from random weights; a checkpoint that is damaged is loaded all the same; a
-    resume takes betas, eps and weight decay from the checkpoint, whatever the settings are; the last save is not
-    rotated, and `close` does not wait for an async save.
+    Workarounds for torchtitan 0.2.2 (components/checkpoint.py): rotation counts half-written folders and exports; an
+    existing but empty folder hides `initial_load_path`, and the run trains from random weights; a corrupted checkpoint
+    is loaded; a resumed run takes betas, eps and weight decay from the checkpoint, whatever the settings are; the last
+    save is not rotated; `close` does not wait for an async save.
     """
 
     folder: str
@@ -82,8 +65,9 @@ class CheckpointManager(TitanCheckpointManager):
     def __init__(self, *args: Any, checkpoint_config: Any, **kwargs: Any) -> None:
         super().__init__(*args, checkpoint_config=checkpoint_config, **kwargs)
         self.config = checkpoint_config
-        self.trainer: Trained = self.states[TRAIN_STATE]
-        self.consensus = self.trainer.context.consensus
+        self.trainer: TrainState = self.states[TRAIN_STATE]
+        self.context: Context = self.trainer.context
+        self.consensus = self.context.consensus
         self.every_seconds = checkpoint_config.interval_type == "seconds"
         self.last_save = time.monotonic()  # for intervals in seconds
         self.saving = ""  # the checkpoint that was begun last
@@ -126,8 +110,8 @@ class CheckpointManager(TitanCheckpointManager):
         enable_garbage_collection: bool = False,
         to_hf: bool = False,
     ) -> Any:
-        """torchtitan's, with a writer of our own; it has no hook for one."""
-        assert not to_hf, "flame.preflight.validate refuses last_save_in_hf"
+        """torchtitan's method with our writer, for which it has no hook."""
+        assert not to_hf, "flame.preflight.validate rejects last_save_in_hf"
         self.trainer.check_state()
         self.saving = checkpoint_id
         writer = Writer(checkpoint_id, self._facts(state_dict) if dist.get_rank() == 0 else {})
@@ -146,11 +130,11 @@ class CheckpointManager(TitanCheckpointManager):
         return None
 
     def close(self) -> None:
-        self._wait_out()  # what closes now has ended already, well or not
+        self._wait_out()
         super().close()
 
     def _facts(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """What the marker of a checkpoint says of it, besides its files."""
+        """What the commit marker records besides the files."""
         return {
             **{name: getattr(self.trainer, name) for name in ("step", "tokens", "data_digest")},
             "resumable": TRAIN_STATE in state_dict,
@@ -159,27 +143,25 @@ class CheckpointManager(TitanCheckpointManager):
         }
 
     def _settings(self) -> dict[str, Any]:
-        return tomli.loads(to_toml(recorded(self.trainer.context.job_config)))
+        return tomli.loads(to_toml(recorded(self.context.job_config)))
 
     def _should_save(self, curr_step: int, last_step: bool = False) -> bool:
         if self.every_seconds and self.enable and not self.load_only and not last_step:
-            (due,) = self.consensus.max(
-                time.monotonic() - self.last_save >= self.config.interval
-            )  # by the clock of any rank
-            if due:
+            (due,) = self.consensus.max(time.monotonic() - self.last_save >= self.config.interval)
+            if due:  # by the clock of any rank
                 self.last_save = time.monotonic()
             return bool(due) or (curr_step == 1 and self.config.enable_first_step_checkpoint)
         return super()._should_save(curr_step, last_step)
 
     def _save_last_step(self, curr_step: int) -> None:
-        if not self._is_saved(curr_step):  # at the end of the data it may be: a model alone must not take its place
+        if not self._is_saved(curr_step):  # the end of the data may have saved it: a model alone must not replace it
             super()._save_last_step(curr_step)
         self._purge_stale_checkpoints()
 
     def _is_saved(self, step: int) -> bool:
-        """Whether a checkpoint that can be resumed is there; all ranks get the answer of the first."""
+        """Whether a checkpoint that can be resumed is there, as rank 0 sees it."""
         path = Path(self._create_checkpoint_id(step))
-        return self.consensus.first(lambda: inspect_checkpoint(path).resumable)
+        return self.consensus.first(lambda: commit.inspect_checkpoint(path).resumable)
 
     def _async_wait(self) -> None:
         try:
@@ -189,8 +171,8 @@ class CheckpointManager(TitanCheckpointManager):
             self._settle(error)
 
     def _wait_out(self) -> None:
-        """Wait for an async save, if one is under way, whose failure is no reason not to save once more."""
-        if getattr(self, "save_future", None) is None:  # torchtitan's has none without checkpoint.enable
+        """Wait for an async save if one is under way; its failure must not prevent the next save."""
+        if getattr(self, "save_future", None) is None:  # not set without checkpoint.enable
             return
         try:
             self._async_wait()
@@ -198,13 +180,13 @@ class CheckpointManager(TitanCheckpointManager):
             logger.error(str(error))
 
     def _settle(self, error: CheckpointException, final: bool = False) -> None:
-        """Clear up after a save that failed on all ranks, and go on if that was asked for and another save follows."""
-        found = [failure for failure, _ in error.failures.values()]
-        if not all(isinstance(failure, OSError) for failure in found):
+        """Clean up after a save that failed on all ranks. Raises SaveError unless the run may continue without it."""
+        failures = [failure for failure, _ in error.failures.values()]
+        if not all(isinstance(failure, OSError) for failure in failures):
             raise error
         if dist.get_rank() == 0:
-            remove_incomplete(Path(self.saving))
-        message = f"{self.saving} could not be saved: {found[0]}"
+            commit.remove_incomplete(Path(self.saving))
+        message = f"{self.saving} could not be saved: {failures[0]}"
         if final or self.config.on_save_failure == "stop":
             raise SaveError(f"{message}; what was saved before is as it was")
         logger.warning(f"{message}; training goes on (--checkpoint.on_save_failure continue)")
@@ -214,7 +196,7 @@ class CheckpointManager(TitanCheckpointManager):
             return
         every = self.config.keep_every
         try:
-            old = complete_steps(self.folder)[: -self.keep_latest_k]
+            old = commit.complete_steps(self.folder)[: -self.keep_latest_k]
         except UserError as error:
             logger.warning(f"older checkpoints could not be deleted: {error}")
             return
@@ -223,7 +205,7 @@ class CheckpointManager(TitanCheckpointManager):
             if step == 0 or (every and step % every == 0):  # step 0 is what the user began with
                 continue
             try:
-                self.purge_queue.put(str(mark_for_deletion(path)))
+                self.purge_queue.put(str(commit.mark_for_deletion(path)))
             except OSError as error:
                 logger.warning(f"{path} could not be deleted: {error}")
 
@@ -231,13 +213,13 @@ class CheckpointManager(TitanCheckpointManager):
 
     @torch.no_grad()
     def load(self, step: int = -1) -> bool:
-        """Start as the settings say; `step` is their load_step. Returns whether anything was loaded. Raises UserError.
+        """Start as `context.start` says; returns whether anything was loaded. Raises UserError.
 
-        A checkpoint is proven before any of it is loaded; one that is damaged is named, and the newest before it that
-        is not is taken, unless a step was asked for.
+        A checkpoint is verified before any of it is loaded. A corrupted one is logged and the next older one is tried,
+        unless a step was asked for.
         """
-        folder, context = Path(self.folder) if self.enable else Path(), self.trainer.context
-        start, last_step = context.start, context.job_config.training.steps
+        folder = Path(self.folder) if self.enable else Path()
+        start, last_step = self.context.start, self.context.job_config.training.steps
         source, restored = "", []
         if start.mode == "resume":
             self._log_corrupted(folder)
@@ -246,7 +228,7 @@ class CheckpointManager(TitanCheckpointManager):
             number = step_of(path)
             if number > 0:
                 check_resumable(path, start.checkpoints[number], last_step)
-            if self.sd_adapter is not None:  # of a model whose structure is known
+            if self.sd_adapter is not None:  # torchtitan's own models may have none
                 self.consensus.first(lambda: self.sd_adapter.check(flag, path, ties=number == 0))
             source, restored = str(path), self._resume(path, number)
             if number < last_step:
@@ -256,44 +238,44 @@ class CheckpointManager(TitanCheckpointManager):
             if start.mode == "init":
                 source, restored = self.initial_load_path, self._load_initial()
                 if (step := self.trainer.step) >= last_step:
-                    raise UserError(f"--training.steps: found {last_step}, must be more than {source}'s {step}")
+                    raise UserError("--training.steps", last_step, f"more than the {step} of {source}")
         if self.enable and self.keep_latest_k and not self.load_only and dist.get_rank() == 0:
-            for path in pending_deletions(folder):
+            for path in commit.pending_deletions(folder):
                 self.purge_queue.put(str(path))
-        self._say(start.mode, source, restored)
+        self._log_start(start.mode, source, restored)
         return bool(source)
 
     def _log_corrupted(self, folder: Path) -> None:
-        for step, status in self.trainer.context.start.checkpoints.items():
+        for step, status in self.context.start.checkpoints.items():
             if status.corruption and dist.get_rank() == 0:
                 logger.warning(f"{folder / f'step-{step}'} is not complete and is not used: {status.corruption}")
 
     def _archive(self, folder: Path, after: int | None = None) -> None:
-        """Move away the checkpoints after the step that is resumed; at a new start, the first save, cut short."""
-        for step, status in self.trainer.context.start.checkpoints.items():
+        """Archive the checkpoints after the step that is resumed; at a new start, an interrupted first save."""
+        for step, status in self.context.start.checkpoints.items():
             keep = after is not None and (step <= after or status.unfinished)  # an unfinished one is overwritten
             if not (keep or self.load_only):
                 path = folder / f"step-{step}"
-                logger.warning(f"{path} is moved to {archive(path)}")
+                logger.warning(f"{path} is moved to {commit.archive(path)}")
 
     def _resume(self, checkpoint: Path, step: int) -> list[str]:
         """Load a checkpoint of this job; returns the names of what was loaded."""
-        if step == 0 or self.trainer.context.start.checkpoints[step].resumable:
+        if step == 0 or self.context.start.checkpoints[step].resumable:
             return self._load(checkpoint, model_only=step == 0)
-        # The end of the job, of which the marker alone has what it counted.
-        marker = self.consensus.first(lambda: read_marker(checkpoint))
+        # A model alone, saved at the end of the job: the marker has the counters.
+        marker = self.consensus.first(lambda: commit.read_marker(checkpoint))
         counted: dict[str, Any] = {name: marker[name] for name in ("tokens", "data_digest") if name in marker}
         self.trainer.load_state_dict({"step": step, **counted})
         return self._load(checkpoint, model_only=True)
 
     def _load(self, checkpoint: Path, model_only: bool, left_out: Sequence[str] = ()) -> list[str]:
-        """Load a checkpoint of ours but for what is left out; returns the names of what was loaded."""
+        """Load a DCP checkpoint except what is left out; returns the names of what was loaded."""
         wanted = {name: state for name, state in self.states.items() if name not in left_out}
         kept = [dict(group) for group in self._groups()]
         states = self.states[MODEL].state_dict() if model_only else self._flattened_model_states_sd(wanted)
         self.dcp_load(states, str(checkpoint), from_hf=False, from_quantized=False)
-        for group, asked in zip(self._groups(), kept, strict=True):  # a checkpoint brings its own betas and the like
-            group.update({name: value for name, value in asked.items() if name not in _OF_CHECKPOINT})
+        for group, asked in zip(self._groups(), kept, strict=True):  # DCP overwrote betas and the like
+            group.update({name: value for name, value in asked.items() if name not in _FROM_CHECKPOINT})
         GarbageCollection.collect("GC collection for checkpoint loading.")
         return [MODEL] if model_only else list(wanted)
 
@@ -306,20 +288,20 @@ class CheckpointManager(TitanCheckpointManager):
         return self._load(checkpoint, self.initial_load_model_only, self.exclude_from_loading)
 
     def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, *args: Any, **kwargs: Any) -> None:
-        """torchtitan's; a checkpoint of another model is refused in one line."""
+        """torchtitan's method. Raises UserError for the checkpoint of another model."""
         try:
             super().dcp_load(state_dict, checkpoint_id, *args, **kwargs)
         except CheckpointException as error:
             failure, _ = next(iter(error.failures.values()))
             if not str(failure).startswith(_ANOTHER_MODEL):
                 raise
-            raise UserError(f"{checkpoint_id} does not fit this job: {str(failure).splitlines()[0]}") from None
+            raise UserError(checkpoint_id, str(failure).splitlines()[0], "a checkpoint of this model") from None
 
     def _groups(self) -> list[dict[str, Any]]:
         return [group for optimizer in self.states[OPTIMIZER] for group in optimizer.param_groups]
 
-    def _say(self, mode: str, source: str, restored: list[str]) -> None:
-        """Say, and keep for status.json, how the job starts; and what changed since the checkpoint it resumes."""
+    def _log_start(self, mode: str, source: str, restored: list[str]) -> None:
+        """Log how the job starts, which status.json keeps, and which settings changed since the checkpoint."""
         trainer = self.trainer
         self.origin = {"mode": mode, "source": source or None, "step": trainer.step, "tokens": trainer.tokens}
         self.origin["restored"] = restored
@@ -333,11 +315,13 @@ class CheckpointManager(TitanCheckpointManager):
         if mode == "resume" and self.exclude_from_loading:
             logger.info("--checkpoint.exclude_from_loading is for --checkpoint.initial_load_path: all was restored")
         if mode == "resume" and self.config.load_step not in (-1, trainer.step):
-            logger.info(f"--checkpoint.load_step {self.config.load_step}: this job went back to it before, and goes on")
+            logger.info(
+                f"--checkpoint.load_step {self.config.load_step}: the job went back to it earlier and continues"
+            )
         if mode == "resume" or (mode == "init" and not self.initial_load_in_hf):
-            marker = read_marker(Path(source))
+            marker = commit.read_marker(Path(source))
             if not marker:
-                logger.warning(f"{source} has no {MARKER}: no more than its names and sizes could be checked")
+                logger.warning(f"{source} has no {commit.MARKER}: only names and sizes were checked")
             changes = changed_settings(marker["config"], self._settings()) if "config" in marker else ()
-            for change in changes if len(restored) > 1 else ():  # of a model alone no setting is taken over
+            for change in changes if len(restored) > 1 else ():  # a model alone brings no settings
                 logger.info(f"changed since {Path(source).name}: {change}")

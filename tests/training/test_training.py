@@ -164,7 +164,7 @@ def test_the_same_command_goes_on_from_where_it_went_back_to_and_another_goes_ba
     back = ("--checkpoint.load_step=2", "--checkpoint.interval=1", "--lr_scheduler.total_steps=5")
     train_each([job("back", "--checkpoint.interval=1")])
     said = train_each([job("back", *back, steps=5), job("back", *back, steps=5)])
-    assert "This job is complete: step 5 of 5" in said and "load_step 2: this job went back to it before" in said
+    assert "This job is complete: step 5 of 5" in said and "load_step 2: the job went back to it earlier" in said
     replaced = root / "back" / "checkpoint" / "replaced"
     assert sorted(path.name for path in replaced.iterdir()) == ["step-3", "step-4"]
     assert json.loads((root / "back" / "status.json").read_text())["start"]["load_step"] == 2
