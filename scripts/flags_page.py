@@ -27,7 +27,7 @@ and off by `--section.no_name`; a list is `a,b`.
 
 
 def field_help(section: type, name: str) -> str:
-    """The docstring under a field, from the class in whose body the field stands last, on one line."""
+    """The docstring under a field, on one line, from the class that redefines the field last."""
     for owner in section.__mro__:
         if name in vars(owner).get("__annotations__", {}):
             body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0].body

@@ -1,4 +1,4 @@
-"""The shipped model configs: the sizes they are known for, and nothing in them that need not be."""
+"""The shipped model configs have their published sizes, and no field that is the default."""
 
 import json
 from pathlib import Path
@@ -56,7 +56,7 @@ OURS = {  # sized by flame: what the name says, within a sixth
     *("gla_debug", "retnet_340M", "retnet_1B", "rwkv7_340M", "rwkv7_1B", "kda_340M", "kda_1B"),
     *("gated_deltaproduct_340M", "gated_deltaproduct_1B", "gla_hybrid_340M", "gated_deltanet_hybrid_340M"),
 }
-# Written out even where they are the default: what a reader asks of a model first.
+# Written out even if they are the default: what a reader wants to know of a model first.
 ALWAYS = {
     *("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings"),
     *("num_heads", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_parameters"),
@@ -66,7 +66,7 @@ ALWAYS = {
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_a_model_has_the_parameters_it_is_known_for(name):
+def test_a_model_has_its_published_number_of_parameters(name):
     assert measure(SHIPPED[name])[1:3] == SIZES[name]
 
 
@@ -81,7 +81,7 @@ def test_a_model_is_about_as_large_as_its_name_says(name):
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_a_config_is_sorted_has_a_vocabulary_and_no_needless_defaults(name):
+def test_a_config_is_sorted_has_a_vocabulary_and_no_needless_fields(name):
     text = Path(SHIPPED[name]).read_text()
     fields = json.loads(text)
     assert text == json.dumps(fields, indent=2, sort_keys=True) + "\n"
@@ -97,7 +97,7 @@ def test_hybrids_have_attention_among_their_recurrent_layers():
         assert 1 < layers.count("Attention") < len(layers) / 4
 
 
-def test_falcons_differ_as_their_papers_say():
+def test_falcons_differ_as_in_their_papers():
     small, large = (read_config(json.loads(SHIPPED[name].read_text()), name)[1] for name in ("falcon_7B", "falcon_40B"))
     assert small.multi_query and not small.new_decoder_architecture and not small.alibi
     assert large.new_decoder_architecture and large.num_kv_heads == 8

@@ -1,4 +1,4 @@
-"""train.sh and scripts/setup.sh, run for real; a recording stand-in takes the place of Python."""
+"""train.sh and scripts/setup.sh, really run, with a stand-in for Python that records its arguments."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ RECORDER = """#!/bin/bash
 # One record: NNODE, NGPU, OMP_NUM_THREADS, the folder, then the arguments; each ended by NUL, the record by a newline.
 printf '%s\\0' "${NNODE-}" "${NGPU-}" "${OMP_NUM_THREADS-}" "$PWD" "$@" >>"$RECORDS"; printf '\\n' >>"$RECORDS"
 case "$*" in
-  *flame.preflight.__main__*) exit "${PREFLIGHT_CODE-0}" ;;
+  *"-m flame.preflight"*) exit "${PREFLIGHT_CODE-0}" ;;
   *flame.runtime.launch*) exit "${TORCHRUN_CODE-0}" ;;
   *"install"*"-e"*) exit "${INSTALL_CODE-0}" ;;
 esac
@@ -87,7 +87,7 @@ def test_arguments_reach_both_steps_untouched(shell):
     assert [call["args"] for call in shell.calls] == [PREFLIGHT + args, launch_line(args=args)]
 
 
-def test_the_folder_stays_the_users(shell):
+def test_the_current_folder_stays_as_it_is(shell):
     shell.train("--x")
     assert {call["cwd"] for call in shell.calls} == {str(shell.cwd)}
     assert list(shell.cwd.iterdir()) == []
@@ -110,20 +110,20 @@ def test_the_environment_sets_the_layout_and_the_preflight_knows_it(shell):
         (None, "", "1"),
     ],
 )
-def test_the_processes_of_a_node_are_its_visible_gpus_and_one_without_any(shell, visible, listed, expected):
+def test_a_node_has_one_process_per_visible_gpu_and_one_without_any(shell, visible, listed, expected):
     write_program(shell.bin / "nvidia-smi", f"#!/bin/bash\n[[ $1 == -L ]] && printf '%s\\n' '{listed}'\n")
     shell.train("--x", **({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}))
     assert [call["ngpu"] for call in shell.calls] == [expected, expected]
 
 
 @pytest.mark.parametrize("ngpu, given, expected", [("1", None, ""), ("2", None, "1"), ("2", "6", "6")])
-def test_ranks_that_share_a_machine_get_one_thread_unless_told(shell, ngpu, given, expected):
+def test_ranks_that_share_a_machine_get_one_thread_by_default(shell, ngpu, given, expected):
     shell.train("--x", NGPU=ngpu, **({} if given is None else {"OMP_NUM_THREADS": given}))
     assert [call["omp"] for call in shell.calls] == [expected, expected]
 
 
 @pytest.mark.parametrize("node, is_host", [("0", "1"), ("2", "0")])
-def test_slurm_supplies_the_layout_the_meeting_point_and_the_name_of_the_run(shell, node, is_host):
+def test_slurm_supplies_the_layout_the_first_node_and_the_run_id(shell, node, is_host):
     write_program(
         shell.bin / "scontrol", '#!/bin/bash\n[[ $* == "show hostnames n[5-8]" ]] && printf "n%s\\n" 5 6 7 8\n'
     )
@@ -134,7 +134,7 @@ def test_slurm_supplies_the_layout_the_meeting_point_and_the_name_of_the_run(she
     assert shell.calls[-1]["args"] == launch_line(**expected, args=["--x"])
 
 
-def test_several_nodes_without_a_meeting_point_are_refused(shell):
+def test_several_nodes_without_a_first_node_are_rejected(shell):
     done = shell.train("--x", NNODE="2")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "MASTER_ADDR" in done.stderr
     assert LAUNCH not in [call["args"][:2] for call in shell.calls]
@@ -142,9 +142,9 @@ def test_several_nodes_without_a_meeting_point_are_refused(shell):
 
 @pytest.mark.parametrize("name", ["NNODE", "NGPU"])
 @pytest.mark.parametrize("value", ["0", "two", "1:4", "-1"])
-def test_a_layout_that_is_no_number_is_refused_in_one_line(shell, name, value):
+def test_a_layout_that_is_not_a_number_is_rejected_in_one_line(shell, name, value):
     done = shell.train("--x", **{name: value})
-    assert (done.returncode, done.stderr) == (2, f"flame: {name}: found '{value}', allowed are whole numbers from 1\n")
+    assert (done.returncode, done.stderr) == (2, f"flame: {name}: found '{value}', must be an integer of 1 or more\n")
     assert shell.calls == []
 
 
@@ -154,7 +154,7 @@ def test_the_exit_code_is_torchruns(shell, code):
 
 
 @pytest.mark.parametrize("code, expected", [("2", 2), ("1", 1), ("64", 0)])
-def test_nothing_is_launched_after_a_refusal_or_the_help(shell, code, expected):
+def test_nothing_is_launched_after_a_rejection_or_the_help(shell, code, expected):
     assert shell.train("-h", PREFLIGHT_CODE=code).returncode == expected
     assert [call["args"] for call in shell.calls] == [[*PREFLIGHT, "-h"]]
 
@@ -193,7 +193,7 @@ def test_setup_installs_torch_alone_then_the_rest_with_the_pins(shell, checkout)
     assert rest[-3:-1] == ["--quiet", "-e"] and rest[-1].startswith(".[dev")
 
 
-def test_setup_does_nothing_twice_and_says_nothing(shell, checkout):
+def test_setup_does_nothing_the_second_time_and_prints_nothing(shell, checkout):
     shell.run(checkout / "scripts/setup.sh")
     again = shell.run(checkout / "scripts/setup.sh")
     assert (again.stdout, again.stderr, shell.calls) == (f"{checkout}/.venv/bin/python\n", "", [])
@@ -215,7 +215,7 @@ def test_setup_installs_again_after_the_checkout_moved(shell, checkout):
     assert len(installs(shell)) == 2
 
 
-def test_setup_that_was_cut_short_fails_and_is_resumed(shell, checkout):
+def test_setup_that_was_interrupted_fails_and_is_resumed(shell, checkout):
     cut = shell.run(checkout / "scripts/setup.sh", INSTALL_CODE="3")
     assert (cut.returncode, cut.stdout) == (3, "")
     assert shell.run(checkout / "scripts/setup.sh").returncode == 0
@@ -230,7 +230,7 @@ def test_setup_uses_an_active_environment_that_already_has_this_checkout(shell, 
     assert other.stdout == f"{checkout}/.venv/bin/python\n"
 
 
-def test_setup_refuses_an_old_python_in_one_line(shell, checkout):
+def test_setup_rejects_an_old_python_in_one_line(shell, checkout):
     shutil.rmtree(checkout / ".venv")
     tools = shell.bin.with_name("tools")
     for name in ("python3", "python3.10", "python3.11", "python3.12"):

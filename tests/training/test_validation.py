@@ -133,7 +133,7 @@ def test_data_that_fills_no_row_is_rejected(held_out):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ([], ["--validation.dataset: not set"]),
+        ([], ["--validation.dataset: found nothing"]),
         (["--validation.dataset=gone.jsonl"], ["--validation.dataset", "gone.jsonl"]),
         (["--validation.dataset=a/b,c/d", "--validation.dataset_split=x"], ["--validation.dataset_split", "1 items"]),
         (["--validation.dataset=stdlib", "--validation.dataset_path=x"], ["--validation.dataset_path"]),
