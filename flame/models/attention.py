@@ -25,6 +25,7 @@ def _layer_flops(layer: Any, seq_len: int, slides: bool) -> float:
 
 
 _ATTENTION = {**{f"self_attn.{name}_proj.*": 0 for name in "qkv"}, "self_attn.o_proj.weight": 1}
+_DENSE_MLP = {"mlp.dense_h_to_4h.*": 0, "mlp.dense_4h_to_h.weight": 1}
 _QK_NORMS = "its norms of queries and keys span all heads"
 
 # https://arxiv.org/abs/2302.13971, Mistral's window: https://arxiv.org/abs/2310.06825
@@ -54,12 +55,8 @@ GPT_NEOX = Family(  # Pythia too; https://arxiv.org/abs/2204.06745
     tp_plan=TPPlan(
         token_mixers=("attention",),
         mlps=("mlp",),
-        shard_dims={
-            "attention.query_key_value.*": 0,  # rows are ordered by head
-            "attention.dense.weight": 1,
-            "mlp.dense_h_to_4h.*": 0,
-            "mlp.dense_4h_to_h.weight": 1,
-        },
+        # the rows of query_key_value are ordered by head
+        shard_dims={"attention.query_key_value.*": 0, "attention.dense.weight": 1, **_DENSE_MLP},
         must_divide=("num_attention_heads", "intermediate_size"),
     ),
 )
@@ -84,7 +81,7 @@ FALCON = Family(  # https://arxiv.org/abs/2311.16867
     tp_plan=TPPlan(
         token_mixers=("self_attention",),
         mlps=("mlp",),
-        shard_dims={"self_attention.dense.weight": 1, "mlp.dense_h_to_4h.*": 0, "mlp.dense_4h_to_h.weight": 1},
+        shard_dims={"self_attention.dense.weight": 1, **_DENSE_MLP},
         slicers={"self_attention.query_key_value.*": _falcon_heads},
         must_divide=("num_attention_heads", "num_kv_heads"),  # the former where all heads share one
         head_count_attrs=("num_heads", "num_kv_heads"),

@@ -75,9 +75,8 @@ def _check_distribution(model: CausalLM, hf: nn.Module) -> Finding:
             error = spread * (2 / len(other)) ** 0.5
             off = max(float((mine.mean() - other.mean()).abs()), float((mine.std() - other.std()).abs())) / error
         worst, name = max((worst, name), (off, key))
-    return Finding(
-        "distribution", worst <= SIGMAS, f"mean and std within {worst:.1f} standard errors of transformers' ({name})"
-    )
+    figure = f"mean and std within {worst:.1f} standard errors of transformers' ({name})"
+    return Finding("distribution", worst <= SIGMAS, figure)
 
 
 def _check_buffers(model: CausalLM, hf: nn.Module) -> Finding:
@@ -130,11 +129,8 @@ def _check_packing(model: CausalLM, tokens: torch.Tensor) -> Finding:
         run: Callable[..., torch.Tensor] = model.eval()
         alone = torch.cat([run(tokens[:, :cut]), run(tokens[:, cut:])], 1)
         packed, leaking = _distance(run(tokens, **packing), alone), _distance(run(tokens), alone)
-    return Finding(
-        "packing",
-        packed <= 10 * CLOSE and leaking > LEAK,
-        f"packed differs from separate by {packed:.1e} (not kept apart: {leaking:.1e})",
-    )
+    figure = f"packed differs from separate by {packed:.1e} (not kept apart: {leaking:.1e})"
+    return Finding("packing", packed <= 10 * CLOSE and leaking > LEAK, figure)
 
 
 def _reference_model(model: CausalLM) -> Any:

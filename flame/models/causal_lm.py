@@ -215,9 +215,8 @@ class CausalLM(ModelProtocol):
         """The same weights in every layout; see flame.models.init."""
         blocks, head = self.family.blocks, self._modules[self.head_name]
         units = [Unit(f"{blocks}.{i}", block, self.build[f"{blocks}.{i}"]) for i, block in self.layers.items()]
-        units += [
-            Unit(name, child, self.build[name]) for name, child in self.parts() if name not in (blocks, self.head_name)
-        ]
+        others = ((name, part) for name, part in self.parts() if name not in (blocks, self.head_name))
+        units += [Unit(name, part, self.build[name]) for name, part in others]
         units += [Unit(self.head_name, head, self._build_head)] if head is not None else []
         constants = {f"{self.prefix}.{name}": value for name, value in self.family.constants.items()}
         init_weights(self, units, self.hf._init_weights, self.model_args.seed, constants)

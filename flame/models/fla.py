@@ -14,21 +14,10 @@ from flame.models.flops import attention_flops, state_flops
 
 def _family(model_type: str, flops: Callable[[Any, int], float], tp_plan: TPPlan | str, **others: Any) -> Family:
     """A row of fla, whose models share names and whose mixers take `cu_seqlens`, unless `others` differ."""
-    fields: dict[str, Any] = {
-        "norm": "norm",
-        "packing": "cu_seqlens",
-        "fullgraph": False,  # its kernels are torch.compiler.disable'd, and its rotary embedding breaks the graph too
-        **others,
-    }
-    return Family(
-        model_types=(model_type,),
-        blocks="layers",
-        embedding="embeddings",
-        mixer_flops=flops,
-        from_fla=True,
-        tp_plan=tp_plan,
-        **fields,
-    )
+    # its kernels are torch.compiler.disable'd, and its rotary embedding breaks the graph too
+    fields: dict[str, Any] = {"norm": "norm", "packing": "cu_seqlens", "fullgraph": False, **others}
+    fields |= {"blocks": "layers", "embedding": "embeddings", "from_fla": True}
+    return Family(model_types=(model_type,), mixer_flops=flops, tp_plan=tp_plan, **fields)
 
 
 def _tp_plan(*by_heads: str, must_divide: tuple[str, ...] = ("num_heads", "num_kv_heads"), **others: Any) -> TPPlan:
@@ -40,21 +29,16 @@ def _tp_plan(*by_heads: str, must_divide: tuple[str, ...] = ("num_heads", "num_k
     return TPPlan(token_mixers=("attn",), mlps=("mlp",), shard_dims=shard_dims, must_divide=must_divide, **others)
 
 
-# FLOPs ----------------------------------------------------------------------------------------------------------------
-
-
 def _hybrid(mixer: Callable[[Any], float]) -> Callable[[Any, int], float]:
     """Forward FLOPs per token of all layers: `mixer(config)` each, but softmax attention in those that `attn` names."""
 
     def flops(config: Any, seq_len: int) -> float:
-        specs = config.attn or []
-        specs = specs if isinstance(specs, list) else [specs]
-        attention = sum(
-            len(spec["layers"]) * attention_flops(config.hidden_size, seq_len, spec.get("window_size"))
-            for spec in specs
-        )
-        recurrent = config.num_hidden_layers - sum(len(spec["layers"]) for spec in specs)
-        return attention + recurrent * mixer(config)
+        specs = getattr(config, "attn", None) or []
+        total, recurrent = 0.0, config.num_hidden_layers
+        for spec in specs if isinstance(specs, list) else [specs]:
+            recurrent -= len(spec["layers"])
+            total += len(spec["layers"]) * attention_flops(config.hidden_size, seq_len, spec.get("window_size"))
+        return total + recurrent * mixer(config)
 
     return flops
 
@@ -114,11 +98,8 @@ def _mamba(config: Any) -> float:
     return state_flops(1, config.state_size, config.intermediate_size)
 
 
-def _mamba2(config: Any, seq_len: int) -> float:
-    return config.num_hidden_layers * state_flops(config.num_heads, config.state_size, config.head_dim)
-
-
-# Rows -----------------------------------------------------------------------------------------------------------------
+def _mamba2(config: Any) -> float:
+    return state_flops(config.num_heads, config.state_size, config.head_dim)
 
 
 def _own_heads(config: Any, parameter: torch.Tensor, rank: int, world_size: int) -> torch.Tensor:
@@ -128,6 +109,8 @@ def _own_heads(config: Any, parameter: torch.Tensor, rank: int, world_size: int)
 
 _NORM = "its output norm spans all heads"
 _SCAN = "its scan is not divided by heads"
+_RETNET = "the decay of each of its heads is by the head's number"
+_DECAYS = ("A_log", "dt_bias")
 # Their scans know no document boundaries and would silently ignore them.
 _STATE_SPACE: dict[str, Any] = {"norm": "norm_f", "packing": None}
 _HGRN: dict[str, Any] = {
@@ -154,43 +137,26 @@ _RWKV7 = TPPlan(
 
 ROWS = (
     _family("transformer", _transformer, _tp_plan()),
-    # https://arxiv.org/abs/2405.04434
-    _family("mla", _mla, "its low-rank keys and values are not divided"),
-    # https://arxiv.org/abs/2006.16236; its model takes no document boundaries
-    _family("linear_attn", _hybrid(_linear), _tp_plan(), packing=None),
-    # https://arxiv.org/abs/2307.08621
-    _family("retnet", _hybrid(_linear), "the decay of each of its heads is by the head's number"),
-    # https://arxiv.org/abs/2312.06635
-    _family("gla", _hybrid(_linear), _tp_plan("gk_proj.1.*")),
-    # https://arxiv.org/abs/2409.07146
-    _family("gsa", _hybrid(_gsa), _NORM),
-    # https://arxiv.org/abs/2311.04823: elementwise only
-    _family("hgrn", _hybrid(lambda _: 0.0), _NORM, **_HGRN),
-    # https://arxiv.org/abs/2404.07904
-    _family("hgrn2", _hybrid(_hgrn2), _NORM, **_HGRN),
-    # https://arxiv.org/abs/2405.21022
-    _family("lightnet", _hybrid(_lightnet), _NORM),
-    # https://arxiv.org/abs/2404.05892
-    _family("rwkv6", _hybrid(_linear), "its token shift is not divided"),
+    _family("mla", _mla, "its low-rank keys and values are not divided"),  # https://arxiv.org/abs/2405.04434
+    _family("linear_attn", _hybrid(_linear), _tp_plan(), packing=None),  # https://arxiv.org/abs/2006.16236
+    _family("retnet", _hybrid(_linear), _RETNET),  # https://arxiv.org/abs/2307.08621
+    _family("gla", _hybrid(_linear), _tp_plan("gk_proj.1.*")),  # https://arxiv.org/abs/2312.06635
+    _family("gsa", _hybrid(_gsa), _NORM),  # https://arxiv.org/abs/2409.07146
+    _family("hgrn", _hybrid(lambda _: 0.0), _NORM, **_HGRN),  # elementwise only; https://arxiv.org/abs/2311.04823
+    _family("hgrn2", _hybrid(_hgrn2), _NORM, **_HGRN),  # https://arxiv.org/abs/2404.07904
+    _family("lightnet", _hybrid(_lightnet), _NORM),  # https://arxiv.org/abs/2405.21022
+    _family("rwkv6", _hybrid(_linear), "its token shift is not divided"),  # https://arxiv.org/abs/2404.05892
     # https://arxiv.org/abs/2503.14456
     _family("rwkv7", _hybrid(_rwkv7), _RWKV7, stages="the values of its first block go to every other"),
-    # https://arxiv.org/abs/2312.00752
-    _family("mamba", lambda config, _: config.num_hidden_layers * _mamba(config), _SCAN, **_STATE_SPACE),
-    # https://arxiv.org/abs/2405.21060
-    _family("mamba2", _mamba2, _NORM, **_STATE_SPACE),
-    # https://arxiv.org/abs/2406.07522
-    _family("samba", _hybrid(_mamba), _SCAN, **_STATE_SPACE),
+    _family("mamba", _hybrid(_mamba), _SCAN, **_STATE_SPACE),  # https://arxiv.org/abs/2312.00752
+    _family("mamba2", _hybrid(_mamba2), _NORM, **_STATE_SPACE),  # https://arxiv.org/abs/2405.21060
+    _family("samba", _hybrid(_mamba), _SCAN, **_STATE_SPACE),  # https://arxiv.org/abs/2406.07522
     # The delta rule: before it writes a value, a state forgets what it held under the same key.
-    # https://arxiv.org/abs/2406.06484
-    _family("delta_net", _hybrid(_delta_net), _tp_plan("b_proj.*")),
+    _family("delta_net", _hybrid(_delta_net), _tp_plan("b_proj.*")),  # https://arxiv.org/abs/2406.06484
     # https://arxiv.org/abs/2412.06464
-    _family("gated_deltanet", _hybrid(_gated_delta_net), _tp_plan("[ab]_proj.*", "A_log", "dt_bias", **_GATED)),
+    _family("gated_deltanet", _hybrid(_gated_delta_net), _tp_plan("[ab]_proj.*", *_DECAYS, **_GATED)),
     # https://arxiv.org/abs/2510.26692: a decay per channel
-    _family("kda", _hybrid(_gated_delta_net), _tp_plan("b_proj.*", "[fg]_proj.1.*", "A_log", "dt_bias", **_GATED)),
+    _family("kda", _hybrid(_gated_delta_net), _tp_plan("b_proj.*", "[fg]_proj.1.*", *_DECAYS, **_GATED)),
     # https://arxiv.org/abs/2502.10297
-    _family(
-        "gated_deltaproduct",
-        _hybrid(_delta_product),
-        _tp_plan("a_proj.*", "A_log", "dt_bias", slicers=_PRODUCT, **_GATED),
-    ),
+    _family("gated_deltaproduct", _hybrid(_delta_product), _tp_plan("a_proj.*", *_DECAYS, slicers=_PRODUCT, **_GATED)),
 )

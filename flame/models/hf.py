@@ -43,9 +43,6 @@ def load_hf_config(
     return family, config
 
 
-# Read -----------------------------------------------------------------------------------------------------------------
-
-
 def import_models(module: str) -> None:
     """Import a user's module, which registers its model with transformers, and add its FAMILY, if it has one.
 
@@ -56,11 +53,10 @@ def import_models(module: str) -> None:
     except Exception as error:  # whatever the user's module raises
         raise UserError("--model.import", module, hint=f"cannot be imported: {first_line(error)}") from None
     family = getattr(imported, "FAMILY", None)
-    if family is None:
-        return
-    if not isinstance(family, Family):
+    if isinstance(family, Family):
+        table.add(family)
+    elif family is not None:
         raise UserError(f"--model.import {module}", f"FAMILY of type {type(family).__name__}", "a flame Family")
-    table.add(family)
 
 
 def read_fields(source: str) -> dict[str, Any]:
@@ -118,9 +114,6 @@ def read_config(
     return family, config
 
 
-# Validate -------------------------------------------------------------------------------------------------------------
-
-
 def _validate(config: PreTrainedConfig, source: str) -> None:
     """Check the types of numbers, and the numbers of layers, heads and experts; fla's configs check nothing."""
     layers = getattr(config, "num_hidden_layers", None)
@@ -165,9 +158,6 @@ def _holds_positions(module: torch.nn.Module, limit: int) -> bool:
     return any(buffer.ndim > 1 and len(buffer) == limit for buffer in module.buffers(recurse=False))  # GPT-J's sines
 
 
-# Build ----------------------------------------------------------------------------------------------------------------
-
-
 def build_hf(config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
     """transformers' own model of a config, on the default device, in the default dtype whatever the config says."""
     with _without_init() if torch.get_default_device().type == "meta" else contextlib.nullcontext():
@@ -205,9 +195,6 @@ def choose_attention(config: PreTrainedConfig, family: Family, dtype: str) -> No
     installed = importlib.util.find_spec("flash_attn") is not None
     if family.packing == "positions" and installed and torch.cuda.is_available() and dtype in ("bfloat16", "float16"):
         config._attn_implementation = "flash_attention_2"
-
-
-# Fit to the tokenizer, save -------------------------------------------------------------------------------------------
 
 
 def _fit_to_tokenizer(config: PreTrainedConfig, tokenizer: Any, source: str, grow: bool) -> None:

@@ -59,15 +59,12 @@ def _init_unit(unit: Unit, init_module: Callable[[nn.Module], None], seed: int) 
     device = local_tensor(next(iter(targets.values()))).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device, _nan_in_new_memory():
         torch.manual_seed(_derive_seed(unit.name, seed))
-        fresh = unit.build().apply(lambda module: None if _is_initialised(module) else init_module(module))
+        # as transformers does: RWKV-7's constructor marks modules that it has initialised itself
+        fresh = unit.build().apply(lambda m: None if getattr(m, "_is_hf_initialized", False) else init_module(m))
     values = dict(_tensors(fresh))
     assert values.keys() == targets.keys(), f"{unit.name}: {sorted(values.keys() ^ targets.keys())}"
     for name, target in targets.items():
         _copy(target, values[name])
-
-
-def _is_initialised(module: nn.Module) -> bool:
-    return getattr(module, "_is_hf_initialized", False)  # as transformers asks; RWKV-7's constructor sets it
 
 
 @contextlib.contextmanager

@@ -1,11 +1,11 @@
 """Language-model heads that return the loss itself: logits are computed in chunks and never all held."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 from torch.utils.checkpoint import checkpoint
 from torchtitan.components.loss import IGNORE_INDEX
@@ -15,13 +15,13 @@ L2WARP = 1e-4  # weight of RWKV's penalty
 
 
 def linear_cross_entropy(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
-    bias: torch.Tensor | None = None,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
     l2warp: bool = False,
     gather: bool = False,
-) -> torch.Tensor:
+) -> Tensor:
     """Sum over tokens of the cross entropy of `hidden @ weight.T + bias`, in fp32; labels of -100 do not count.
 
     hidden: (batch, seq, hidden), weight: (vocab, hidden), labels: (batch, seq) int64; returns a scalar. `l2warp` adds
@@ -35,15 +35,9 @@ def linear_cross_entropy(
     elif hidden.is_cuda:
         from fla.modules.fused_linear_cross_entropy import fused_linear_cross_entropy_loss
 
+        penalty = L2WARP * len(hidden)  # the kernel divides by the tokens, whatever the reduction
         return fused_linear_cross_entropy_loss(
-            hidden,
-            labels,
-            weight,
-            bias,
-            IGNORE_INDEX,
-            reduction="sum",
-            use_l2warp=l2warp,
-            l2_penalty_factor=L2WARP * len(hidden),  # the kernel divides by the tokens, whatever the reduction
+            hidden, labels, weight, bias, IGNORE_INDEX, reduction="sum", use_l2warp=l2warp, l2_penalty_factor=penalty
         )
     chunks = zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True)
     losses = [checkpoint(_chunk_loss, x, weight, bias, y, l2warp, gather, use_reentrant=False) for x, y in chunks]
@@ -52,13 +46,8 @@ def linear_cross_entropy(
 
 
 def _chunk_loss(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    labels: torch.Tensor,
-    l2warp: bool,
-    gather: bool,
-) -> torch.Tensor:
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, l2warp: bool, gather: bool
+) -> Tensor:
     logits = F.linear(hidden, weight, bias).float()
     if gather and isinstance(logits, DTensor):
         logits = logits.full_tensor()
@@ -69,7 +58,7 @@ def _chunk_loss(
     return loss
 
 
-def _logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not isinstance(weight, DTensor):
         return F.linear(hidden, weight, bias)
     logits = F.linear(_replicate(hidden, weight), weight, bias)
@@ -77,7 +66,7 @@ def _logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     return logits.full_tensor()
 
 
-def _replicate(hidden: torch.Tensor, weight: DTensor) -> DTensor:
+def _replicate(hidden: Tensor, weight: DTensor) -> DTensor:
     return DTensor.from_local(hidden, weight.device_mesh, [Replicate()], run_check=False)
 
 
@@ -89,7 +78,7 @@ class Head(nn.Linear):
 
     l2warp = gather = False  # see linear_cross_entropy
 
-    def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
         if labels is None:
             return _logits(hidden, self.weight, self.bias)
         return linear_cross_entropy(hidden, self.weight, labels, self.bias, self.l2warp, self.gather)
@@ -100,11 +89,11 @@ class TiedHead(nn.Module):
 
     l2warp = gather = False
 
-    def __init__(self, embedding_weight: Callable[[], torch.Tensor]) -> None:
+    def __init__(self, embedding_weight: Callable[[], Tensor]) -> None:
         super().__init__()
         self.embedding_weight = embedding_weight
 
-    def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
         if labels is None:
             return _logits(hidden, self.embedding_weight())
         return linear_cross_entropy(hidden, self.embedding_weight(), labels, l2warp=self.l2warp, gather=self.gather)
@@ -113,17 +102,12 @@ class TiedHead(nn.Module):
 class SummedLoss:
     """torchtitan's loss: passes a summed loss through, and sums the cross entropy of logits; times `scale`."""
 
-    scale: float | torch.Tensor = 1.0
+    scale: float | Tensor = 1.0
 
-    def __call__(self, prediction: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def __call__(self, prediction: Tensor, labels: Tensor) -> Tensor:
         return (prediction if prediction.ndim == 0 else cross_entropy(prediction, labels)) * self.scale
 
 
-def build_loss(_job_config: Any, **_: Any) -> SummedLoss:
-    """torchtitan's `build_loss_fn`."""
-    return SummedLoss()
-
-
-def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Sum over tokens of the cross entropy of logits (batch, seq, vocab), in fp32; labels of -100 do not count."""
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")

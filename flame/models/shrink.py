@@ -1,4 +1,4 @@
-"""A smaller model of the same kind: fewer blocks, and narrower ones, where a proof needs the shape and not the size."""
+"""A smaller model of the same kind, with fewer and narrower blocks, for checks that need its structure alone."""
 
 from typing import Any
 
@@ -7,24 +7,22 @@ _HEADS, _EXPERTS, _ROUTED, _WINDOW, _SLOTS = 4, 4, 2, 32, 16
 
 
 def shrink(fields: dict[str, Any], config: Any, depth: int | None = None, width: int | None = None) -> dict[str, Any]:
-    """The fields of a config cut to `depth` blocks (two at least) and to a hidden size of `width`, where given.
+    """The fields of a config with `depth` blocks (at least two) and a hidden size of `width`, where given.
 
-    `config` is what `fields` make, with their defaults. Grouped heads stay grouped, a hybrid keeps an attention layer,
-    experts become few, and windows short enough to matter in a short row.
+    `config` is built from `fields`, and has their defaults. Grouped heads stay grouped, a hybrid keeps an attention
+    layer, experts become few, and windows short enough to matter in a short row.
     """
     small, attn = dict(fields), getattr(config, "attn", None)
     if depth is not None:
         depth = max(2, depth)
-        small["num_hidden_layers"] = depth
-        small |= {
-            name: fields[name][:depth] for name in ("layer_types", "value_dim") if isinstance(fields.get(name), list)
-        }
+        per_layer = [name for name in ("layer_types", "value_dim") if isinstance(fields.get(name), list)]
+        small |= {"num_hidden_layers": depth, **{name: fields[name][:depth] for name in per_layer}}
         if attn:
             assert isinstance(attn, dict), "several kinds of attention layers"
             attn = attn | {"layers": [i for i in attn["layers"] if i < depth] or [depth - 1]}
     if width is not None:
         small |= _narrow(fields, config, width)
-        if isinstance(small.get("value_dim"), list):  # of RWKV-7, a number a block
+        if isinstance(small.get("value_dim"), list):  # RWKV-7's, one per block
             small["value_dim"] = [width * value // config.hidden_size for value in small["value_dim"]]
         small = {name: value for name, value in small.items() if not name.endswith("_token_id")}
         if attn:
@@ -45,6 +43,6 @@ def _narrow(fields: dict[str, Any], config: Any, width: int) -> dict[str, Any]:
     if fields.get("head_dim"):
         per_width = fields["head_dim"] * heads / config.hidden_size
         small["head_dim"] = max(8, round(per_width * width / few))
-    if (getattr(config, "expand_ratio", None) or 0) > 1:  # of HGRN2: the size of a head
+    if (getattr(config, "expand_ratio", None) or 0) > 1:  # HGRN2's, the size of a head
         small["expand_ratio"] = width // few
     return {"hidden_size": width, **_SMALL, **small}

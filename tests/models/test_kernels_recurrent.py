@@ -95,11 +95,9 @@ def cases():
     from fla.ops import gsa, hgrn, lightnet, linear_attn, retention, simple_gla, utils
     from fla.ops.gsa.gate import fused_additive_gate
 
-    from flame.models.reference import gate, norm
     from flame.models.reference import gsa as slot
-    from flame.models.reference import hgrn as gated
-    from flame.models.reference import lightnet as light
-    from flame.models.reference import simple_gla as simple
+    from flame.models.reference import linear_attention as linear
+    from flame.models.reference import norm
 
     # the interpreter has no libdevice
     inspect.getmodule(utils.op.logaddexp.fn).tldevice = SimpleNamespace(log1p=lambda x: tl.log(1 + x))
@@ -109,14 +107,14 @@ def cases():
     scalar = {"g": decays(2, T, 2)}
     table = {
         "simple gla scaled": (
-            simple_gla.chunk_simple_gla, simple.simple_gla, linear_inputs(**scalar, scale=0.3)
+            simple_gla.chunk_simple_gla, linear.simple_gla, linear_inputs(**scalar, scale=0.3)
         ),
-        "simple gla parallel": (simple_gla.parallel_simple_gla, simple.simple_gla, linear_inputs(**scalar)),
-        "simple gla state with V first": (simple_gla.chunk_simple_gla, simple.simple_gla, linear_inputs(
+        "simple gla parallel": (simple_gla.parallel_simple_gla, linear.simple_gla, linear_inputs(**scalar)),
+        "simple gla state with V first": (simple_gla.chunk_simple_gla, linear.simple_gla, linear_inputs(
             **scalar, initial_state=normal(2, 2, 32, 16), output_final_state=True, state_v_first=True
         )),
-        "simple gla recurrent": (simple_gla.fused_recurrent_simple_gla, simple.simple_gla, linear_inputs(**scalar)),
-        "simple gla fused chunk": (simple_gla.fused_chunk_simple_gla, simple.simple_gla, linear_inputs(**scalar)),
+        "simple gla recurrent": (simple_gla.fused_recurrent_simple_gla, linear.simple_gla, linear_inputs(**scalar)),
+        "simple gla fused chunk": (simple_gla.fused_chunk_simple_gla, linear.simple_gla, linear_inputs(**scalar)),
         "gsa with grouped keys": (
             flat(gsa.chunk_gsa), flat(slot.gated_slot_attention), slot_inputs(heads=4, output_final_state=True)
         ),
@@ -124,10 +122,10 @@ def cases():
         "gsa without gates packed": (
             flat(gsa.chunk_gsa), flat(slot.gated_slot_attention), packed(slot_inputs, g=None)
         ),
-        "additive gate": (fused_additive_gate, gate.additive_gate, {
+        "additive gate": (fused_additive_gate, slot.additive_gate, {
             "x": normal(2, T, 2, 16), "initial_state": normal(2, 1, 2, 16)
         }),
-        "additive gate packed": (fused_additive_gate, gate.additive_gate, {
+        "additive gate packed": (fused_additive_gate, slot.additive_gate, {
             "x": normal(1, T, 2, 16), "initial_state": normal(3, 1, 2, 16), "cu_seqlens": torch.tensor(CU_SEQLENS)
         }),
         "rms_norm_linear": (
@@ -153,7 +151,7 @@ def cases():
     # fla's retention takes any simple GLA: here its own kernel, and the same function around our reference
     for name in ("chunk_retention", "fused_chunk_retention", "fused_recurrent_retention"):
         kernel = getattr(retention, name)
-        table |= forms(name, kernel, retention_of(simple.simple_gla), linear_inputs, one, three)
+        table |= forms(name, kernel, retention_of(linear.simple_gla), linear_inputs, one, three)
     keys, keys3 = (normal(n, 1, 2, 16).detach().exp().requires_grad_() for n in (2, 3))
     pair, pair3 = ({"first_state": x, "second_state": y} for x, y in ((state, keys), (state3, keys3)))
     for name in ("chunk_linear_attn", "fused_chunk_linear_attn", "fused_recurrent_linear_attn"):
@@ -161,12 +159,12 @@ def cases():
         for normalize in (False, True):
             inputs = functools.partial(linear_inputs, positive=normalize, normalize=normalize)
             states = (pair, pair3) if normalize else (one, three)
-            table |= forms(f"{name} normalize={normalize}", kernel, simple.linear_attention, inputs, *states)
+            table |= forms(f"{name} normalize={normalize}", kernel, linear.linear_attention, inputs, *states)
     table |= forms(
-        "fused_recurrent_hgrn", hgrn.fused_recurrent_hgrn, gated.hgrn, hgrn_inputs,
+        "fused_recurrent_hgrn", hgrn.fused_recurrent_hgrn, linear.hgrn, hgrn_inputs,
         {"initial_state": normal(2, 40)}, {"initial_state": normal(3, 40)},
     )  # fmt: skip
-    chunk, reference = (without_gradient_of_states(f) for f in (hgrn.chunk_hgrn, gated.hgrn))
+    chunk, reference = (without_gradient_of_states(f) for f in (hgrn.chunk_hgrn, linear.hgrn))
     given = {"initial_state": normal(2, 40).detach(), "output_final_state": True}
     table |= {
         "chunk_hgrn": (chunk, reference, hgrn_inputs()),
@@ -181,7 +179,7 @@ def cases():
     for name in ("chunk_gsa", "fused_recurrent_gsa"):
         table |= forms(name, getattr(gsa, name), slot.gated_slot_attention, slot_inputs, slots, slots3)
     for name in ("chunk_lightnet", "fused_recurrent_lightnet"):
-        table |= forms(name, getattr(lightnet, name), light.lightnet, linear_inputs, lights, lights3)
+        table |= forms(name, getattr(lightnet, name), slot.lightnet, linear_inputs, lights, lights3)
     return table
 
 

@@ -92,7 +92,7 @@ def cases():
     from fla.ops import rwkv6, rwkv7
     from fla.ops.rwkv7 import fused_addcmul, fused_k_update, gate_output_correction
 
-    from flame.models.reference import mamba, rwkv, token_shift
+    from flame.models.reference import mamba, rwkv
 
     state = {"output_final_state": True}
     two, three = normal(2, HEADS, K, V), normal(3, HEADS, K, V)
@@ -113,7 +113,7 @@ def cases():
         }
     layer = {"safe_gate": True, "lower_bound": -0.6065306597126334, "chunk_size": 64}  # what the layer passes
     table[ROUGH] = (rwkv7.chunk_rwkv7, rwkv.rwkv7, rwkv7_inputs(**layer))
-    shift = (fla_shift.token_shift, token_shift.token_shift)
+    shift = (fla_shift.token_shift, rwkv.token_shift)
     x, y, weight = normal(2, T, 24), normal(2, T, 24, seed=1), normal(24)
     heads = [normal(2, T, 3, 8, seed=i) for i in range(3)]
     norm = (layernorm_gated.rmsnorm_fn, mamba.rms_norm_gated)

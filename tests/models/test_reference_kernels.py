@@ -94,8 +94,8 @@ def cases():
             fused_norm_gate.rms_norm_gated, norm.rms_norm_gated, gated_inputs(activation="sigmoid")
         ),
         "l2norm": (l2norm, norm.l2norm, {"x": x}),
-        "swish": (activation.swish, norm.swish, (x,)),
-        "sigmoid": (activation.sigmoid, norm.sigmoid, (x,)),
+        "swish": (activation.swish, F.silu, (x,)),
+        "sigmoid": (activation.sigmoid, torch.sigmoid, (x,)),
         "swiglu": (activation.swiglu, norm.swiglu, (x, y)),
         "swiglu_linear": (activation.swiglu_linear, norm.swiglu_linear, (x, y, normal(8, 32), normal(8))),
         "rotary": (rotary.rotary_embedding, attention.rotary_embedding, rotary_inputs(seqlen_offsets=3)),

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from flame.models import reference
-from flame.models.reference import mamba, rwkv, token_shift
+from flame.models.reference import mamba, rwkv
 
 reference.enable()
 from fla.layers import rwkv6, rwkv7  # noqa: E402
@@ -213,21 +213,21 @@ def test_a_state_space_op_returns_fp32_under_autocast(name):
 def test_token_shift_hands_the_last_token_on():
     x, cache = normal(2, 9, 4), normal(2, 4)
     zero = torch.zeros(2, 1, 4)
-    assert torch.equal(token_shift.token_shift(x), torch.cat([zero, x[:, :-1]], 1) - x)
-    shifted, last = token_shift.token_shift(x, cache=cache, output_cache=True)
+    assert torch.equal(rwkv.token_shift(x), torch.cat([zero, x[:, :-1]], 1) - x)
+    shifted, last = rwkv.token_shift(x, cache=cache, output_cache=True)
     assert torch.equal(shifted, torch.cat([cache[:, None], x[:, :-1]], 1) - x) and torch.equal(last, x[:, -1])
-    halves = [token_shift.token_shift(x[:, :5], output_cache=True), token_shift.token_shift(x[:, 5:], cache=x[:, 4])]
-    assert torch.equal(torch.cat([halves[0][0], halves[1]], 1), token_shift.token_shift(x))
+    halves = [rwkv.token_shift(x[:, :5], output_cache=True), rwkv.token_shift(x[:, 5:], cache=x[:, 4])]
+    assert torch.equal(torch.cat([halves[0][0], halves[1]], 1), rwkv.token_shift(x))
 
 
 def test_packed_token_shift_equals_separate_documents():
     x, cache, cu_seqlens = normal(1, 100, 4), normal(4, 4), torch.tensor(BOUNDS)
     pieces = [x[:, a:b] for a, b in itertools.pairwise(BOUNDS)]
-    separate = torch.cat([token_shift.token_shift(piece) for piece in pieces], 1)
-    assert torch.equal(token_shift.token_shift(x, cu_seqlens), separate)
-    assert not torch.equal(token_shift.token_shift(x), separate)
-    found = token_shift.token_shift(x, cu_seqlens, cache, output_cache=True)
-    continued = [token_shift.token_shift(piece, cache=cache[i : i + 1]) for i, piece in enumerate(pieces)]
+    separate = torch.cat([rwkv.token_shift(piece) for piece in pieces], 1)
+    assert torch.equal(rwkv.token_shift(x, cu_seqlens), separate)
+    assert not torch.equal(rwkv.token_shift(x), separate)
+    found = rwkv.token_shift(x, cu_seqlens, cache, output_cache=True)
+    continued = [rwkv.token_shift(piece, cache=cache[i : i + 1]) for i, piece in enumerate(pieces)]
     assert torch.equal(found[0], torch.cat(continued, 1))
     assert torch.equal(found[1], torch.cat([piece[:, -1] for piece in pieces]))
 
@@ -426,4 +426,4 @@ def test_options_without_a_reference_are_refused_by_name():
 def test_an_entry_point_that_fla_hides_from_the_compiler_compiles_on_a_cpu():
     x = normal(2, 9, 4)
     compiled = torch.compile(lambda x: rwkv6.token_shift(x) * 2, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(x), token_shift.token_shift(x) * 2)
+    assert torch.equal(compiled(x), rwkv.token_shift(x) * 2)

@@ -1,9 +1,9 @@
 """fla's models in plain PyTorch, so that they build, train and generate on a machine without Triton.
 
 fla's layers call entry points (norms, activations, rotary, short convolution, token mixers) that are Triton kernels,
-and flash-attn. Each module here names, in `pairs()`, the entry points of fla that it serves and the reference of each;
-`enable()` puts the one beside the other: a CPU tensor takes the reference, any other tensor takes fla's own kernel.
-Where flash-attn is not installed, PyTorch's attention serves on every device.
+and flash-attn. Each module here lists, in `pairs()`, entry points of fla and their references; `enable()` rebinds them:
+a CPU tensor goes to the reference, any other tensor to fla's own kernel. Without flash-attn, PyTorch's attention takes
+its place on every device.
 
 Why rebinding and not `fla.backends.register`: fla's dispatch wrappers are `torch.compiler.disable`d, so a registered
 backend breaks the graph of a compiled block, and `chunk_gla`, `rms_norm` and flash-attn are not dispatched at all.
@@ -17,39 +17,11 @@ from collections.abc import Callable
 from torch import nn
 
 from flame.errors import UserError
-from flame.models.reference import (
-    attention,
-    convolution,
-    delta_rule,
-    gate,
-    gsa,
-    hgrn,
-    lightnet,
-    linear_attention,
-    mamba,
-    norm,
-    rwkv,
-    simple_gla,
-    token_shift,
-)
+from flame.models.reference import attention, convolution, delta_rule, gsa, linear_attention, mamba, norm, rwkv
 
-_PARTS = (
-    attention,
-    convolution,
-    delta_rule,
-    gate,
-    gsa,
-    hgrn,
-    lightnet,
-    linear_attention,
-    mamba,
-    norm,
-    rwkv,
-    simple_gla,
-    token_shift,
-)
-# The model types of fla whose training and generation run on these references alone; a test holds each of them.
-_SERVED = frozenset(
+_MODULES = (attention, convolution, delta_rule, gsa, linear_attention, mamba, norm, rwkv)
+# The model types of fla whose training and generation need these references alone; each has a test.
+_SUPPORTED = frozenset(
     {
         *("delta_net", "gated_deltanet", "gated_deltaproduct", "kda"),
         *("gla", "gsa", "hgrn", "hgrn2", "lightnet", "linear_attn", "mla", "retnet", "transformer"),
@@ -59,45 +31,40 @@ _SERVED = frozenset(
 
 
 def check_supported(model_type: str) -> None:
-    """Refuse a model type of fla that has no reference, and so cannot run on a CPU. Raises UserError."""
-    if model_type not in _SERVED:
-        raise UserError(
-            f'--model.config: fla\'s model_type "{model_type}" has no CPU path, only Triton kernels that need a GPU; '
-            f"on a CPU flame runs {', '.join(sorted(_SERVED))}"
-        )
+    """Check that a model type of fla can run on a CPU. Raises UserError if it has no references here."""
+    if model_type not in _SUPPORTED:
+        rule, hint = f"one of {', '.join(sorted(_SUPPORTED))} on a CPU", "others have only Triton kernels, for a GPU"
+        raise UserError("--model.config", f"model_type {model_type!r}", rule, hint)
 
 
-@functools.cache  # so that a second call does nothing
+@functools.cache
 def enable() -> None:
-    """Serve fla's entry points from this package for CPU tensors; import fla. Calling it again does nothing."""
+    """Import fla and rebind its entry points for CPU tensors. Calling it again does nothing."""
     import fla  # noqa: F401  (imports every layer, so that every global below exists)
     from fla.modules.activations.ops import ACT2FN
 
-    references = [pair for part in _PARTS for pair in part.pairs()]
-    # The one seam. fla's files import each other's functions by name, so every module global that *is* an original
-    # changes, and so does the activation table.
+    references = [pair for module in _MODULES for pair in module.pairs()]
+    # fla's files import each other's functions by name, so every module global that *is* an original is rebound, and
+    # so is the activation table.
     replacements = {id(original): _on_cpu(reference, original) for original, reference in references}
     tables = [vars(module) for name, module in sys.modules.items() if name.startswith("fla.")]
     for table in [*tables, ACT2FN]:
         for name, value in table.items():
             if id(value) in replacements:
                 table[name] = replacements[id(value)]
-        # fla's attention layers set flash_attn_func to None, and leave the other undefined, without flash-attn
+        # without flash-attn, fla's attention layers set flash_attn_func to None and leave the other undefined
         if "flash_attn_func" in table and str(table["__name__"]).startswith("fla.layers."):
-            for name, reference in (
-                ("func", attention.flash_attn_func),
-                ("varlen_func", attention.flash_attn_varlen_func),
-            ):
-                original = table.get(f"flash_attn_{name}")
-                table[f"flash_attn_{name}"] = _on_cpu(reference, original) if original else reference
-    for layer, reference in mamba.layers():  # what fla runs on a CPU is a method here, not a global
+            for reference in (attention.flash_attn_func, attention.flash_attn_varlen_func):
+                original = table.get(name := reference.__name__)
+                table[name] = _on_cpu(reference, original) if original else reference
+    for layer, reference in mamba.layers():  # fla's own CPU code is a method here, not a global
         layer.forward = _on_cpu(reference, layer.forward)
 
 
 def _on_cpu(reference: Callable, original: Callable) -> Callable:
     known = tuple(inspect.signature(reference).parameters)
 
-    # Without the attributes of the original, of which torch.compiler.disable's would break the graph of the reference.
+    # Not the original's attributes: those of torch.compiler.disable would break the graph of the reference.
     @functools.wraps(original, updated=())
     def call(*args, **kwargs):
         first = args[0] if args else kwargs[known[0]]
@@ -107,7 +74,7 @@ def _on_cpu(reference: Callable, original: Callable) -> Callable:
             return original(*args, **kwargs)
         for name in [name for name in kwargs if name not in known]:
             value = kwargs.pop(name)
-            if value is not None and value is not False:  # swallowing it would silently compute something else
+            if value is not None and value is not False:  # ignoring it would silently compute something else
                 found = f"{name} is not supported on CPU (found {value!r:.40})"
                 raise NotImplementedError(f"{original.__qualname__}: {found}")
         return reference(*args, **kwargs)

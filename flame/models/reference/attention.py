@@ -1,4 +1,4 @@
-"""Softmax attention, and the rotary embedding in front of it."""
+"""Softmax attention and the rotary embedding."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flame.models.reference.packing import place_tokens
+from flame.models.reference.common import place_tokens
 
 
 def rotary_embedding(
@@ -46,9 +46,9 @@ def flash_attn_func(
     mask = None
     if left >= 0 or right >= 0 or (causal and queries != keys):
         position = torch.arange(keys - queries, keys, device=q.device)[:, None]
-        behind = position - torch.arange(keys, device=q.device)  # how far each key lies behind each query
+        distance = position - torch.arange(keys, device=q.device)  # of each query to each key, positive to the left
         right = 0 if causal else right if right >= 0 else keys
-        mask = (behind >= -right) & (behind <= (left if left >= 0 else keys))
+        mask = (distance >= -right) & (distance <= (left if left >= 0 else keys))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     o = F.scaled_dot_product_attention(
         q, k, v, mask, dropout_p, causal and mask is None, scale=softmax_scale, enable_gqa=q.shape[1] != k.shape[1]

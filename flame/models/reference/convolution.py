@@ -1,4 +1,4 @@
-"""The short causal convolution in front of many mixers."""
+"""The short causal convolution before many mixers."""
 
 from collections.abc import Callable
 
@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flame.models.reference.packing import each_document, place_tokens
-from flame.models.reference.precision import wide
+from flame.models.reference.common import each_document, place_tokens, wide
 
 
 def causal_conv1d(

@@ -1,4 +1,4 @@
-"""Gated slot attention, chunk by chunk."""
+"""Keys from a running softmax over the tokens so far: gated slot attention, chunk by chunk, and LightNet."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,12 +7,60 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flame.models.reference.gate import additive_gate
-from flame.models.reference.linear_attention import gated_linear_attention
-from flame.models.reference.packing import each_document, place_tokens
-from flame.models.reference.precision import wide
+from flame.models.reference.common import each_document, place_tokens, reset_at_starts, scan_chunks, wide
+from flame.models.reference.linear_attention import CHUNK, gated_linear_attention
 
-CHUNK = 64  # tokens; the state is passed from chunk to chunk, everything else is parallel
+
+def additive_gate(
+    x: Tensor, initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    output_dtype: torch.dtype | None = None, gate_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """exp(x_t - z_t), z_{t-1} - z_t and the last z, where z_t is the log of the sum of exp(x) up to token t.
+
+    x (batch, seq, heads, K); states z (sequences, 1, heads, K) in fp32. The first token after no state has gate 0.
+    """
+    x_wide, length = wide(x), x.shape[1]
+    begun = torch.full_like(x_wide[:, :1], -torch.inf) if initial_state is None else wide(initial_state)
+    if cu_seqlens is None:
+        place = torch.arange(length, device=x.device)
+        first = begun
+    else:
+        document, place = place_tokens(cu_seqlens, length)
+        # tokens after the last document are one more, without a state
+        each = begun.expand(len(cu_seqlens) - 1, -1, -1, -1).squeeze(1)
+        first = F.pad(each, (0, 0, 0, 0, 0, 1), value=-torch.inf)[document].unsqueeze(0)
+    place = place[:, None, None]
+    # Each round doubles how many tokens are summed in z: log2(seq) rounds.
+    z = torch.where(place == 0, torch.logaddexp(x_wide, first), x_wide)
+    reach = 1
+    while reach < length:
+        earlier = F.pad(z, (0, 0, 0, 0, reach, -reach)).masked_fill(place < reach, -torch.inf)
+        z = torch.logaddexp(z, earlier)
+        reach *= 2
+    before = torch.where(place == 0, first, F.pad(z, (0, 0, 0, 0, 1, -1)))
+    # z_t = log(exp(z_{t-1}) + exp(x_t)), so both are sigmoids; the difference of two z would cancel in long rows
+    key = torch.sigmoid(x_wide - before)
+    gate = F.logsigmoid(before - x_wide).masked_fill(before == -torch.inf, 0)
+    last = z[:, -1:] if cu_seqlens is None else z[0, cu_seqlens[1:].long() - 1].unsqueeze(1)
+    return key.to(output_dtype or x.dtype), gate.to(gate_dtype or x.dtype), last
+
+
+def lightnet(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None,
+    initial_state: tuple[Tensor | None, Tensor | None] | None = None, output_final_state: bool = False,
+    state_v_first: bool = False, cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor | None, Tensor]]:  # fmt: skip
+    """Gated linear attention with the keys and gates of `additive_gate`; a state is a pair of both's states.
+
+    Shapes are theirs. Source: arXiv 2405.21022.
+    """
+    state, z = (None, None) if initial_state is None else initial_state
+    k, g, z = additive_gate(k, z, cu_seqlens)
+    o, state = gated_linear_attention(
+        q, k, v, g, scale=scale, initial_state=state, output_final_state=output_final_state,
+        state_v_first=state_v_first, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+    return o, (state, z)
 
 
 def gated_slot_attention(
@@ -54,10 +102,7 @@ def _read_slots(
             _read_slots, [q, k, s, g], cu_seqlens, initial_state, output_final_state=output_final_state
         )
     with torch.autocast(q.device.type, enabled=False):  # it would turn the matrix products into bf16
-        decay = wide(g).exp()
-        if cu_seqlens is not None:  # the first token of a document forgets all that came before
-            starts = place_tokens(cu_seqlens, q.shape[1])[1] == 0
-            decay = decay.masked_fill(starts[:, None, None], 0)
+        decay = reset_at_starts(wide(g).exp(), cu_seqlens)
         state = None if initial_state is None else wide(initial_state)
         o, state = _recur(wide(q), wide(k), wide(s), decay, state)
     return o, (state if output_final_state else None)
@@ -83,18 +128,21 @@ def _recur(q: Tensor, k: Tensor, s: Tensor, decay: Tensor, state: Tensor | None)
         q, k = torch.cat([q1, q2], 3), torch.cat([k1, k2], 3)
         decay = d1 * d2
     written = k.mT @ slots  # what each chunk adds to the state
-    if state is None:
-        state = torch.zeros_like(written[:, :, 0])
-    states = []
-    for chunk_decay, chunk_written in zip(decay.unsqueeze(-2).unbind(2), written.unbind(2), strict=True):
-        states.append(state)
-        state = chunk_decay * state + chunk_written
-    o = o + since_start * (q @ torch.stack(states, 2))
+    states, state = scan_chunks(decay.unsqueeze(-2), written, state)
+    o = o + since_start * (q @ states)
     return o.flatten(2, 3)[:, :, :length].transpose(1, 2), state
 
 
 def pairs() -> list[tuple[Callable, Callable]]:
     """Entry points of fla, each with its reference here."""
     from fla.ops import gsa
+    from fla.ops import lightnet as light
+    from fla.ops.gsa import gate
 
-    return [(gsa.chunk_gsa, gated_slot_attention), (gsa.fused_recurrent_gsa, gated_slot_attention)]
+    return [
+        (gate.fused_additive_gate, additive_gate),
+        (gsa.chunk_gsa, gated_slot_attention),
+        (gsa.fused_recurrent_gsa, gated_slot_attention),
+        (light.chunk_lightnet, lightnet),
+        (light.fused_recurrent_lightnet, lightnet),
+    ]

@@ -1,8 +1,8 @@
 """Mamba and Mamba 2: state space models whose decays and writes depend on the input.
 
-fla serves them from kernels of the package mamba_ssm. Its own PyTorch fallback walks Mamba token by token in a time
-that grows with the square of seq, and repeats Mamba 2's groups in another order than those kernels and its own decoding
-do; so the layers are served whole.
+fla takes their kernels from the package mamba_ssm. Its own PyTorch fallback runs Mamba token by token in a time that
+grows with the square of seq, and repeats Mamba 2's groups in another order than those kernels and its own decoding do;
+so the references replace whole layers.
 """
 
 from collections.abc import Callable
@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flame.models.reference.common import wide
 from flame.models.reference.convolution import causal_conv1d
+from flame.models.reference.linear_attention import simple_gla
 from flame.models.reference.norm import norm
-from flame.models.reference.precision import wide
-from flame.models.reference.simple_gla import simple_gla
 
-CHUNK = 32  # tokens; all chunks take the step from token to token together, then the state passes from chunk to chunk
+CHUNK = 32  # tokens; all chunks step from token to token together, then the state passes from chunk to chunk
 
 
 def selective_scan(
@@ -111,7 +111,7 @@ def _cached(layer: Any, x: Tensor, mask: Tensor | None, cache: Any) -> tuple[Any
     from fla.layers.utils import get_layer_cache
 
     last = get_layer_cache(layer, cache)
-    # as in fla, the padding is known while the prompt is read: later the mask spans tokens that are not in x
+    # as in fla, padding is masked in the prompt only: later the mask spans tokens that are not in x
     return last, (mask[..., None] if mask is not None and last is None and mask.shape == x.shape[:2] else None)
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flame.models.reference.precision import wide
+from flame.models.reference.common import wide
 
 
 def norm(
@@ -78,16 +78,6 @@ def l2norm(x: Tensor, eps: float = 1e-6, output_dtype: torch.dtype | None = None
     return (y * torch.rsqrt(y.square().sum(-1, keepdim=True) + eps)).to(output_dtype or x.dtype)
 
 
-def swish(x: Tensor) -> Tensor:
-    """x * sigmoid(x)."""
-    return F.silu(x)
-
-
-def sigmoid(x: Tensor) -> Tensor:
-    """1 / (1 + exp(-x))."""
-    return torch.sigmoid(x)
-
-
 def swiglu(x: Tensor, y: Tensor) -> Tensor:
     """swish(x) * y. Source: arXiv 2002.05202."""
     return F.silu(x) * y
@@ -125,8 +115,8 @@ def pairs() -> list[tuple[Callable, Callable]]:
         (fused_norm_gate.rms_norm_gated, rms_norm_gated),
         (fused_norm_gate.rms_norm_swish_gate_linear, rms_norm_swish_gate_linear),
         (l2.l2norm, l2norm),
-        (activation.swish, swish),
-        (activation.sigmoid, sigmoid),
+        (activation.swish, lambda x: F.silu(x)),
+        (activation.sigmoid, lambda x: torch.sigmoid(x)),
         (activation.swiglu, swiglu),
         (activation.swiglu_linear, swiglu_linear),
         (activation.powglu, powglu),

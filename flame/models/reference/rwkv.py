@@ -1,4 +1,4 @@
-"""RWKV 6 and RWKV 7, and the small operations around their mixers."""
+"""RWKV 6 and RWKV 7: their mixers, the token shift, and the small operations around them."""
 
 from collections.abc import Callable
 
@@ -6,10 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flame.models.reference.common import each_document, place_tokens, previous, reset_at_starts, wide
 from flame.models.reference.linear_attention import gated_linear_attention
-from flame.models.reference.packing import each_document, place_tokens
-from flame.models.reference.precision import wide
-from flame.models.reference.token_shift import previous
 
 CHUNK = 32  # tokens; the state is passed from chunk to chunk, everything else is parallel
 
@@ -56,10 +54,8 @@ def rwkv7(
         options = {"scale": scale, "output_final_state": output_final_state}
         return each_document(rwkv7, [r, w, k, v, a, b], cu_seqlens, initial_state, **options)
     with torch.autocast(r.device.type, enabled=False):  # it would turn the matrix products into bf16
-        decay, read = wide(w).exp(), wide(a)
-        if cu_seqlens is not None:  # the first token of a document forgets all that came before, and reads none of it
-            starts = (place_tokens(cu_seqlens, r.shape[1])[1] == 0)[:, None, None]
-            decay, read = decay.masked_fill(starts, 0), read.masked_fill(starts, 0)
+        # the first token of a document forgets all that came before, and reads none of it
+        decay, read = (reset_at_starts(x, cu_seqlens) for x in (wide(w).exp(), wide(a)))
         q = wide(r) * (r.shape[-1] ** -0.5 if scale is None else scale)
         state = None if initial_state is None else wide(initial_state)
         o, state = _recur(q, wide(k), wide(v), read, wide(b), decay, state)
@@ -117,6 +113,27 @@ def _recur(
     return o.flatten(2, 3)[:, :, :length].transpose(1, 2), state
 
 
+def token_shift(
+    x: Tensor, cu_seqlens: Tensor | None = None, cache: Tensor | None = None, output_cache: bool = False,
+    chunk_indices: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """The token before minus x (batch, seq, D). cache (sequences, D) stands before the first tokens, else zero does.
+
+    With output_cache return the last tokens too, the cache of a continuation.
+    """
+    before = previous(x, cu_seqlens)
+    if cu_seqlens is None:
+        last = x[:, -1]
+        if cache is not None:
+            before = torch.cat([cache[:, None], before[:, 1:]], 1)
+    else:
+        last = x[0, cu_seqlens[1:] - 1]
+        if cache is not None:
+            document, place = place_tokens(cu_seqlens, x.shape[1])
+            before = torch.where((place == 0)[:, None], cache[document], before)
+    return (before - x, last) if output_cache else before - x
+
+
 def mix_previous(
     hidden_states: Tensor, delta: Tensor, xr: Tensor, xw: Tensor, xk: Tensor, xv: Tensor, xa: Tensor,
     xg: Tensor | None = None,
@@ -147,6 +164,7 @@ def squared_relu(x: Tensor) -> Tensor:
 
 def pairs() -> list[tuple[Callable, Callable]]:
     """Entry points of fla, each with its reference here."""
+    from fla.modules import token_shift as shift
     from fla.modules.activations import ops as activation
     from fla.ops import rwkv6 as six
     from fla.ops import rwkv7 as seven
@@ -160,5 +178,6 @@ def pairs() -> list[tuple[Callable, Callable]]:
         (fused_addcmul.fused_addcmul_rwkv7, mix_previous),
         (fused_k_update.fused_k_rwkv7, update_key),
         (gate_output_correction.gate_output_correction, correct_output),
+        (shift.token_shift, token_shift),
         (activation.sqrelu, squared_relu),  # compiled by fla, which needs a C++ compiler
     ]
