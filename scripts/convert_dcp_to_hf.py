@@ -1,17 +1,21 @@
 """DCP -> Hugging Face: python scripts/convert_dcp_to_hf.py --path RUN [--step N] [--config C] [--tokenizer T]
 
 Streams tensor after tensor, so that memory does not grow with the model, and checks what it wrote; the findings are in
-conversion_report.json. Exit code 2: a mistake, said in one line; 1: the tensors are not those of the config's model, or
-the export is not the model that was trained, or the disk is full.
+conversion_report.json. Exit code 2: a mistake, in one line; 1: the tensors are not those of the config's model, or the
+export is not the model that was trained, or the disk is full.
 """
 
 import argparse
 import json
+import logging
+import os
+import re
 import shutil
-import subprocess
 import sys
 import tempfile
-from contextlib import suppress
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -22,12 +26,16 @@ from tqdm import tqdm
 
 from flame.checkpoint.commit import complete_steps, find_corruption
 from flame.checkpoint.dtypes import FLOATS, SIZES
-from flame.checkpoint.structure import ConversionError, TensorSpecs, check_structure, load_structure, save_structure
+from flame.checkpoint.structure import ConversionError, Structure, check_structure, load_structure, save_structure
 from flame.convert.dcp_file import CorruptedError, read_tensors
 from flame.convert.export import export_checkpoint
-from flame.convert.report import REPORT
-from flame.convert.verify import HOLDS, too_large
+from flame.convert.hf_structure import read_trained_structure
+from flame.convert.hf_weights import specs_of
+from flame.convert.output import REPORT
+from flame.convert.verify import HOLDS, check_logits, too_large
 from flame.errors import FULL, UserError
+
+OURS = {"--model.config": "--config", "--model.tokenizer_path": "--tokenizer"}  # settings of a job: flags of this
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -44,181 +52,158 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """The config.toml of a run, {} if there is none. Raises UserError."""
+    """The config.toml of a run, {} if there is none. Raises UserError if it is not TOML."""
     record = path / "config.toml"
     try:
         return tomli.loads(record.read_text()) if record.is_file() else {}
     except ValueError as error:
-        raise UserError(f"--path {path}: {record} is damaged ({error}); name a checkpoint itself") from None
+        raise UserError(str(record), hint=f"is corrupted ({error}); give --path a checkpoint itself") from None
 
 
 def find_checkpoint(path: Path, step: int, run: dict[str, Any]) -> Path:
-    """The checkpoint of a run's step (-1: the newest). `run` is its config.toml. Raises UserError."""
+    """The checkpoint of a run's step (-1: the newest). `run` is its config.toml. Raises UserError if it has none."""
     if (path / ".metadata").is_file():
         if step != -1:
-            raise UserError(f"--step {step}: --path {path} is a checkpoint itself, not a run of several steps")
+            raise UserError("--step", step, hint=f"--path {path} is a checkpoint itself, not a run of several steps")
         if reason := find_corruption(path):
-            raise UserError(f"--path {path}: not a complete checkpoint: {reason}")
+            raise UserError("--path", path, "a complete checkpoint", reason)
         return path
     folder = path / run.get("checkpoint", {}).get("folder", "checkpoint")
     steps = complete_steps(folder)
     if not steps:
-        raise UserError(f"--path {path}: found no complete checkpoint in {folder}")
+        raise UserError("--path", path, "a run or a checkpoint", f"there is no complete checkpoint in {folder}")
     if step != -1 and step not in steps:
-        raise UserError(f"--step {step}: {folder} holds the complete steps {', '.join(map(str, steps))}")
+        raise UserError("--step", step, f"one of the complete steps of {folder}: {', '.join(map(str, steps))}")
     return folder / f"step-{steps[-1] if step == -1 else step}"
 
 
 def check_json(recorded: Path) -> None:
-    """Raises UserError if what a run recorded of its model does not hold objects."""
+    """Raises UserError if what a run recorded of its model is not JSON objects."""
     for path in (recorded / "config.json", recorded / "torchtitan.json"):
         try:
             if path.is_file() and not isinstance(json.loads(path.read_bytes()), dict):
-                raise ValueError("no object")
+                raise ValueError("not an object")
         except ValueError as error:
-            raise UserError(f"{path} is damaged ({error}); --config and --tokenizer take its place") from None
+            raise UserError(str(path), hint=f"is corrupted ({error}); --config and --tokenizer replace it") from None
 
 
-class Model:
-    """What the config says of the model, found by flame.convert.verify in its own process while tensors are copied."""
+@contextmanager
+def models_enabled(run: dict[str, Any]) -> Iterator[None]:
+    """A block that builds models without a log, the run's own (--model.import) too. Raises UserError."""
+    from flame.runtime import device
 
-    def __init__(self, found: TensorSpecs, assets: Path, verified: bool, module: str) -> None:
-        self.found, self.assets, self.verified = found, assets, verified
-        self.verify = [sys.executable, "-m", "flame.convert.verify", "--import", module]
-        self.structure = load_structure(assets)
-        self.building: subprocess.Popen[str] | None = None
+    device.choose()  # before the import of torchtitan, which reads the device
+    from flame.models.hf import import_models
 
-    def build(self, *arguments: str) -> None:
-        """Start to build the model, unless its structure is known; `arguments` say from what."""
-        if self.structure is None:
-            self.building = self._start("structure", str(self.assets), *arguments)
-        else:
-            self.check()
-
-    def check(self) -> None:
-        """Wait until the structure is known, and check it. Raises UserError and ConversionError."""
-        if self.building:
-            building, self.building = self.building, None
-            try:
-                self._finish(building)
-            except UserError as error:
-                if self.verified or not (self.assets / "config.json").is_file():
-                    raise UserError(f"{error} (--no_verify converts without a look at the model)") from None
-                return
-            self.structure = load_structure(self.assets)
-        assert self.structure is not None
-        if self.verified:
-            check_structure(self.found, self.structure)
-
-    def look(self) -> None:
-        """Check the structure if it is known by now. Raises _Published if tensors must be cut or named otherwise."""
-        if self.building and self.building.poll() is not None:
-            self.finish()
-
-    def finish(self) -> Path:
-        """The folder of config and tokenizer, once the structure is checked. Raises as `look`."""
-        if self.building:
-            self.check()
-            if self.structure and self.structure.published_as:
-                raise _Published
-        return self.assets
-
-    def prove(self, checkpoint: Path, dtype: str | None, export: Path) -> dict[str, Any]:
-        """What the checks found, for the report. Raises ConversionError."""
-        if not self.verified:
-            return {"structure": "not checked", "logits": "not compared"}
-        if reason := too_large(self.found):
-            return {"structure": HOLDS, "logits": reason}
-        cast = ["--dtype", dtype] if dtype else []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
         try:
-            said = self._finish(self._start("logits", str(checkpoint), str(export), *cast))
-        except UserError as error:
-            return {"structure": HOLDS, "logits": f"not compared: {error}"}
-        return {"structure": HOLDS, "logits": json.loads(said)}
-
-    def close(self) -> None:
-        """End the process if it is still at work."""
-        if self.building:
-            self.building.kill()
-            self.building.communicate()
-
-    def _start(self, *arguments: str) -> subprocess.Popen[str]:
-        return subprocess.Popen([*self.verify, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-    def _finish(self, process: subprocess.Popen[str]) -> str:
-        output, said = process.communicate()
-        if process.returncode == 0:
-            return output
-        message = said.rpartition("flame: ")[2].strip() or "flame.convert.verify was ended"
-        for flag, ours in (("--model.config", "--config"), ("--model.tokenizer_path", "--tokenizer")):
-            message = message.replace(flag, ours)
-        raise (UserError if process.returncode == 2 else ConversionError)(message)
+            if module := run.get("experimental", {}).get("custom_import"):
+                sys.path.append(os.getcwd())  # as in training
+                import_models(module)
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
 
 
-class _Published(Exception):
-    """The model is published under other names than it is trained with, which turned out while it was copied."""
+@contextmanager
+def os_errors() -> Iterator[None]:
+    """A block that writes a tokenizer, whose Rust code raises a bare Exception if the disk is full. Raises OSError."""
+    try:
+        yield
+    except Exception as error:
+        if not (number := re.search(r"\(os error (\d+)\)", str(error))):
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
+
+
+def build_structure(given: argparse.Namespace, run: dict[str, Any], assets: Path) -> Structure | None:
+    """The tensors of the model, whose config is written to `assets` if the command line names it or the tokenizer.
+
+    None if it cannot be built and need not be verified. Raises UserError if it must.
+    """
+    try:
+        with models_enabled(run):
+            if given.config or given.tokenizer:
+                from flame.data.tokenize import build_tokenizer
+                from flame.models import hf
+
+                recorded = str(given.path / "model")
+                config, tokenizer = given.config or recorded, build_tokenizer(given.tokenizer or recorded)
+                _, hf_config = hf.load_hf_config(config, tokenizer=tokenizer, grow_vocab=True)
+                with os_errors():
+                    hf.save_assets(assets, hf.build_on_meta(hf_config, config), tokenizer.hf)
+            return read_trained_structure(assets)
+    except UserError as error:
+        if given.no_verify and (assets / "config.json").is_file():
+            return None
+        flag, *value = error.setting.split(" ", 1)
+        hint = "; ".join(filter(None, (error.hint, "--no_verify converts without a look at the model")))
+        raise UserError(" ".join([OURS.get(flag, flag), *value]), error.found, error.allowed, hint) from None
+
+
+def verify(given: argparse.Namespace, run: dict[str, Any], checkpoint: Path, tensors: Any, export: Path) -> dict:
+    """The findings for the report of an export; its structure was checked. Raises ConversionError."""
+    if given.no_verify:
+        return {"structure": "not checked", "logits": "not compared"}
+    if reason := too_large(tensors):
+        return {"structure": HOLDS, "logits": reason}
+    with models_enabled(run):
+        return {"structure": HOLDS, "logits": check_logits(checkpoint, given.dtype, export)}
 
 
 def convert(given: argparse.Namespace) -> str:
-    """Convert as the command line says; returns what to tell.
+    """Convert as the command line says; returns the line to print.
 
     Raises UserError, ConversionError, CorruptedError and OSError.
     """
     run = read_run(given.path)
     checkpoint = find_checkpoint(given.path, given.step, run)
     if checkpoint == given.path and not given.output:
-        raise UserError(f"--output: needed, as --path {given.path} is a checkpoint itself, not a run")
+        raise UserError("--output", hint=f"needed, as --path {given.path} is a checkpoint itself, not a run")
     output = given.output or given.path / "hf" / checkpoint.name
     if output.exists():
-        raise UserError(f"--output {output}: exists already; name a folder that does not")
+        raise UserError("--output", output, "a folder that does not exist")
     recorded = given.path / "model"
     asked = {"--config": given.config, "--tokenizer": given.tokenizer}
     if not (recorded / "config.json").is_file() and (absent := [flag for flag, value in asked.items() if not value]):
-        raise UserError(f"{' and '.join(absent)}: needed, as {recorded} holds no config.json and tokenizer of the run")
+        raise UserError(" and ".join(absent), hint=f"needed, as {recorded} has no config.json and tokenizer of the run")
     if not given.config:
         check_json(recorded)
-    found = {name: (tensor.dtype, tensor.shape) for name, tensor in read_tensors(checkpoint).items()}
-    total = sum(prod(shape) * SIZES[given.dtype if given.dtype and d in FLOATS else d] for d, shape in found.values())
+    tensors = specs_of(read_tensors(checkpoint))
+    total = sum(prod(shape) * SIZES[given.dtype if given.dtype and d in FLOATS else d] for d, shape in tensors.values())
 
     with tempfile.TemporaryDirectory() as folder, tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
         assets = Path(folder, "assets")
         if not any(asked.values()):
             shutil.copytree(recorded, assets)
-        model = Model(found, assets, not given.no_verify, run.get("experimental", {}).get("custom_import", ""))
-
-        def advance(count: int) -> None:
-            bar.update(count)
-            model.look()
-
-        prove = partial(model.prove, checkpoint, given.dtype)
-        export = partial(export_checkpoint, checkpoint, model.finish, output, given.dtype, prove=prove, advance=advance)
-        try:
-            model.build(*[f"{flag}={value or recorded}" for flag, value in asked.items() if any(asked.values())])
-            try:
-                export(parts=model.structure.published_as if model.structure else None)
-            except _Published:
-                bar.reset()
-                assert model.structure is not None
-                export(parts=model.structure.published_as)
-        finally:
-            model.close()
-        if model.structure is not None and not any(asked.values()):
-            with suppress(OSError):  # the run may be anybody's; without it the next conversion takes longer
-                save_structure(model.structure, recorded)
-    return f"{output}: {len(found)} tensors, {total:,} bytes; checks in {REPORT}"
+        structure = load_structure(assets) or build_structure(given, run, assets)
+        if structure and not given.no_verify:
+            check_structure(tensors, structure)
+        export_checkpoint(
+            checkpoint,
+            assets,
+            output,
+            given.dtype,
+            published_as=structure.published_as if structure else None,
+            verify=partial(verify, given, run, checkpoint, tensors),
+            advance=bar.update,
+        )
+        if structure and not any(asked.values()):
+            with suppress(OSError):  # the run may be read-only; the next conversion then builds the model again
+                save_structure(structure, recorded)
+    return f"{output}: {len(tensors)} tensors, {total:,} bytes; checks in {REPORT}"
 
 
 def main(argv: list[str]) -> int:
-    """Exit code: 0, 1 for an unfaithful conversion, a damaged checkpoint or a full disk, 2 for a mistake."""
+    """Exit code: 0, 1 for an unfaithful conversion, a corrupted checkpoint or a full disk, 2 for a mistake."""
     given = parse(argv)
     try:
         print(convert(given))
-    except UserError as error:
+    except (UserError, ConversionError, CorruptedError) as error:
         print(f"convert_dcp_to_hf: {error}", file=sys.stderr)
-        return 2
-    except (ConversionError, CorruptedError) as error:
-        print(f"convert_dcp_to_hf: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, UserError) else 1
     except OSError as error:
         print(f"convert_dcp_to_hf: {given.output or given.path}: {error}", file=sys.stderr)
         return 1 if error.errno in FULL else 2

@@ -1,23 +1,23 @@
 """Hugging Face -> DCP: python scripts/convert_hf_to_dcp.py --model FOLDER --checkpoint RUN/checkpoint/step-0
 
 Writes the weights of safetensors files as a checkpoint of a model alone, piece by piece, and reads it again. A run in
-RUN starts from it; so does any other with --checkpoint.initial_load_path. Exit code 2: a mistake, said in one line; 1:
-the tensors are not those of the folder's config, or the disk is full.
+RUN starts from it; so does any other with --checkpoint.initial_load_path. Exit code 2: a mistake, in one line; 1: the
+tensors are not those of the folder's config, or the disk is full.
 """
 
 import argparse
 import sys
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
+from flame.checkpoint.commit import hash_file
 from flame.checkpoint.structure import ConversionError, Structure, check_structure
-from flame.convert.conversion import convert_hf_to_dcp
 from flame.convert.hf_structure import read_structure
-from flame.convert.hf_weights import checksum, under_own_names, untied
-from flame.convert.report import REPORT, new_folder, sha256, write_report
-from flame.convert.safetensors_file import Entry, find_files, read_headers
+from flame.convert.hf_weights import find_untied, read_weights, specs_of
+from flame.convert.output import REPORT, new_folder, write_report
+from flame.convert.safetensors_file import find_files
 from flame.convert.verify import HOLDS
 from flame.errors import FULL, UserError
 
@@ -33,54 +33,55 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def convert(given: argparse.Namespace) -> str:
-    """Convert as the command line says; returns what to tell. Raises UserError, ConversionError and OSError."""
-    if given.checkpoint.exists():
-        raise UserError(f"--checkpoint {given.checkpoint}: exists already; name a folder that does not")
-    folder = given.model[0] if len(given.model) == 1 and given.model[0].is_dir() else None
-    if absent := [str(path) for path in given.model if not path.exists()]:
-        raise UserError(f"--model {absent[0]}: there is no such folder or file; of a hub id, download it first")
-    files = find_files(folder) if folder else given.model
-    entries = read_headers(files)
-    if not entries:
-        raise UserError(f"--model {given.model[0]}: holds no tensors")
-    structure = None
-    checks: dict[str, Any] = {"bytes": "every tensor reads back as it was written", "structure": "not checked"}
-    if folder and not given.no_verify:
-        structure, entries = check(folder, entries)
-        checks["structure"] = HOLDS
-    total = sum(entry.nbytes for entry in entries.values())
-    bar = tqdm(total=total, unit="B", unit_scale=True, disable=None)
-    with bar, new_folder(given.checkpoint) as temporary:
-        convert_hf_to_dcp(entries, temporary, structure, advance=bar.update)
-        sources = {str(file.resolve()): sha256(file) for file in files}
-        write_report(temporary, {}, sources=sources, tensors=len(entries), checks=checks)
-    said = f"{given.checkpoint}: {len(entries)} tensors, {total:,} bytes; checks in {REPORT}"
-    if folder and (folder / TITAN).is_file():
-        said += f"; by transformers' names: torchtitan's model starts from {folder} (--checkpoint.initial_load_in_hf)"
-    return said
-
-
-def check(folder: Path, entries: dict[str, Entry]) -> tuple[Structure, dict[str, Entry]]:
-    """The structure of the folder's config.json, and the tensors without those that transformers leaves aside.
-
-    Raises UserError and ConversionError.
-    """
+def build_structure(folder: Path) -> Structure:
+    """The tensors of the model of a folder's config.json. Raises UserError if it has none or it cannot be built."""
     from flame.runtime import device
 
     device.choose()  # before the import of torchtitan, which reads the device
     if not (folder / "config.json").is_file():
         raise UserError(
-            f"--model {folder}: found no config.json to check the tensors against; --no_verify does without"
+            "--model", folder, "a folder with a config.json to check the tensors against", "--no_verify does without"
         )
-    structure = read_structure(folder)
-    published = structure.published
-    entries = {name: entry for name, entry in entries.items() if not published.ignores(name)}
-    entries = under_own_names(entries, published)
-    check_structure({name: (entry.dtype, entry.shape) for name, entry in entries.items()}, published)
-    for complaint in untied(entries.keys(), published, lambda name: checksum(entries[name])):
-        raise ConversionError(f"--model {folder}: {complaint}")
-    return structure, entries
+    return read_structure(folder)
+
+
+def convert(given: argparse.Namespace) -> str:
+    """Convert as the command line says; returns the line to print. Raises UserError, ConversionError and OSError."""
+    if given.checkpoint.exists():
+        raise UserError("--checkpoint", given.checkpoint, "a folder that does not exist")
+    folder = given.model[0] if len(given.model) == 1 and given.model[0].is_dir() else None
+    if absent := [path for path in given.model if not path.exists()]:
+        raise UserError("--model", absent[0], "a folder or file on this machine", "a hub id has to be downloaded first")
+    files = find_files(folder) if folder else given.model
+    structure = build_structure(folder) if folder and not given.no_verify else None
+    weights = read_weights(files, structure)
+    if not weights.entries:
+        raise UserError("--model", given.model[0], hint="it has no tensors")
+    if structure:
+        check_structure(specs_of(weights.entries), structure.published)
+        if problem := find_untied(weights.entries, structure.published):
+            raise ConversionError(f"--model {folder}: {problem}")
+    from flame.convert.dcp_writer import convert_hf_to_dcp  # here: it imports torch
+
+    entries = [entry for entry, _ in weights.placed()]
+    total = sum(entry.nbytes for entry in entries)
+    bar = tqdm(total=total, unit="B", unit_scale=True, disable=None)
+    with bar, new_folder(given.checkpoint) as temporary:
+        convert_hf_to_dcp(weights, temporary, advance=bar.update)
+        write_report(
+            temporary,
+            {},
+            sources={str(file.resolve()): hash_file(file, sha256) for file in files},
+            tensors=len(entries),
+            checks={
+                "bytes": "every tensor reads back as it was written",
+                "structure": HOLDS if structure else "not checked",
+            },
+        )
+    done = f"{given.checkpoint}: {len(entries)} tensors, {total:,} bytes; checks in {REPORT}"
+    if folder and (folder / TITAN).is_file():
+        done += f"; by transformers' names: torchtitan's model starts from {folder} (--checkpoint.initial_load_in_hf)"
+    return done
 
 
 def main(argv: list[str]) -> int:
@@ -88,12 +89,9 @@ def main(argv: list[str]) -> int:
     given = parse(argv)
     try:
         print(convert(given))
-    except UserError as error:
+    except (UserError, ConversionError) as error:
         print(f"convert_hf_to_dcp: {error}", file=sys.stderr)
-        return 2
-    except ConversionError as error:
-        print(f"convert_hf_to_dcp: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, UserError) else 1
     except OSError as error:
         print(f"convert_hf_to_dcp: {given.checkpoint}: {error}", file=sys.stderr)
         return 1 if error.errno in FULL else 2

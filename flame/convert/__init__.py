@@ -1,2 +1,2 @@
-"""Checkpoints to and from Hugging Face folders, with a proof of each conversion.
-Imports: checkpoint, models, titan, and data for the tokenizer."""
+"""Checkpoints to and from Hugging Face folders, each conversion with its verification.
+Imports: checkpoint, models and titan."""

@@ -48,25 +48,120 @@ class Chunk:
     start: int
     length: int
 
+    def overlap(self, box: Box) -> Box | None:
+        """What the chunk has of a box of the tensor."""
+        inside = tuple(
+            (max(start, low), min(stop, low + size))
+            for (start, stop), low, size in zip(box, self.offsets, self.sizes, strict=True)
+        )
+        return inside if all(start < stop for start, stop in inside) else None
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a checkpoint and where its chunks are; dtype is torch's name for it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def box(self) -> Box:
+        """All of it."""
+        return tuple((0, size) for size in self.shape)
+
+    def pieces(self, box: Box | None = None, nbytes: int = READ_BYTES) -> Iterator[tuple[Box, np.ndarray]]:
+        """The raw elements of a box, or of all, at most `nbytes` at a time in row-major order, each with its own box.
+
+        Raises CorruptedError if the chunks do not fill the tensor, a file is cut short, or a checksum is wrong; those
+        of a box that is not the whole are left to `check`.
+        """
+        box = self.box if box is None else box
+        readers = [ChunkReader(chunk, self) for chunk in self.chunks if chunk.overlap(box) is not None]
+        for piece in split_box(box, max(1, nbytes // SIZES[self.dtype])):
+            yield piece, self._assemble(readers, piece)
+        for reader in readers if box == self.box else ():
+            reader.check()
+
+    def check(self) -> None:
+        """Read all chunks. Raises CorruptedError if one is not what torch wrote."""
+        for chunk in self.chunks:
+            ChunkReader(chunk, self).check()
+
+    def _assemble(self, readers: "list[ChunkReader]", box: Box) -> np.ndarray:
+        block, filled = np.empty([stop - start for start, stop in box], raw_dtype(self.dtype)), 0
+        for reader in readers:
+            if (inside := reader.chunk.overlap(box)) is None:
+                continue
+            part = reader.read(inside)
+            if part.shape == block.shape:
+                return part
+            block[tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(inside, box, strict=True))] = part
+            filled += part.size
+        if filled != block.size:
+            found = f"{filled} of its {block.size} elements in {box}"
+            raise CorruptedError(f"{self.name}: the checkpoint's chunks hold {found}")
+        return block
+
+
+def read_tensors(checkpoint: Path) -> dict[str, StoredTensor]:
+    """The model's tensors, sorted by name. Raises UserError if this is not a complete checkpoint or holds no model."""
+    path = checkpoint / ".metadata"
+    if not path.is_file():
+        raise UserError(str(checkpoint), "no .metadata", "a complete DCP checkpoint")
+    with report_unreadable(path):
+        data = path.read_bytes()
+    try:
+        fields = read_pickle(data).state
+        places = {
+            (key.state["fqn"], key.state.get("offset")): place.state for key, place in fields["storage_data"].items()
+        }
+        tensors = {
+            name: _tensor(checkpoint, name, entry.state, places)
+            for name, entry in sorted(fields["state_dict_metadata"].items())
+            if not name.startswith(_NOT_MODEL) and entry.state  # bytes, which are not a tensor, have no state
+        }
+    except UserError:
+        raise
+    except Exception as error:  # a foreign or corrupted pickle fails in any way
+        raise UserError(str(path), f"{type(error).__name__}: {error}", "the metadata of a DCP checkpoint") from None
+    if not tensors:
+        raise UserError(str(checkpoint), "no model", "a checkpoint with one")
+    return tensors
+
+
+def _tensor(checkpoint: Path, name: str, entry: dict[str, Any], places: dict[Any, dict[str, Any]]) -> StoredTensor:
+    dtype, chunks = entry["properties"].state[0], []
+    if dtype not in CODES:
+        raise UserError(f"{checkpoint}: {name}", f"dtype {dtype}", f"one of {', '.join(CODES)}")
+    for chunk in entry["chunks"]:
+        offsets, sizes = chunk.state["offsets"], chunk.state["sizes"]
+        if 0 in sizes:  # the share of a rank that has none
+            continue
+        place = places[name, offsets]
+        if transforms := place.get("transform_descriptors"):
+            raise UserError(f"{checkpoint}: {name}", f"stored by {transforms}", "uncompressed")
+        chunks.append(Chunk(offsets, sizes, checkpoint / place["relative_path"], place["offset"], place["length"]))
+    return StoredTensor(name, dtype, entry["size"], tuple(chunks))
+
 
 class ChunkReader:
-    """Reads one chunk of a tensor called `name`, a box at a time.
+    """Reads one chunk of a tensor, a box at a time.
 
-    Raises CorruptedError, and UserError for a file that cannot be read, which may be whole.
+    Raises CorruptedError, and UserError for a file that cannot be read, as that may be intact.
     """
 
-    def __init__(self, chunk: Chunk, name: str, dtype: str) -> None:
-        self.chunk, self.name, self.dtype = chunk, name, dtype
+    def __init__(self, chunk: Chunk, tensor: StoredTensor) -> None:
+        self.chunk, self.name, self.dtype = chunk, tensor.name, tensor.dtype
         self.crc, self.count = 0, 0
         try:
-            with _Range(chunk) as view, zipfile.ZipFile(view) as archive:
+            with _ChunkFile(chunk) as file, zipfile.ZipFile(file) as archive:
                 folder = archive.namelist()[0].split("/")[0]
                 key, first, sizes, self.strides = read_pickle(archive.read(f"{folder}/data.pkl"))
                 memory = archive.getinfo(f"{folder}/data/{key}")
-                view.seek(memory.header_offset)
-                header = view.read(30)
-                assert header is not None
-                name_length, extra_length = struct.unpack_from("<26x2H", header)
+                file.seek(memory.header_offset)
+                name_length, extra_length = struct.unpack_from("<26x2H", file.read(30) or b"")
         except UserError:
             raise
         except FileNotFoundError:
@@ -77,7 +172,7 @@ class ChunkReader:
             raise self._corrupted(f"a tensor of shape {sizes}, must be {chunk.sizes}")
         self.memory = chunk.start + memory.header_offset + 30 + name_length + extra_length
         self.nbytes, self.expected = memory.file_size, memory.CRC
-        self.start = self.memory + first * SIZES[dtype]
+        self.start = self.memory + first * SIZES[self.dtype]
         self.row_major = _is_row_major(sizes, self.strides)
 
     def read(self, box: Box) -> np.ndarray:
@@ -129,25 +224,19 @@ def _is_row_major(sizes: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     return True
 
 
-class _Range(io.RawIOBase):
-    """A chunk's bytes as a file, which is how zipfile reads them."""
+class _ChunkFile(io.RawIOBase):
+    """A chunk's bytes as a file, which is how zipfile reads them. Raises UserError, which zipfile passes on."""
 
     def __init__(self, chunk: Chunk) -> None:
         with report_unreadable(chunk.file):
             self.file, self.chunk, self.position = chunk.file.open("rb"), chunk, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         self.position = offset + (0, self.position, self.chunk.length)[whence]
         return self.position
 
     def readinto(self, buffer: Any) -> int:
-        with report_unreadable(self.chunk.file):  # here: zipfile would call it a bad zip
+        with report_unreadable(self.chunk.file):
             self.file.seek(self.chunk.start + self.position)
             data = self.file.read(min(len(buffer), max(0, self.chunk.length - self.position)))
         buffer[: len(data)] = data
@@ -157,104 +246,3 @@ class _Range(io.RawIOBase):
     def close(self) -> None:
         self.file.close()
         super().close()
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor of a checkpoint and where its chunks are; dtype is torch's name for it."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    chunks: tuple[Chunk, ...]
-
-    @property
-    def box(self) -> Box:
-        """All of it."""
-        return tuple((0, size) for size in self.shape)
-
-
-def read_tensors(checkpoint: Path) -> dict[str, StoredTensor]:
-    """The model's tensors, sorted by name. Raises UserError if this is no complete checkpoint or holds no model."""
-    path = checkpoint / ".metadata"
-    if not path.is_file():
-        raise UserError(f"{checkpoint}: found no .metadata, so this is not a complete DCP checkpoint")
-    try:
-        fields = read_pickle(path.read_bytes()).state
-        places = {
-            (key.state["fqn"], key.state.get("offset")): place.state for key, place in fields["storage_data"].items()
-        }
-        tensors = {
-            name: _tensor(checkpoint, name, entry.state, places)
-            for name, entry in sorted(fields["state_dict_metadata"].items())
-            if not name.startswith(_NOT_MODEL) and entry.state  # bytes, which are no tensor, have no state
-        }
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except Exception as error:  # a foreign or damaged pickle fails in whatever way it likes
-        raise UserError(f"{path}: not the metadata of a DCP checkpoint ({type(error).__name__}: {error})") from None
-    if not tensors:
-        raise UserError(f"{checkpoint} holds no model")
-    return tensors
-
-
-def read_blocks(
-    name: str, tensor: StoredTensor, box: Box | None = None, block_bytes: int = READ_BYTES
-) -> Iterator[np.ndarray]:
-    """A tensor's raw elements, or those of a box of it, in row-major order, at most `block_bytes` at a time.
-
-    Raises CorruptedError if the chunks do not fill the tensor, a file is cut short, or a checksum is wrong; those of a
-    box that is not the whole are left to `check_tensor`.
-    """
-    box = box or tensor.box
-    readers = [ChunkReader(chunk, name, tensor.dtype) for chunk in tensor.chunks if _overlap(chunk, box) is not None]
-    for each in split_box(box, max(1, block_bytes // SIZES[tensor.dtype])):
-        yield _assemble(name, tensor, readers, each)
-    for reader in readers if box == tensor.box else ():
-        reader.check()
-
-
-def check_tensor(name: str, tensor: StoredTensor) -> None:
-    """Read the chunks of a tensor. Raises CorruptedError if one is not what torch wrote."""
-    for chunk in tensor.chunks:
-        ChunkReader(chunk, name, tensor.dtype).check()
-
-
-def _tensor(checkpoint: Path, name: str, entry: dict[str, Any], places: dict[Any, dict[str, Any]]) -> StoredTensor:
-    dtype, chunks = entry["properties"].state[0], []
-    if dtype not in CODES:
-        raise UserError(f"{checkpoint}: {name} is of type {dtype}, must be one of {', '.join(CODES)}")
-    for chunk in entry["chunks"]:
-        offsets, sizes = chunk.state["offsets"], chunk.state["sizes"]
-        if 0 in sizes:  # the share of a rank that has none
-            continue
-        place = places[name, offsets]
-        if place.get("transform_descriptors"):
-            raise UserError(f"{checkpoint}: {name} is stored by {place['transform_descriptors']}, must be uncompressed")
-        chunks.append(Chunk(offsets, sizes, checkpoint / place["relative_path"], place["offset"], place["length"]))
-    return StoredTensor(dtype, entry["size"], tuple(chunks))
-
-
-def _assemble(name: str, tensor: StoredTensor, readers: list[ChunkReader], box: Box) -> np.ndarray:
-    block, filled = np.empty([stop - start for start, stop in box], raw_dtype(tensor.dtype)), 0
-    for reader in readers:
-        inside = _overlap(reader.chunk, box)
-        if inside is None:
-            continue
-        part = reader.read(inside)
-        if part.shape == block.shape:
-            return part
-        block[tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(inside, box, strict=True))] = part
-        filled += part.size
-    if filled != block.size:
-        raise CorruptedError(f"{name}: the checkpoint's chunks hold {filled} of its {block.size} elements in {box}")
-    return block
-
-
-def _overlap(chunk: Chunk, box: Box) -> Box | None:
-    inside = tuple(
-        (max(start, low), min(stop, low + size))
-        for (start, stop), low, size in zip(box, chunk.offsets, chunk.sizes, strict=True)
-    )
-    return inside if all(start < stop for start, stop in inside) else None

@@ -1,51 +1,55 @@
-"""A folder that `AutoModelForCausalLM.from_pretrained` loads, made from a checkpoint and what the run recorded."""
+"""A folder that `AutoModelForCausalLM.from_pretrained` loads, made from a DCP checkpoint in bounded memory."""
 
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from hashlib import sha256
 from itertools import count
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from flame.checkpoint.structure import STRUCTURE, PublishedTensor, main_dtype
-from flame.convert.conversion import convert_dcp_to_hf
-from flame.convert.dcp_file import read_tensors
-from flame.convert.report import new_folder, read_report, sha256, write_report
-from flame.convert.safetensors_file import find_files, read_headers
+import numpy as np
+
+from flame.checkpoint.commit import hash_file
+from flame.checkpoint.dtypes import FLOATS, READ_BYTES, SIZES, cast
+from flame.checkpoint.structure import STRUCTURE, PublishedTensor, main_dtype, whole
+from flame.convert.dcp_file import StoredTensor, read_tensors
+from flame.convert.output import new_folder, read_report, write_report
+from flame.convert.safetensors_file import INDEX, check_file, find_files, group_by_bytes, read_headers, write_file
 from flame.errors import UserError
+
+SHARD_BYTES = 2 << 30
 
 
 def export_checkpoint(
     checkpoint: Path,
-    assets: Path | Callable[[], Path],
+    assets: Path,
     folder: Path,
     dtype: str | None = None,
     *,
-    parts: Mapping[str, PublishedTensor] | None = None,
-    prove: Callable[[Path], dict[str, Any]] = lambda folder: {},
+    published_as: Mapping[str, PublishedTensor] | None = None,
+    verify: Callable[[Path], dict[str, Any]] = lambda folder: {},
     advance: Callable[[int], None] = lambda count: None,
 ) -> bool:
     """Export a DCP checkpoint to `folder`, whole or not at all; returns False if this very one is there already.
 
-    `assets` is the folder that `save_assets` wrote, or a function that says where it is and is asked last. The
-    weights are cast to `dtype` (torch's name) when given, and named and cut as `parts` say. `prove` checks the export
-    before it gets its name, and what it returns goes into the report. `advance` is told the bytes that were written. An
-    export of another checkpoint of the same name (its steps were done again), or what is left of one, is moved aside.
-    Raises UserError if another process made one in the meantime.
+    `assets` has config and tokenizer; for the weights see `convert_dcp_to_hf`. `verify` checks the export before it
+    gets its name, and what it returns goes into the report. An export of another checkpoint of the same name (its steps
+    were done again), or what is left of one, is moved aside. Raises UserError if another process made one meanwhile.
     """
-    origin = {"metadata_sha256": sha256(checkpoint / ".metadata"), "dtype": dtype}
-    if there := folder.exists():
+    origin = {"metadata_sha256": hash_file(checkpoint / ".metadata", sha256), "dtype": dtype}
+    if exists := folder.exists():
         report = read_report(folder)
         if origin.items() <= report.items() and _is_whole(folder, report):
             return False
     tensors = read_tensors(checkpoint)
     found = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     with new_folder(folder) as temporary:
-        digests = convert_dcp_to_hf(tensors, temporary, dtype, parts, advance=advance)
-        asset_folder = assets() if callable(assets) else assets
-        shutil.copytree(asset_folder, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns(STRUCTURE))
+        digests = convert_dcp_to_hf(tensors, temporary, dtype, published_as, advance=advance)
+        shutil.copytree(assets, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns(STRUCTURE))
         _set_dtype(temporary / "config.json", dtype or main_dtype(found))
         write_report(
             temporary,
@@ -54,12 +58,65 @@ def export_checkpoint(
             **origin,
             tensors=len(tensors),
             parameters=sum(prod(shape) for _, shape in found.values()),
-            checks={"bytes": "every tensor reads back as it was written"} | prove(temporary),
+            checks={"bytes": "every tensor reads back as it was written"} | verify(temporary),
         )
-        if there:
-            aside = (folder.with_name(f"{folder.name}.old-{n}") for n in count(1))
-            os.rename(folder, next(path for path in aside if not path.exists()))
+        if exists:
+            old = (folder.with_name(f"{folder.name}.old-{n}") for n in count(1))
+            os.rename(folder, next(path for path in old if not path.exists()))
     return True
+
+
+def convert_dcp_to_hf(
+    tensors: Mapping[str, StoredTensor],
+    folder: Path,
+    dtype: str | None = None,
+    published_as: Mapping[str, PublishedTensor] | None = None,
+    *,
+    advance: Callable[[int], None] = lambda count: None,
+    shard_bytes: int = SHARD_BYTES,
+) -> dict[str, str]:
+    """Write the tensors of a DCP checkpoint to `folder` as safetensors, with an index when there are several files.
+
+    They are written as `published_as` says, or else under their own names. Floating-point ones are cast to `dtype`
+    (torch's name) when given. `advance` is called with the bytes that were written, every few MiB. Every file is read
+    again after it is written. Returns {file name: sha256}.
+    """
+    if published_as:
+        parts = {name: part for name, part in published_as.items() if part.tensor in tensors}  # no further names
+    else:
+        parts = {name: whole(name, tensor.shape) for name, tensor in tensors.items()}
+    stored = {name: tensors[part.tensor].dtype for name, part in parts.items()}
+    wanted = {name: (dtype if dtype and stored[name] in FLOATS else stored[name], p.shape) for name, p in parts.items()}
+    checked: set[str] = set()
+
+    def blocks(name: str) -> Iterator[np.ndarray]:
+        part = parts[name]
+        tensor = tensors[part.tensor]
+        if part.box != tensor.box and part.tensor not in checked:
+            tensor.check()
+            checked.add(part.tensor)
+        head_bytes = prod(part.shape) // part.heads * SIZES[tensor.dtype] if part.heads else READ_BYTES
+        for _, block in tensor.pieces(part.box, head_bytes):
+            if part.heads:  # a block is a head
+                block = np.concatenate([block[::2], block[1::2]])
+            written = cast(block, tensor.dtype, wanted[name][0])
+            yield written
+            advance(written.nbytes)
+
+    nbytes = {name: prod(shape) * SIZES[kind] for name, (kind, shape) in wanted.items()}
+    shards = list(group_by_bytes(wanted, nbytes.__getitem__, shard_bytes))
+    digests: dict[str, Future[str]] = {}
+    weight_map: dict[str, str] = {}
+    with ThreadPoolExecutor(1) as checker:  # reads a file again while the next is written
+        for number, names in enumerate(shards, start=1):
+            file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            hashes = write_file(folder / file, {name: wanted[name] for name in names}, blocks)
+            digests[file] = checker.submit(check_file, folder / file, hashes)
+            weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(nbytes.values())}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2))
+    return {file: digest.result() for file, digest in digests.items()}
 
 
 def _is_whole(folder: Path, report: Mapping[str, Any]) -> bool:
@@ -71,7 +128,7 @@ def _is_whole(folder: Path, report: Mapping[str, Any]) -> bool:
 
 
 def _set_dtype(path: Path, dtype: str) -> None:
-    """Say in a config.json what type the weights have: `from_pretrained` loads them as what it says there."""
+    """Set the dtype in a config.json, as which `from_pretrained` loads the weights."""
     config = json.loads(path.read_text())
     config.pop("torch_dtype", None)
     path.write_text(json.dumps(config | {"dtype": dtype}, indent=2, sort_keys=True) + "\n")

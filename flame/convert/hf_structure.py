@@ -1,4 +1,4 @@
-"""The tensors that a config's model has: how they are called in training, and how when transformers publishes it."""
+"""The tensors of a config's model: their names in training, and those under which transformers publishes them."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,10 @@ from flame.errors import UserError
 
 
 def read_structure(folder: Path) -> Structure:
-    """The tensors of the model that a folder's config.json means, as transformers builds it. Raises UserError."""
+    """The tensors of the model of a folder's config.json, as transformers builds it.
+
+    Raises UserError if the config cannot be read or the model not be built.
+    """
     from flame.models.hf import build_on_meta, read_config, read_fields
 
     path = folder / "config.json"
@@ -16,10 +19,10 @@ def read_structure(folder: Path) -> Structure:
     return model_structure(build_on_meta(config, str(path)))
 
 
-def read_trained(folder: Path) -> Structure:
-    """The tensors that a run trains which recorded its model in a folder: torchtitan's, if it is one of torchtitan's.
+def read_trained_structure(folder: Path) -> Structure:
+    """The tensors that a run trains, by its record in a folder: torchtitan's, if the model is one of torchtitan's.
 
-    Raises UserError.
+    Raises UserError as `read_structure`, and for a model of torchtitan that transformers does not have.
     """
     from flame.titan import hf_equivalent
 
@@ -33,36 +36,37 @@ def model_structure(model: Any) -> Structure:
     tensors, shared, names = name_tensors(model)
     ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
     if any(name.endswith("rotary_emb.inv_freq") for name, _ in model.named_buffers()):
-        ignored.add(r"rotary_emb\.inv_freq")  # once in every block of what was published; transformers drops it too
+        ignored.add(r"rotary_emb\.inv_freq")  # old checkpoints have it in every block; transformers drops it too
     tables = [module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None]
     rows = [names[id(p)] for table in tables for p in table.parameters(recurse=False)]
-    parts = _published_parts(model)
-    return Structure(tensors, shared, tuple(sorted(ignored)), parts, tuple(dict.fromkeys(rows)))
+    return Structure(tensors, shared, tuple(sorted(ignored)), _published_as(model), tuple(dict.fromkeys(rows)))
 
 
-def _published_parts(model: Any) -> dict[str, PublishedTensor]:
+def _published_as(model: Any) -> dict[str, PublishedTensor]:
     """How transformers names and cuts the tensors of a model when it saves it; {} if it leaves them as they are.
 
-    It works on stand-ins without memory, whose views tell where in a tensor they lie.
+    It is given views on the meta device, whose offsets tell where in a tensor they lie. Raises UserError for a tensor
+    that is not a view.
     """
     import torch
     from transformers.core_model_loading import revert_weight_conversion
 
     class View(torch.Tensor):
         def contiguous(self, *_: Any, **__: Any) -> "View":
-            return self  # a copy would no longer tell
+            return self  # a copy would lose its place
 
-    whole = {name: torch.empty(t.shape, device="meta").as_subclass(View) for name, t in model.state_dict().items()}
-    owner = {view.untyped_storage()._cdata: name for name, view in whole.items()}
-    parts = {}
-    for published, view in revert_weight_conversion(model, dict(whole)).items():
+    tensors = {name: torch.empty(t.shape, device="meta").as_subclass(View) for name, t in model.state_dict().items()}
+    owner = {view.untyped_storage()._cdata: name for name, view in tensors.items()}
+    found = {}
+    for published, view in revert_weight_conversion(model, dict(tensors)).items():
         name = owner.get(view.untyped_storage()._cdata)
-        strides = whole[name].stride()[whole[name].dim() - view.dim() :] if name else None
+        strides = tensors[name].stride()[tensors[name].dim() - view.dim() :] if name else None
         if name is None or view.stride() != strides or not view.is_contiguous():
-            raise UserError(f"{published}: transformers computes it when it saves the model; that cannot be converted")
+            reason = "transformers computes it when it saves the model, so it cannot be converted"
+            raise UserError(f"{type(model).__name__}: {published}", hint=reason)
         start, rest = [], view.storage_offset()
-        for stride in whole[name].stride():
+        for stride in tensors[name].stride():
             start.append(rest // stride)
             rest %= stride
-        parts[published] = PublishedTensor(name, tuple(start), tuple(view.shape))
-    return {} if all(name == part.tensor for name, part in parts.items()) else parts
+        found[published] = PublishedTensor(name, tuple(start), tuple(view.shape))
+    return {} if all(name == published.tensor for name, published in found.items()) else found

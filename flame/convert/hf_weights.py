@@ -1,40 +1,49 @@
-"""Hugging Face weights that a run starts from: where they are, and whether they are those of its model."""
+"""Hugging Face weights: where they are, which tensor of the model each is, and whether they are that model's."""
 
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import xxhash
-
-from flame.checkpoint.structure import Structure, TensorSpecs, find_mismatches
-from flame.convert.safetensors_file import Entry, find_files, read_bytes, read_headers
+from flame.checkpoint.structure import PublishedTensor, Structure, TensorSpecs, find_mismatches
+from flame.config.paths import is_local
+from flame.convert.dcp_file import StoredTensor
+from flame.convert.safetensors_file import TensorEntry, find_files, hash_blocks, read_headers
 from flame.errors import UserError
 
 FLAG = "--checkpoint.initial_load_path"
-SHOWN = 3  # complaints that fit into one line
+SHOWN = 3  # mismatches that fit into one line
 _FILES = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")  # no pickles, no second copies
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The tensors of safetensors files in a folder, by the names they are published under, and the model they fit."""
+    """Tensors of safetensors files, by the names they are published under, for a model of this structure."""
 
-    folder: Path
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, TensorEntry]
     structure: Structure
+
+    def placed(self) -> Iterator[tuple[TensorEntry, PublishedTensor]]:
+        """Each tensor and where in the model it belongs; a tied one that is there twice comes once."""
+        published = self.structure.published.tensors
+        for name, entry in self.entries.items():
+            if name in published:
+                yield entry, self.structure.published_tensor(name)
 
 
 def check_source(source: str, may_download: bool = True) -> None:
-    """Refuse a folder that is missing or holds no whole safetensors files; what the hub has is not asked. UserError."""
+    """Raises UserError for a folder that is missing or holds no whole safetensors files. Does not ask the hub."""
     if os.path.isdir(source):
-        read_headers(find_files(Path(source), FLAG), FLAG)
-    elif not may_download or source.startswith(("/", ".", "~")) or source.count("/") > 1:
-        raise UserError(f"{FLAG}: there is no folder {source}")
+        read_headers(find_files(Path(source)))
+    elif not may_download or is_local(source):
+        raise UserError(FLAG, f"no folder {source}")
 
 
 def find_folder(source: str) -> Path:
-    """A local folder, or where huggingface_hub keeps the safetensors of a hub id, downloaded if need be. UserError."""
+    """A local folder, or where huggingface_hub keeps the safetensors of a hub id, downloaded if need be.
+
+    Raises UserError if the hub does not have them.
+    """
     if os.path.isdir(source):
         return Path(source)
     from huggingface_hub import snapshot_download  # here: what reads weights need not know the hub
@@ -42,56 +51,69 @@ def find_folder(source: str) -> Path:
     try:
         return Path(snapshot_download(source, allow_patterns=list(_FILES)))
     except (OSError, ValueError) as error:  # all that huggingface_hub raises is one of these
-        said = str(error).strip().splitlines() or [""]
-        raise UserError(f"{FLAG} {source}: no folder here, nor to be had from the hub ({said[0]})") from None
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(FLAG, source, "a folder, or the id of a model on the hub", reason) from None
 
 
-def read_weights(folder: Path, structure: Structure, *, grow: bool = False) -> Weights:
-    """The weights in a folder, by the headers of its files; of tied tensors that are there twice, by all of them.
+def read_weights(files: Iterable[Path], structure: Structure | None = None) -> Weights:
+    """The tensors of safetensors files for a model of this structure, without those that transformers ignores.
 
-    With `grow` they may have fewer ids than the model. Raises UserError, in one line, for whatever tensor is missing,
-    unexpected, or of another shape or type than the model's.
+    A tied tensor that is there under a further name alone gets its first name. Without a structure the model is taken
+    to have the tensors of the files. Raises UserError if a file cannot be read.
     """
+    entries = read_headers(files)
+    if structure is None:
+        return Weights(entries, Structure({name: (entry.dtype, entry.shape) for name, entry in entries.items()}))
     published = structure.published
-    entries = read_headers(find_files(folder, FLAG), FLAG)
     entries = {name: entry for name, entry in entries.items() if not published.ignores(name)}
-    entries = under_own_names(entries, published)
-    for complaint in untied(entries.keys(), published, lambda name: checksum(entries[name])):
-        raise UserError(f"{FLAG} {folder}: {complaint}")
-    found = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
-    smaller = published.before_growth(found)
-    may_grow = not grow and not find_mismatches(found, smaller)
-    hint = "; --model.grow_vocab or --model.add_tokens starts from fewer ids" if may_grow else ""
-    check_found(f"{FLAG} {folder}", found, smaller if grow else published, hint)
-    return Weights(folder, {name: e for name, e in entries.items() if name in published.tensors}, structure)
+    alone = {first: name for name, first in published.shared.items() if name in entries and first not in entries}
+    first_names = {name: first for first, name in alone.items()}
+    return Weights({first_names.get(name, name): entry for name, entry in entries.items()}, structure)
 
 
-def under_own_names(entries: Mapping[str, Entry], published: Structure) -> dict[str, Entry]:
-    """The tensors of files, of which a tied one may be there under its further name alone."""
-    further = {tensor: name for name, tensor in published.shared.items() if name in entries and tensor not in entries}
-    renamed = {name: tensor for tensor, name in further.items()}  # one of them; `untied` compares the others with it
-    return {renamed.get(name, name): entry for name, entry in entries.items()}
+def specs_of(tensors: Mapping[str, TensorEntry | StoredTensor]) -> TensorSpecs:
+    """{name: (dtype, shape)} of the tensors of files."""
+    return {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
 
 
-def untied(names: Collection[str], structure: Structure, checksum: Callable[[str], str]) -> Iterator[str]:
-    """What is wrong where a further name of a tied tensor has other values: transformers would not tie it."""
-    for name in sorted(structure.shared.keys() & names):
-        tensor = structure.shared[name]
-        if tensor in names and checksum(name) != checksum(tensor):
-            yield f"{name} is not {tensor}, which the config ties it to; set tie_word_embeddings to false"
+def find_untied(tensors: Mapping[str, TensorEntry | StoredTensor], structure: Structure) -> str | None:
+    """What is wrong if a further name of a tied tensor has other values: transformers would not tie it."""
+    for name in sorted(structure.shared.keys() & tensors.keys()):
+        first = structure.shared[name]
+        if first in tensors and _content(tensors[name]) != _content(tensors[first]):
+            return f"{name} is not {first}, which the config ties it to; set tie_word_embeddings to false"
+    return None
 
 
-def checksum(entry: Entry) -> str:
-    """A hash of a tensor in a file."""
-    digest = xxhash.xxh3_128(f"{entry.dtype} {entry.shape}".encode())
-    for piece in read_bytes(entry):
-        digest.update(piece)
-    return digest.hexdigest()
+def _content(tensor: TensorEntry | StoredTensor) -> tuple[str, tuple[int, ...], str]:
+    return tensor.dtype, tensor.shape, hash_blocks(block for _, block in tensor.pieces())
 
 
-def check_found(where: str, found: TensorSpecs, structure: Structure, hint: str = "") -> None:
-    """Raises UserError, in one line with a hint, for tensors that are not those of the structure."""
-    if complaints := find_mismatches(found, structure):
-        more = f" and {len(complaints) - SHOWN} more" if len(complaints) > SHOWN else ""
-        said = "; ".join(complaints[:SHOWN])
-        raise UserError(f"{where}: not the tensors of --model.config's model: {said}{more}{hint}")
+def check_tensors(
+    setting: str,
+    path: Path,
+    tensors: Mapping[str, TensorEntry | StoredTensor],
+    structure: Structure,
+    hint: str = "",
+    *,
+    ties: bool = True,
+) -> None:
+    """Raises UserError for whatever tensor is missing, unexpected, of another shape or dtype, or, with `ties`, untied.
+
+    `setting` named the path of the files.
+    """
+    if mismatches := find_mismatches(specs_of(tensors), structure):
+        more = f" and {len(mismatches) - SHOWN} more" if len(mismatches) > SHOWN else ""
+        reason = "; ".join(mismatches[:SHOWN]) + more + (f"; {hint}" if hint else "")
+        raise UserError(setting, path, "weights of --model.config's model", reason)
+    if ties and (problem := find_untied(tensors, structure)):
+        raise UserError(setting, path, hint=problem)
+
+
+def check_weights(weights: Weights, folder: Path, *, grow: bool = False) -> None:
+    """Raises UserError if the weights of a folder are not the model's; with `grow` they may have fewer ids than it."""
+    published = weights.structure.published
+    smaller = published.before_growth(specs_of(weights.entries))
+    fits = not find_mismatches(specs_of(weights.entries), smaller)
+    hint = "--model.grow_vocab or --model.add_tokens starts from fewer ids" if fits else ""
+    check_tensors(FLAG, folder, weights.entries, smaller if grow else published, hint)

@@ -4,23 +4,26 @@ import hashlib
 import json
 import math
 import struct
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
+import xxhash
 
-from flame.checkpoint.dtypes import CODES, NAMES, READ_BYTES, SIZES, as_bytes
-from flame.checkpoint.structure import ConversionError
+from flame.checkpoint.dtypes import CODES, NAMES, READ_BYTES, SIZES, Box, as_bytes, read_box, split_box
+from flame.checkpoint.structure import ConversionError, TensorSpecs
 from flame.errors import UserError
 
-HEADER_BYTES = 100 << 20  # what the safetensors library reads at most
+T = TypeVar("T")
+HEADER_BYTES = 100 << 20  # the limit of the safetensors library
+INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A tensor of a safetensors file; dtype is torch's name for it, `start` the place of its first byte in the file."""
+class TensorEntry:
+    """A tensor of a safetensors file; dtype is torch's name for it, `start` the offset of its first byte."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -31,28 +34,22 @@ class Entry:
     def nbytes(self) -> int:
         return math.prod(self.shape) * SIZES[self.dtype]
 
+    def pieces(self, box: Box | None = None) -> Iterator[tuple[Box, np.ndarray]]:
+        """The raw elements of a box, or of all, READ_BYTES at a time in row-major order, each with its own box.
 
-def lay_out(file: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, dict[str, Entry]]:
-    """The header of a file of these tensors, {name: (dtype, shape)}, and where each will be.
-
-    Wide elements come first, so that every tensor is aligned.
-    """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    entries: dict[str, Entry] = {}
-    end = 0
-    for name in sorted(tensors, key=lambda name: (-SIZES[tensors[name][0]], name)):
-        dtype, shape = tensors[name]
-        entries[name] = Entry(dtype, shape, file, end)
-        offsets = [end, end := end + entries[name].nbytes]
-        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": offsets}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    begin = 8 + len(text)
-    placed = {name: Entry(e.dtype, e.shape, file, begin + e.start) for name, e in entries.items()}
-    return struct.pack("<Q", len(text)) + text, placed
+        Raises UserError if the file ends early.
+        """
+        box = box if box is not None else tuple((0, size) for size in self.shape)
+        if any(start == stop for start, stop in box):
+            return
+        for piece in split_box(box, READ_BYTES // SIZES[self.dtype]):
+            try:
+                yield piece, read_box(self.file, self.start, self.dtype, self.shape, piece)
+            except EOFError:
+                raise UserError(str(self.file), hint="ended while it was read") from None
 
 
-def read_header(file: Path) -> dict[str, Entry]:
+def read_header(file: Path) -> dict[str, TensorEntry]:
     """The tensors of a file. Raises UserError if it is not a whole safetensors file."""
     try:
         size = file.stat().st_size
@@ -65,86 +62,104 @@ def read_header(file: Path) -> dict[str, Entry]:
         for name, field in header.items():
             if name != "__metadata__":
                 start, stop = field["data_offsets"]
-                entry = Entry(NAMES[field["dtype"]], tuple(field["shape"]), file, 8 + length + start)
+                entry = TensorEntry(NAMES[field["dtype"]], tuple(field["shape"]), file, 8 + length + start)
                 if start < 0 or stop - start != entry.nbytes or entry.start + entry.nbytes > size:
                     raise ValueError(f"{name} has bytes {start} to {stop} of a file of {size}")
                 entries[name] = entry
         return entries
     except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+        raise UserError(str(file), hint=f"cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise UserError(f"{file}: not a whole safetensors file ({type(error).__name__}: {error})") from None
+        raise UserError(str(file), f"{type(error).__name__}: {error}", "a whole safetensors file") from None
 
 
-def read_headers(files: Iterable[Path], flag: str = "--model") -> dict[str, Entry]:
-    """The tensors of several files, which the flag named. Raises UserError."""
-    entries: dict[str, Entry] = {}
+def read_headers(files: Iterable[Path]) -> dict[str, TensorEntry]:
+    """The tensors of several files. Raises UserError if one is not whole, or two have a tensor of the same name."""
+    entries: dict[str, TensorEntry] = {}
     for file in files:
         for name, entry in read_header(file).items():
             if name in entries:
-                raise UserError(f"{flag}: {name} is in {entries[name].file} and in {file}")
+                reason = f"has {name}, as {entries[name].file} does; a tensor must be in one file alone"
+                raise UserError(str(file), hint=reason)
             entries[name] = entry
     return entries
 
 
-def find_files(folder: Path, flag: str = "--model") -> list[Path]:
-    """The safetensors files of a Hugging Face folder, as transformers finds them. Raises UserError, of a flag."""
-    if (folder / "model.safetensors").is_file():  # an index beside it is one that was left behind
+def find_files(folder: Path) -> list[Path]:
+    """The safetensors files of a Hugging Face folder, as transformers finds them. Raises UserError if it has none."""
+    if (folder / "model.safetensors").is_file():  # an index beside it is stale
         return [folder / "model.safetensors"]
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.is_file():
         try:
             return sorted({folder / file for file in json.loads(index.read_text())["weight_map"].values()})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{index}: not an index of safetensors ({type(error).__name__}: {error})") from None
+            raise UserError(str(index), f"{type(error).__name__}: {error}", "an index of safetensors") from None
     found = sorted(path.name for path in folder.glob("*") if path.suffix in (".safetensors", ".bin", ".pt", ".pth"))
-    raise UserError(
-        f"{flag} {folder}: found {', '.join(found[:5]) or 'no weights'}, must hold model.safetensors or its index "
-        "(save_pretrained of transformers writes them)"
-    )
+    allowed = "a folder with model.safetensors or its index"
+    raise UserError(str(folder), ", ".join(found[:5]) or "no weights", allowed, "save_pretrained writes them")
 
 
-def write_file(
-    file: Path, header: bytes, entries: Mapping[str, Entry], blocks: Callable[[str], Iterable[np.ndarray]]
-) -> dict[str, int]:
-    """Write a file that `lay_out` described; returns {name: checksum}.
+def write_file(file: Path, tensors: TensorSpecs, blocks: Callable[[str], Iterable[np.ndarray]]) -> dict[str, str]:
+    """Write a file of these tensors; returns their `hash_blocks`, {name: hash}, in the order of the file.
 
-    `blocks(name)` gives a tensor's raw elements in row-major order.
+    `blocks(name)` yields a tensor's raw elements in row-major order. Wide dtypes come first, which aligns all tensors.
     """
-    checksums = {}
+    names = sorted(tensors, key=lambda name: (-SIZES[tensors[name][0]], name))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        dtype, shape = tensors[name]
+        start, end = end, end + math.prod(shape) * SIZES[dtype]
+        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+
+    def write(block: np.ndarray) -> np.ndarray:
+        stream.write(as_bytes(block))
+        return block
+
     with open(file, "xb") as stream:
-        stream.write(header)
-        for name, entry in entries.items():
-            assert stream.tell() == entry.start
-            checksums[name] = 0
-            for block in blocks(name):
-                view = as_bytes(block)
-                stream.write(view)
-                checksums[name] = zlib.crc32(view, checksums[name])
-    return checksums
+        stream.write(struct.pack("<Q", len(text)) + text)
+        hashes = {name: hash_blocks(map(write, blocks(name))) for name in names}
+        assert stream.tell() == 8 + len(text) + end
+    return hashes
 
 
-def check_file(file: Path, header: bytes, entries: Mapping[str, Entry], checksums: Mapping[str, int]) -> str:
-    """Read a file that `write_file` wrote; returns its sha256. Raises ConversionError if it holds other bytes."""
-    digest = hashlib.sha256(header)
-    for name, entry in entries.items():
-        checksum = 0
-        for view in read_bytes(entry):
-            digest.update(view)
-            checksum = zlib.crc32(view, checksum)
-        if checksum != checksums[name]:
+def check_file(file: Path, hashes: Mapping[str, str]) -> str:
+    """Read back a file that `write_file` wrote; returns its sha256. Raises ConversionError if it holds other bytes."""
+    entries = read_header(file)
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        digest.update(stream.read(min(entry.start for entry in entries.values())))
+
+    def read(entry: TensorEntry) -> Iterator[np.ndarray]:
+        for _, block in entry.pieces():
+            digest.update(as_bytes(block))
+            yield block
+
+    for name, expected in hashes.items():
+        if hash_blocks(read(entries[name])) != expected:
             raise ConversionError(f"{file}: {name} reads back as other bytes than were written")
     return digest.hexdigest()
 
 
-def read_bytes(entry: Entry) -> Iterator[memoryview]:
-    """A tensor's bytes, READ_BYTES at a time; a piece is valid until the next. Raises UserError if they end early."""
-    buffer = memoryview(bytearray(min(READ_BYTES, entry.nbytes)))
-    left = entry.nbytes
-    with open(entry.file, "rb", buffering=0) as stream:
-        stream.seek(entry.start)
-        while left:
-            if not (count := stream.readinto(buffer[:left])):
-                raise UserError(f"{entry.file}: ended while it was read")
-            yield buffer[:count]
-            left -= count
+def hash_blocks(blocks: Iterable[np.ndarray]) -> str:
+    """The xxh3_128, in hexadecimal, of a tensor that comes in blocks."""
+    digest = xxhash.xxh3_128()
+    for block in blocks:
+        digest.update(as_bytes(block))
+    return digest.hexdigest()
+
+
+def group_by_bytes(items: Iterable[T], nbytes: Callable[[T], int], limit: int) -> Iterator[list[T]]:
+    """Items for one file each, of at most `limit` bytes unless a single one has more."""
+    group: list[T] = []
+    size = 0
+    for item in items:
+        if group and size + nbytes(item) > limit:
+            yield group
+            group, size = [], 0
+        group.append(item)
+        size += nbytes(item)
+    yield group

@@ -11,7 +11,7 @@ from flame.checkpoint.commit import complete_steps
 from flame.checkpoint.structure import ConversionError
 from flame.config.schema import JobConfig
 from flame.convert.dcp_file import CorruptedError
-from flame.convert.verify import export_proven
+from flame.convert.verify import export_and_verify
 from flame.errors import EXHAUSTED, PREEMPTED, SaveError, UserError
 from flame.runtime import stop
 from flame.training.context import RunContext
@@ -109,7 +109,7 @@ def _finish(trainer: FlameTrainer, signals: stop.Signals) -> None:
             signals.first = stop.interrupt
             if signals.asked:  # since the last step began
                 stop.interrupt(signals.asked)
-            export_proven(checkpoint, run.folder / "model", export, config.export_dtype)
+            export_and_verify(checkpoint, run.folder / "model", export, config.export_dtype)
             signals.first = stop.note
             lines.append(f"model        {export}  (Hugging Face format)")
     if later := [other for other in steps if other > step]:

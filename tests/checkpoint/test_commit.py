@@ -19,10 +19,9 @@ from flame.checkpoint.commit import (
     scan_checkpoints,
     verify_hashes,
 )
-from flame.checkpoint.structure import whole
 from flame.checkpoint.writer import Writer
-from flame.convert.dcp_writer import write_checkpoint
-from flame.convert.safetensors_file import read_header
+from flame.convert.dcp_writer import convert_hf_to_dcp
+from flame.convert.hf_weights import read_weights
 
 DATA = "__0_0.distcp"
 
@@ -158,10 +157,7 @@ def test_an_archived_checkpoint_overwrites_no_other(tmp_path):
 
 def test_a_checkpoint_made_of_safetensors_is_complete_and_cannot_be_resumed(tmp_path):
     save_file({"weight": torch.arange(64.0)}, tmp_path / "model.safetensors")
-    entries = read_header(tmp_path / "model.safetensors")
-    write_checkpoint(
-        entries, {"weight": whole("weight", (64,))}, {"weight": (64,)}, tmp_path / "step-0", piece_bytes=64
-    )
+    convert_hf_to_dcp(read_weights([tmp_path / "model.safetensors"]), tmp_path / "step-0", piece_bytes=64)
     checkpoint = tmp_path / "step-0"
     assert found(checkpoint) is None and not inspect_checkpoint(checkpoint).resumable
     assert len(read_marker(checkpoint)["files"]) == 5  # four pieces and .metadata

@@ -26,6 +26,15 @@ CASES = [
 ]
 
 
+MODEL = {
+    "model.embed.weight": torch.randn(8, 4),
+    "model.norm.weight": torch.ones(4),
+    "model.n": torch.tensor([3]),
+    "model.flag": torch.tensor(True),
+    "model.none": torch.empty(0, 3),
+}
+
+
 def build(folder: Path, name: str, **changes: Any) -> tuple[CausalLM, Any]:
     """A tiny model of MODELS[name] with `changes`, and the byte-level tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flame.checkpoint.commit import MARKER
-from flame.convert.report import read_report
+from flame.convert.output import read_report
 from tests.convert.models import publish, save_run
 from tests.launch import REPO
 from tests.tiny import write_config
@@ -44,7 +44,7 @@ def published(tmp_path_factory):
     return folder
 
 
-def refused(capsys, main, *argv):
+def rejected(capsys, main, *argv):
     """The one line of a command that exits with 2."""
     assert main([str(each) for each in argv]) == 2
     said = capsys.readouterr()
@@ -55,23 +55,23 @@ def refused(capsys, main, *argv):
 @pytest.mark.parametrize(
     "argv, said",
     [
-        (["--step=4"], "--step 4: .*checkpoint holds the complete steps 3, 12"),
-        (["--output={run}/model"], "--output .*model: exists already"),
-        (["--path={run}/model"], "--path .*model: found no complete checkpoint in"),
-        (["--path={run}/checkpoint/step-3", "--step=3"], "--step 3: .*step-3 is a checkpoint itself"),
-        (["--path={run}/checkpoint/step-3"], "--config and --tokenizer: needed, as .* holds no config.json"),
+        (["--step=4"], "--step: found 4, must be one of the complete steps of .*checkpoint: 3, 12"),
+        (["--output={run}/model"], "--output: found .*model, must be a folder that does not exist"),
+        (["--path={run}/model"], "--path: found .*model, .* no complete checkpoint in"),
+        (["--path={run}/checkpoint/step-3", "--step=3"], "--step: found 3; .*step-3 is a checkpoint itself"),
+        (["--path={run}/checkpoint/step-3"], "--config and --tokenizer: needed, as .* has no config.json"),
         (["--path={run}/checkpoint/step-3", "--config=x"], "^convert_dcp_to_hf: --tokenizer: needed"),
     ],
 )
 def test_a_mistake_is_one_line(run, capsys, argv, said, tmp_path):
     filled = [each.format(run=run) for each in argv]
-    line = refused(capsys, to_hf.main, f"--path={run}", f"--output={tmp_path}/out", *filled)
+    line = rejected(capsys, to_hf.main, f"--path={run}", f"--output={tmp_path}/out", *filled)
     assert re.search(said, line), line
     assert not any(tmp_path.iterdir())
 
 
 def test_a_checkpoint_itself_is_not_converted_into_itself(run, capsys):
-    line = refused(capsys, to_hf.main, f"--path={run}/checkpoint/step-3", f"--config={run}/model", "--tokenizer=byte")
+    line = rejected(capsys, to_hf.main, f"--path={run}/checkpoint/step-3", f"--config={run}/model", "--tokenizer=byte")
     assert "--output: needed" in line
 
 
@@ -86,13 +86,19 @@ def test_an_unknown_flag_or_type_exits_with_2(capsys):
 @pytest.mark.parametrize(
     "argv, said",
     [
-        (["--model={run}/model"], r"--model .*model: found no weights, must hold model\.safetensors or its index"),
-        (["--model={run}/absent.safetensors"], r"absent\.safetensors: there is no such folder or file"),
-        (["--model={run}/model/config.json"], r"config\.json: not a whole safetensors file"),
-        (["--model", "{run}/one.safetensors", "{run}/two.safetensors"], r"--model: a is in .*one.* and in .*two"),
-        (["--model={run}/none.safetensors"], r"holds no tensors"),
-        (["--model={run}/plain"], r"--model .*plain: found no config\.json to check the tensors against; --no_verify"),
-        (["--model=x", "--checkpoint={run}/model"], r"--checkpoint .*model: exists already"),
+        (["--model={run}/model"], r"/model: found no weights, must be a folder with model\.safetensors or its index"),
+        (["--model={run}/absent.safetensors"], r"--model: found .*absent\.safetensors, must be a folder or file"),
+        (["--model={run}/model/config.json"], r"config\.json: found .*, must be a whole safetensors file"),
+        (
+            ["--model", "{run}/one.safetensors", "{run}/two.safetensors"],
+            r"two\.safetensors: has a, as .*one\.safetensors does",
+        ),
+        (["--model={run}/none.safetensors"], r"--model: found .*none\.safetensors; it has no tensors"),
+        (["--model={run}/plain"], r"--model: found .*plain, must be a folder with a config\.json .*; --no_verify"),
+        (
+            ["--model=x", "--checkpoint={run}/model"],
+            r"--checkpoint: found .*model, .* not exist",
+        ),
     ],
 )
 def test_a_mistake_in_the_other_direction_is_one_line(run, capsys, argv, said, tmp_path):
@@ -100,7 +106,7 @@ def test_a_mistake_in_the_other_direction_is_one_line(run, capsys, argv, said, t
     for file in ("one", "two", "plain/model"):
         save_file({"a": torch.ones(3)}, run / f"{file}.safetensors")
     save_file({}, run / "none.safetensors")
-    line = refused(capsys, to_dcp.main, f"--checkpoint={tmp_path}/step-0", *[each.format(run=run) for each in argv])
+    line = rejected(capsys, to_dcp.main, f"--checkpoint={tmp_path}/step-0", *[each.format(run=run) for each in argv])
     assert re.search(said, line), line
     assert not any(tmp_path.iterdir())
 
@@ -158,29 +164,29 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(nbytes, run, weights, tmp_pa
 def test_a_checkpoint_whose_marker_is_gone_is_not_converted(run, weights, tmp_path, capsys):
     (tmp_path / "step-0" / MARKER).unlink()
     argv = [f"--path={tmp_path}/step-0", f"--config={run}/model", "--tokenizer=byte", f"--output={tmp_path}/hf"]
-    assert f"not a complete checkpoint: {MARKER} is missing" in refused(capsys, to_hf.main, *argv, "--no_verify")
+    assert f"must be a complete checkpoint; {MARKER} is missing" in rejected(capsys, to_hf.main, *argv, "--no_verify")
     assert not (tmp_path / "hf").exists()
 
 
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("config.toml", "[job", r"config\.toml is damaged \(.*\); name a checkpoint itself"),
-        ("config.toml", "\udcff", r"config\.toml is damaged"),
-        ("model/config.json", "{", r"model/config\.json is damaged \(.*\); --config and --tokenizer take its place"),
-        ("model/torchtitan.json", "\0", r"model/torchtitan\.json is damaged"),
-        ("model/config.json", "[]", r"model/config\.json is damaged \(no object\)"),
+        ("config.toml", "[job", r"config\.toml: is corrupted \(.*\); give --path a checkpoint itself"),
+        ("config.toml", "\udcff", r"config\.toml: is corrupted"),
+        ("model/config.json", "{", r"model/config\.json: is corrupted \(.*\); --config and --tokenizer replace it"),
+        ("model/torchtitan.json", "\0", r"model/torchtitan\.json: is corrupted"),
+        ("model/config.json", "[]", r"model/config\.json: is corrupted \(not an object\)"),
     ],
 )
-def test_a_record_of_the_run_that_is_damaged_is_one_line(name, content, said, run, tmp_path, capsys):
+def test_a_corrupted_record_of_the_run_is_one_line(name, content, said, run, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / name).write_text(content, errors="surrogateescape")
-    line = refused(capsys, to_hf.main, f"--path={tmp_path}/run", f"--output={tmp_path}/hf")
+    line = rejected(capsys, to_hf.main, f"--path={tmp_path}/run", f"--output={tmp_path}/hf")
     assert re.search(said, line), line
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_weights_of_torchtitans_model_are_said_to_have_transformers_names(published, tmp_path, capsys):
+def test_weights_of_torchtitans_model_are_reported_to_have_transformers_names(published, tmp_path, capsys):
     shutil.copytree(published, tmp_path / "hf")
     (tmp_path / "hf" / to_dcp.TITAN).write_text("{}")
     assert to_dcp.main([f"--model={tmp_path}/hf", f"--checkpoint={tmp_path}/step-0", "--no_verify"]) == 0
@@ -195,7 +201,7 @@ def test_files_alone_become_a_checkpoint_that_says_what_was_not_checked(tmp_path
     assert to_dcp.main(argv) == 0
     assert "step-0: 2 tensors, 24 bytes" in capsys.readouterr().out
     assert read_report(tmp_path / "new" / "step-0")["checks"]["structure"] == "not checked"
-    assert refused(capsys, to_dcp.main, *argv)
+    assert rejected(capsys, to_dcp.main, *argv)
 
 
 @pytest.mark.slow
@@ -223,7 +229,7 @@ def test_another_models_tensors_are_named_and_exit_with_1(run, tmp_path, capsys)
     said = capsys.readouterr().err
     assert "shape: gpt_neox.layers.0.mlp.dense_4h_to_h.weight has [64, 128], the config says [64, 96]" in said
     assert not (tmp_path / "hf").exists()
-    assert refused(capsys, to_hf.main, *argv, "--tokenizer=absent.json").count("--tokenizer absent.json: no such file")
+    assert rejected(capsys, to_hf.main, *argv, "--tokenizer=absent.json").startswith("convert_dcp_to_hf: --tokenizer")
 
 
 @pytest.mark.parametrize(

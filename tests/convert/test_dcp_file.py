@@ -1,5 +1,10 @@
+"""Checkpoints of any number of ranks in any layout are read as they were saved, and corruption is found."""
+
 import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,9 +12,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
 
-from flame.convert.dcp_file import ChunkReader, CorruptedError, check_tensor, read_blocks, read_tensors
+from flame.convert.dcp_file import ChunkReader, CorruptedError, read_tensors
+from flame.convert.export import convert_dcp_to_hf
 from flame.errors import UserError
+from tests.convert.sharded import network, tensors
+from tests.launch import environment
 
+PLAIN = [f"shard{dim}-{ranks}" for dim in (0, 1) for ranks in (1, 2, 4)] + ["both", "tp-replicated", "twice", "async"]
+MODULES = ["fsdp-1", "fsdp-2", "fsdp-4", "fsdp-over-tp"]
 TENSORS = {
     "matrix": torch.arange(6.0).view(2, 3),
     "parameter": torch.nn.Parameter(torch.randn(3, 5, dtype=torch.bfloat16)),
@@ -35,8 +45,8 @@ def save(folder, **more):
     return folder
 
 
-def content(name, stored):
-    return b"".join(block.tobytes() for block in read_blocks(name, stored))
+def content(stored):
+    return b"".join(block.tobytes() for _, block in stored.pieces())
 
 
 def test_the_models_tensors_are_read_as_torch_saved_them_in_whatever_memory_they_lay(tmp_path):
@@ -44,15 +54,15 @@ def test_the_models_tensors_are_read_as_torch_saved_them_in_whatever_memory_they
     assert stored.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
         flat = tensor.detach().contiguous().view(-1)
-        assert content(name, stored[name]) == flat.view(torch.uint8).numpy().tobytes(), name
+        assert content(stored[name]) == flat.view(torch.uint8).numpy().tobytes(), name
         assert (stored[name].dtype, stored[name].shape) == (str(tensor.dtype)[6:], tuple(tensor.shape))
 
 
-def test_steps_and_checkpoints_that_are_none_are_said(tmp_path):
-    with pytest.raises(UserError, match=r"no \.metadata"):
+def test_a_folder_without_metadata_or_model_is_rejected(tmp_path):
+    with pytest.raises(UserError, match=r"no \.metadata, must be a complete DCP checkpoint"):
         read_tensors(tmp_path)
     dcp.save({"train_state": {"step": 1}}, checkpoint_id=str(tmp_path / "step-1"), no_dist=True)
-    with pytest.raises(UserError, match="holds no model"):
+    with pytest.raises(UserError, match="found no model"):
         read_tensors(tmp_path / "step-1")
 
 
@@ -64,20 +74,20 @@ class Bomb:
         return os.mkdir, (self.path,)
 
 
-def test_a_pickle_that_would_run_code_is_refused_and_runs_none(tmp_path):
+def test_a_pickle_that_would_run_code_is_rejected_and_runs_none(tmp_path):
     checkpoint = save(tmp_path / "step-3")
     metadata = FileSystemReader(str(checkpoint)).read_metadata()
     metadata.planner_data = Bomb(tmp_path / "ran")
     (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises(UserError, match=r"not the metadata of a DCP checkpoint .*mkdir does not belong"):
+    with pytest.raises(UserError, match=r"mkdir does not belong .*must be the metadata of a DCP checkpoint"):
         read_tensors(checkpoint)
     assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"no pickle", pickle.dumps({"a": 1}), pickle.dumps(np.float64(1))])
-def test_metadata_of_something_else_is_one_line(content, tmp_path):
+def test_metadata_of_something_else_is_rejected(content, tmp_path):
     (tmp_path / ".metadata").write_bytes(content)
-    with pytest.raises(UserError, match="not the metadata of a DCP checkpoint"):
+    with pytest.raises(UserError, match="must be the metadata of a DCP checkpoint"):
         read_tensors(tmp_path)
 
 
@@ -89,8 +99,8 @@ def test_a_changed_byte_of_a_tensor_is_found(tmp_path):
     file.write_bytes(whole[: place + 9] + b"\x7f" + whole[place + 10 :])
     stored = read_tensors(checkpoint)
     with pytest.raises(CorruptedError, match=r"found checksum .* where large should be"):
-        content("large", stored["large"])
-    assert content("matrix", stored["matrix"]) == TENSORS["matrix"].numpy().tobytes()
+        content(stored["large"])
+    assert content(stored["matrix"]) == TENSORS["matrix"].numpy().tobytes()
 
 
 @pytest.mark.parametrize("name", sorted(TENSORS.keys() - {"empty"}))
@@ -99,13 +109,13 @@ def test_a_changed_byte_is_found_in_whatever_memory_a_tensor_lay(name, tmp_path)
     tensor = read_tensors(checkpoint)[name]
     (chunk,) = tensor.chunks
     data = bytearray(chunk.file.read_bytes())
-    check_tensor(name, tensor)
-    data[ChunkReader(chunk, name, tensor.dtype).start] ^= 1
+    tensor.check()
+    data[ChunkReader(chunk, tensor).start] ^= 1
     chunk.file.write_bytes(data)
     with pytest.raises(CorruptedError, match="found checksum"):
-        content(name, tensor)
+        content(tensor)
     with pytest.raises(CorruptedError, match="found checksum"):
-        check_tensor(name, tensor)
+        tensor.check()
 
 
 @pytest.mark.parametrize("kept", [0, 100, 1500])
@@ -115,22 +125,22 @@ def test_a_file_that_was_cut_short_or_is_gone_is_found(kept, tmp_path):
     file.write_bytes(file.read_bytes()[:kept])
     stored = read_tensors(checkpoint)
     with pytest.raises(CorruptedError, match=r"__0_0\.distcp: found no file of torch\.save .* where matrix should be"):
-        content("matrix", stored["matrix"])
+        content(stored["matrix"])
     file.unlink()
     with pytest.raises(CorruptedError, match=r"__0_0\.distcp: found no file where matrix should be"):
-        content("matrix", stored["matrix"])
+        content(stored["matrix"])
 
 
 @pytest.mark.parametrize("place", ["/proc/self/mem", "/proc"])  # an input/output error where it is read; no file
-def test_a_file_that_cannot_be_read_is_no_damage(place, tmp_path):
+def test_a_file_that_cannot_be_read_is_not_called_corrupted(place, tmp_path):
     stored = read_tensors(save(tmp_path / "step-3"))
     (tmp_path / "step-3" / "__0_0.distcp").unlink()
     (tmp_path / "step-3" / "__0_0.distcp").symlink_to(place)
     with pytest.raises(UserError, match=r"__0_0\.distcp: cannot be read \(.*\) and may be intact"):
-        content("matrix", stored["matrix"])
+        content(stored["matrix"])
 
 
-def test_metadata_that_cannot_be_read_is_not_called_damaged(tmp_path):
+def test_metadata_that_cannot_be_read_is_not_called_corrupted(tmp_path):
     save(tmp_path / "step-3")
     (tmp_path / "step-3" / ".metadata").unlink()
     (tmp_path / "step-3" / ".metadata").symlink_to("/proc/self/mem")
@@ -144,4 +154,52 @@ def test_a_tensor_with_a_chunk_missing_is_found(tmp_path):
     metadata.state_dict_metadata["matrix"].size = torch.Size([4, 3])
     (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(CorruptedError, match="matrix: the checkpoint's chunks hold 6 of its 12 elements"):
-        content("matrix", read_tensors(checkpoint)["matrix"])
+        content(read_tensors(checkpoint)["matrix"])
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sharded")
+    script = Path(__file__).with_name("sharded.py")
+    done = subprocess.run([sys.executable, str(script), str(folder)], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def read(checkpoint, block_bytes):
+    """{name: tensor} of a checkpoint; blocks must come in order and be no larger than was asked."""
+    found = {}
+    for name, stored in read_tensors(checkpoint).items():
+        blocks = [block for _, block in stored.pieces(None, block_bytes)]
+        assert all(block.nbytes <= max(block_bytes, 4) for block in blocks)
+        flat = np.concatenate([block.reshape(-1) for block in blocks])
+        found[name] = torch.from_numpy(flat.view(stored.dtype)).view(stored.shape)
+    return found
+
+
+@pytest.mark.parametrize("block_bytes", [1, 24, 100, 1 << 20])
+def test_tensors_are_read_whole_from_every_layout(checkpoints, block_bytes):
+    for layouts, wanted in ((PLAIN, tensors()), (MODULES, network().state_dict())):
+        for layout in layouts:
+            found = read(checkpoints / layout, block_bytes)
+            assert found.keys() == wanted.keys(), layout
+            assert all(torch.equal(found[name], wanted[name]) for name in wanted), layout
+
+
+@pytest.mark.parametrize("block_bytes", [8, 1 << 20])
+def test_a_box_of_a_tensor_is_read_from_every_layout(checkpoints, block_bytes):
+    box = ((1, 3), (2, 3), (0, 4))
+    wanted = tensors()["cube"][1:3, 2:3, 0:4].numpy().tobytes()
+    for layout in PLAIN:
+        stored = read_tensors(checkpoints / layout)["cube"]
+        found = b"".join(block.tobytes() for _, block in stored.pieces(box, block_bytes))
+        assert found == wanted, layout
+
+
+@pytest.mark.parametrize("layouts", [PLAIN, MODULES])
+def test_checkpoints_of_one_two_and_four_ranks_convert_to_the_same_bytes(checkpoints, layouts, tmp_path):
+    digests = []
+    for layout in layouts:
+        (tmp_path / layout).mkdir()
+        digests.append(convert_dcp_to_hf(read_tensors(checkpoints / layout), tmp_path / layout, "bfloat16"))
+    assert all(digest == digests[0] for digest in digests)

@@ -1,28 +1,24 @@
+"""Exports are whole or not at all, and say in a report what they were made from."""
+
 import json
 import subprocess
 import sys
+from hashlib import sha256
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from flame.checkpoint.commit import hash_file
 from flame.convert.dcp_file import CorruptedError, read_tensors
-from flame.convert.export import export_checkpoint
-from flame.convert.hf_structure import read_trained
-from flame.convert.report import REPORT, new_folder, read_report, sha256
-from tests.convert.models import save_run
+from flame.convert.export import convert_dcp_to_hf, export_checkpoint
+from flame.convert.hf_structure import read_trained_structure
+from flame.convert.output import REPORT, read_report
+from flame.convert.safetensors_file import find_files
+from tests.convert.models import MODEL, save_run
 from tests.launch import environment
-
-MAKER = """
-import sys
-from pathlib import Path
-from flame.convert.report import new_folder
-with new_folder(Path(sys.argv[1])) as folder:
-    (folder / "first").touch()
-    print("begun", flush=True)
-    sys.stdin.read()
-"""
 
 
 @pytest.fixture(scope="module")
@@ -48,16 +44,16 @@ def test_an_export_has_the_tokenizer_and_its_end_of_text_and_loads_as_the_type_i
 
 
 def test_the_report_says_what_was_made_from_what_and_how_it_was_checked(run, tmp_path):
-    export(run, tmp_path / "hf", prove=lambda folder: {"logits": sorted(path.name for path in folder.iterdir())})
+    export(run, tmp_path / "hf", verify=lambda folder: {"logits": sorted(path.name for path in folder.iterdir())})
     report = read_report(tmp_path / "hf")
     written = load_file(tmp_path / "hf" / "model.safetensors")
     assert report["tensors"] == len(written)
     assert report["parameters"] == sum(tensor.numel() for tensor in written.values())
-    assert report["metadata_sha256"] == sha256(run / "checkpoint" / "step-1" / ".metadata")
+    assert report["metadata_sha256"] == hash_file(run / "checkpoint" / "step-1" / ".metadata", sha256)
     assert report["versions"]["torch"] == torch.__version__.split("+")[0] or torch.__version__
     files = {path.name for path in (tmp_path / "hf").iterdir()} - {REPORT}
-    assert report["files"] == {name: sha256(tmp_path / "hf" / name) for name in files}
-    assert set(report["checks"]["logits"]) == files  # the proof sees the export as it will be
+    assert report["files"] == {name: hash_file(tmp_path / "hf" / name, sha256) for name in files}
+    assert set(report["checks"]["logits"]) == files  # the export is verified as it will be
 
 
 def test_an_export_of_steps_that_were_done_again_is_made_again_and_the_old_one_kept(tmp_path):
@@ -68,42 +64,6 @@ def test_an_export_of_steps_that_were_done_again_is_made_again_and_the_old_one_k
     assert export(tmp_path, tmp_path / "hf")
     assert (tmp_path / "hf.old-1" / "model.safetensors").read_bytes() == old
     assert (tmp_path / "hf" / "model.safetensors").read_bytes() != old
-
-
-@pytest.fixture
-def maker(tmp_path):
-    """A process that is making the folder tmp_path/hf."""
-    command = [sys.executable, "-c", MAKER, str(tmp_path / "hf")]
-    streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    process = subprocess.Popen(command, env=environment(), text=True, **streams)
-    assert process.stdout.readline() == "begun\n"
-    yield process
-    process.kill()
-    process.communicate()
-
-
-def test_of_two_that_make_a_folder_the_one_that_is_late_is_refused_and_neither_disturbs_the_other(maker, tmp_path):
-    with new_folder(tmp_path / "hf") as folder:
-        (folder / "second").touch()
-    _, said = maker.communicate()
-    assert "flame.errors.UserError: " in said and "hf: was made by another in the meantime" in said
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["hf", "second"]
-
-
-def test_what_a_folder_that_was_never_finished_has_left_is_deleted_once_nobody_makes_it(maker, tmp_path):
-    maker.kill()
-    maker.wait()
-    (left,) = tmp_path.iterdir()
-    assert list(left.rglob("first"))
-    with new_folder(tmp_path / "hf"):
-        pass
-    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
-
-
-def test_a_folder_that_fails_leaves_none_of_the_folders_above_it(tmp_path):
-    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "a" / "b" / "hf"):
-        raise KeyboardInterrupt
-    assert list(tmp_path.iterdir()) == []
 
 
 def _lose_weights(folder):
@@ -142,7 +102,7 @@ def test_a_whole_export_is_left_alone(run, tmp_path):
     assert (tmp_path / "hf" / "model.safetensors").stat().st_mtime_ns == written
 
 
-def test_an_export_whose_proof_fails_leaves_what_was_there_and_nothing_else(run, tmp_path):
+def test_an_export_that_fails_verification_leaves_what_was_there_and_nothing_else(run, tmp_path):
     (tmp_path / "hf").mkdir()
     save_file({}, tmp_path / "hf" / "mine.safetensors")
 
@@ -150,18 +110,56 @@ def test_an_export_whose_proof_fails_leaves_what_was_there_and_nothing_else(run,
         raise ValueError("another model")
 
     with pytest.raises(ValueError, match="another model"):
-        export(run, tmp_path / "hf", prove=fail)
+        export(run, tmp_path / "hf", verify=fail)
     assert [path.name for path in tmp_path.rglob("*")] == ["hf", "mine.safetensors"]
 
 
 def test_a_changed_byte_is_found_in_a_tensor_that_is_published_in_parts(tmp_path):
     save_run(tmp_path, "mixtral")
-    checkpoint, parts = tmp_path / "checkpoint" / "step-1", read_trained(tmp_path / "model").published_as
+    checkpoint = tmp_path / "checkpoint" / "step-1"
+    published_as = read_trained_structure(tmp_path / "model").published_as
     cut = {name: t for name, t in read_tensors(checkpoint).items() if name.endswith("experts.gate_up_proj")}
     chunk = next(iter(cut.values())).chunks[0]
     data = bytearray(chunk.file.read_bytes())
     data[chunk.start + chunk.length // 2] ^= 1
     chunk.file.write_bytes(data)
     with pytest.raises(CorruptedError, match=r"found checksum .*experts.gate_up_proj should be"):
-        export(tmp_path, tmp_path / "hf", parts=parts)
+        export(tmp_path, tmp_path / "hf", published_as=published_as)
     assert not (tmp_path / "hf").exists()
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A checkpoint as torchtitan lays it out: the model at the top level, the rest under prefixes."""
+    rest = {"optimizer": {"state.model.embed.weight.exp_avg": torch.ones(8, 4)}, "train_state": {"step": 3}}
+    dcp.save({**MODEL, **rest}, checkpoint_id=str(tmp_path / "step-3"), no_dist=True)
+    (tmp_path / "hf").mkdir()
+    return tmp_path / "step-3"
+
+
+def test_the_models_tensors_alone_are_written_bit_for_bit(checkpoint, tmp_path):
+    advanced = []
+    digests = convert_dcp_to_hf(read_tensors(checkpoint), tmp_path / "hf", advance=advanced.append)
+    assert list(digests) == [file.name for file in (tmp_path / "hf").iterdir()] == ["model.safetensors"]
+    written = load_file(tmp_path / "hf" / "model.safetensors")
+    assert written.keys() == MODEL.keys()
+    assert all(torch.equal(written[name], MODEL[name]) for name in MODEL)
+    assert sum(advanced) == sum(tensor.nbytes for tensor in MODEL.values())
+
+
+def test_shards_have_an_index_and_a_cast_leaves_integers_alone(checkpoint, tmp_path):
+    out = tmp_path / "hf"
+    convert_dcp_to_hf(read_tensors(checkpoint), out, "bfloat16", shard_bytes=64)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 1
+    written = {k: v for file in find_files(out) for k, v in load_file(file).items()}
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in written.values())
+    assert written["model.n"].dtype == torch.int64
+    assert torch.equal(written["model.embed.weight"], MODEL["model.embed.weight"].bfloat16())
+
+
+def test_an_export_imports_neither_torch_nor_transformers():
+    imports = "import sys, flame.convert.export, flame.convert.verify"
+    code = f"{imports}; print({{'torch', 'transformers'}} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr

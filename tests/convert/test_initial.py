@@ -1,4 +1,4 @@
-"""Runs that start from Hugging Face weights: what is loaded, what is refused, and tokens that are added."""
+"""Runs that start from Hugging Face weights: what is loaded, what is rejected, and tokens that are added."""
 
 import json
 import math
@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flame.checkpoint.dtypes import READ_BYTES
 from flame.checkpoint.structure import Structure
-from flame.convert.dcp_reader import WeightReader
 from flame.convert.export import export_checkpoint
 from flame.convert.hf_structure import model_structure
-from flame.convert.hf_weights import find_folder, read_weights
+from flame.convert.hf_weights import check_weights, find_folder, read_weights
 from flame.convert.initial import check_checkpoint
 from flame.convert.safetensors_file import find_files
+from flame.convert.weight_reader import WeightReader
 from flame.data.inspect import replay
 from flame.errors import UserError
 from flame.models.hf import build_on_meta, load_hf_config
@@ -45,7 +45,7 @@ def test_weights_of_several_files_are_read_into_the_model_that_transformers_make
     published = publish(tmp_path / "hf", name, shard="100KB", tie_word_embeddings=tied)
     assert len(find_files(tmp_path / "hf")) > 1
     model, _ = build(tmp_path, name, tie_word_embeddings=tied)
-    reader = WeightReader(read_weights(tmp_path / "hf", structure_of(tmp_path / "hf")))
+    reader = WeightReader(read_weights(find_files(tmp_path / "hf"), structure_of(tmp_path / "hf")))
     dcp.load(model.state_dict(), storage_reader=reader, no_dist=True)
     with torch.no_grad():
         assert torch.equal(model(TOKENS), published(TOKENS, use_cache=False).logits)
@@ -83,14 +83,12 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("change", "said"), WRONG)
-def test_weights_of_another_model_are_refused_by_name_before_a_process_group_exists(hf, tmp_path, change, said, capsys):
+def test_weights_of_another_model_are_rejected_before_a_process_group_exists(hf, tmp_path, change, said, capsys):
     folder = spoil(hf, tmp_path / "spoiled", change)
     flags = (f"--job.dump_folder={tmp_path}/run", f"--model.config={hf}", "--checkpoint.initial_load_in_hf")
     assert main([*flags, f"--checkpoint.initial_load_path={folder}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert re.match(
-        rf"flame: --checkpoint.initial_load_path {folder}: not the tensors of --model.config's model: ", line
-    )
+    assert line.startswith(f"flame: --checkpoint.initial_load_path: found {folder}, must be weights of ")
     assert re.search(said, line), line
     assert not (tmp_path / "run").exists()
 
@@ -98,10 +96,10 @@ def test_weights_of_another_model_are_refused_by_name_before_a_process_group_exi
 @pytest.mark.parametrize(
     ("path", "flags", "said"),
     [
-        ("{tmp}/gone", [], "there is no folder .*gone"),
-        ("nobody/nothing", [], "nobody/nothing: no folder here, nor to be had from the hub"),
-        ("{tmp}", [], "found pytorch_model.bin, must hold model.safetensors"),
-        ("{tmp}/torn", [], "model.safetensors: not a whole safetensors file"),
+        ("{tmp}/gone", [], "initial_load_path: found no folder .*gone"),
+        ("nobody/nothing", [], "found nobody/nothing, must be a folder, or the id of a model on the hub; .+"),
+        ("{tmp}", [], "found pytorch_model.bin, must be a folder with model.safetensors"),
+        ("{tmp}/torn", [], "model.safetensors: found .* must be a whole safetensors file"),
         (
             "{hf}",
             ["--checkpoint.no_initial_load_model_only"],
@@ -110,7 +108,7 @@ def test_weights_of_another_model_are_refused_by_name_before_a_process_group_exi
         ("{hf}", ["--checkpoint.initial_load_in_hf_quantized"], "initial_load_in_hf_quantized: found true"),
     ],
 )
-def test_a_mistake_about_where_weights_are_is_one_line(hf, tmp_path, path, flags, said, capsys):
+def test_a_path_without_weights_is_rejected_in_one_line(hf, tmp_path, path, flags, said, capsys):
     (tmp_path / "pytorch_model.bin").touch()
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn" / "model.safetensors").write_bytes((hf / "model.safetensors").read_bytes()[:-1])
@@ -120,37 +118,37 @@ def test_a_mistake_about_where_weights_are_is_one_line(hf, tmp_path, path, flags
     assert re.search(said, line), line
 
 
-def test_a_dcp_checkpoint_of_another_model_is_refused_by_name_too(hf, tmp_path, capsys):
+def test_a_dcp_checkpoint_of_another_model_is_rejected_by_name_too(hf, tmp_path, capsys):
     model, _ = build(tmp_path, "llama")
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name != NORM}
     dcp.save(tensors, checkpoint_id=str(tmp_path / "step-3"), no_dist=True)
     job = (f"--job.dump_folder={tmp_path}/run", f"--model.config={hf}")
     assert main([*job, f"--checkpoint.initial_load_path={tmp_path}/step-3"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith("step-3: not the tensors of --model.config's model: missing: model.norm.weight")
+    assert line.endswith("step-3, must be weights of --model.config's model; missing: model.norm.weight")
 
 
-def test_a_checkpoint_with_more_than_the_model_has_is_refused_and_so_is_a_head_that_the_config_ties(tmp_path):
+def test_a_checkpoint_with_more_tensors_or_an_untied_head_is_rejected(tmp_path):
     for name, tied in (("untied", False), ("tied", True)):
         model, _ = build(tmp_path, "llama", tie_word_embeddings=tied)
         dcp.save(model.state_dict(), checkpoint_id=str(tmp_path / name), no_dist=True)
     structure = structure_of(tmp_path / "llama.json")
     check_checkpoint("--checkpoint.folder", tmp_path / "tied", structure, ties=True)
-    with pytest.raises(UserError, match=r"^--checkpoint.folder .*untied: lm_head.weight is not model.embed_tokens."):
+    with pytest.raises(UserError, match=r"^--checkpoint.folder: .*untied; lm_head.weight is not model.embed_tokens."):
         check_checkpoint("--checkpoint.folder", tmp_path / "untied", structure, ties=True)
     smaller = structure_of(tmp_path / "llama.json", num_hidden_layers=1, tie_word_embeddings=False)
-    with pytest.raises(UserError, match=r"not the tensors .*: unexpected: model.layers.1.* and \d+ more$"):
+    with pytest.raises(UserError, match=r"must be weights .*; unexpected: model.layers.1.* and \d+ more$"):
         check_checkpoint("--checkpoint.folder", tmp_path / "untied", smaller, ties=False)
 
 
-def test_old_names_that_transformers_leaves_aside_are_left_aside(tmp_path):
+def test_names_that_transformers_ignores_are_ignored(tmp_path):
     publish(tmp_path / "hf", "gpt_neox")
     file = tmp_path / "hf" / "model.safetensors"
     old = {
         f"gpt_neox.layers.0.attention.{name}": torch.ones(3) for name in ("bias", "masked_bias", "rotary_emb.inv_freq")
     }
     save_file({**load_file(file), **old}, file)
-    assert not old.keys() & read_weights(tmp_path / "hf", structure_of(tmp_path / "hf")).entries.keys()
+    assert not old.keys() & read_weights(find_files(tmp_path / "hf"), structure_of(tmp_path / "hf")).entries.keys()
 
 
 def test_a_hub_id_is_the_folder_in_which_huggingface_hub_keeps_it():
@@ -162,14 +160,15 @@ def test_a_hub_id_is_the_folder_in_which_huggingface_hub_keeps_it():
 
 
 @pytest.mark.parametrize(("name", "tables"), [("llama", 2), ("tied", 1), ("gpt_neox", 2)])
-def test_ids_that_the_weights_do_not_have_begin_as_the_mean_of_those_they_have(name, tables, tmp_path):
+def test_rows_of_new_ids_are_the_mean_of_the_old_ones(name, tables, tmp_path):
     published = publish(tmp_path / "hf", name, vocab_size=257).state_dict()
     structure = structure_of(tmp_path / "hf", vocab_size=320)
+    weights = read_weights(find_files(tmp_path / "hf"), structure)
     with pytest.raises(UserError, match=r"has \[257, 64\], the config says \[320, 64\].*--model.grow_vocab or"):
-        read_weights(tmp_path / "hf", structure)
+        check_weights(weights, tmp_path / "hf")
     grown, _ = build(tmp_path, name)
-    reader = WeightReader(read_weights(tmp_path / "hf", structure, grow=True))
-    dcp.load(grown.state_dict(), storage_reader=reader, no_dist=True)
+    check_weights(weights, tmp_path / "hf", grow=True)
+    dcp.load(grown.state_dict(), storage_reader=WeightReader(weights), no_dist=True)
     larger = [key for key, tensor in grown.state_dict().items() if len(tensor) == 320]
     assert len(larger) == tables
     for key, tensor in grown.state_dict().items():
@@ -186,7 +185,7 @@ def test_tensors_are_read_a_few_mib_at_a_time(tmp_path):
     structure = Structure({"table": ("float32", (3000, 8192))}, vocabulary=("table",))
     loaded = {"table": torch.zeros(3000, 8192)}
     tracemalloc.start()  # which sees what numpy allocates
-    dcp.load(loaded, storage_reader=WeightReader(read_weights(tmp_path, structure, grow=True)), no_dist=True)
+    dcp.load(loaded, storage_reader=WeightReader(read_weights(find_files(tmp_path), structure)), no_dist=True)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 4 * READ_BYTES  # the piece that is read, the one before, and at most one more that waits to be freed
@@ -275,14 +274,14 @@ def test_an_export_has_the_added_tokens_and_their_rows(runs):
 @pytest.mark.parametrize(
     "tokens", ["--model.add_tokens=<b>,<a>", "--model.add_tokens=<a>", "--model.add_tokens=<a>,<b>,<c>"]
 )
-def test_another_list_of_added_tokens_is_refused_on_resume(runs, tokens, capsys):
+def test_another_list_of_added_tokens_is_rejected_on_resume(runs, tokens, capsys):
     _, _, flags = runs
     assert main([*flags, tokens, "--training.steps=3", "--parallelism.data_parallel_shard_degree=1"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert re.search(r"--model.add_tokens: .*grown holds checkpoints of another vocabulary: <[abc]> has id", line), line
+    assert re.search(r"--model.add_tokens: .*<[abc]> has id .*grown", line), line
 
 
-def test_a_token_that_is_added_twice_is_refused(hf, capsys):
+def test_a_token_that_is_added_twice_is_rejected(hf, capsys):
     assert main([f"--model.config={hf}", "--model.add_tokens=<a>,<b>,<a>"]) == 2
     assert "--model.add_tokens: found <a> twice" in capsys.readouterr().err
 

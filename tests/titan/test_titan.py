@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from flame.config.parser import parse
-from flame.convert.conversion import whole
-from flame.convert.dcp_file import read_blocks, read_tensors
+from flame.convert.dcp_file import read_tensors
 from flame.data.tokenize import build_tokenizer
 from flame.errors import UserError
 from flame.preflight.inputs import TITAN
@@ -150,8 +149,7 @@ def biases(folder):
     checkpoint = folder / "checkpoint" / "step-3"
     tensors = {name: tensor for name, tensor in read_tensors(checkpoint).items() if name.endswith("expert_bias")}
     return {
-        name: [float(x) for block in read_blocks(name, tensor, whole(name, tensor.shape).box) for x in block.flatten()]
-        for name, tensor in tensors.items()
+        name: [float(x) for _, block in tensor.pieces() for x in block.flatten()] for name, tensor in tensors.items()
     }
 
 

@@ -1,4 +1,4 @@
-"""Both conversions and the proofs about them, for a tiny model of each family."""
+"""Both conversions and their verification, for a tiny model of each family."""
 
 import pytest
 import torch
@@ -7,12 +7,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from flame.checkpoint.structure import ConversionError
-from flame.convert.conversion import convert_hf_to_dcp
+from flame.convert.dcp_writer import convert_hf_to_dcp
 from flame.convert.export import export_checkpoint
 from flame.convert.hf_structure import model_structure, read_structure
-from flame.convert.report import read_report
-from flame.convert.safetensors_file import find_files, read_header
-from flame.convert.verify import LOGITS_BYTES, export_proven, prove, too_large
+from flame.convert.hf_weights import read_weights
+from flame.convert.output import read_report
+from flame.convert.safetensors_file import find_files
+from flame.convert.verify import LOGITS_BYTES, export_and_verify, too_large, verify_export
 from flame.models.hf import build_on_meta, read_config
 from tests.convert.models import CASES, build, publish, save_run
 from tests.layouts import MODELS
@@ -23,7 +24,7 @@ def test_a_published_model_comes_back_bit_for_bit_and_with_its_logits(name, tied
     published = publish(tmp_path / "hf", name, tie_word_embeddings=tied)
     (file,) = find_files(tmp_path / "hf")
     structure = read_structure(tmp_path / "hf")
-    convert_hf_to_dcp(read_header(file), tmp_path / "step-0", structure)
+    convert_hf_to_dcp(read_weights([file], structure), tmp_path / "step-0")
 
     trained, _ = build(tmp_path, name, tie_word_embeddings=tied)
     dcp.load(trained.state_dict(), checkpoint_id=str(tmp_path / "step-0"), no_dist=True)
@@ -32,7 +33,7 @@ def test_a_published_model_comes_back_bit_for_bit_and_with_its_logits(name, tied
         logits = published(tokens, use_cache=False).logits
         assert torch.equal(trained(tokens), logits)
 
-    assert export_proven(tmp_path / "step-0", tmp_path / "hf", tmp_path / "back")
+    assert export_and_verify(tmp_path / "step-0", tmp_path / "hf", tmp_path / "back")
     assert read_report(tmp_path / "back")["checks"]["logits"]["max_abs_difference"] == 0
     first, second = load_file(file), load_file(tmp_path / "back" / "model.safetensors")
     assert first.keys() == second.keys()
@@ -56,7 +57,7 @@ def test_experts_are_one_tensor_in_training_and_many_when_published(tmp_path):
     first = load_file(tmp_path / "hf" / "model.safetensors")
     assert "model.layers.1.block_sparse_moe.experts.2.w3.weight" in first
     structure = read_structure(tmp_path / "hf")
-    convert_hf_to_dcp(read_header(tmp_path / "hf" / "model.safetensors"), tmp_path / "step-0", structure)
+    convert_hf_to_dcp(read_weights(find_files(tmp_path / "hf"), structure), tmp_path / "step-0")
     trained = {name: torch.zeros_like(tensor) for name, tensor in published.state_dict().items()}
     dcp.load(trained, checkpoint_id=str(tmp_path / "step-0"), no_dist=True)
     assert all(torch.equal(trained[name], tensor) for name, tensor in published.state_dict().items())
@@ -64,7 +65,7 @@ def test_experts_are_one_tensor_in_training_and_many_when_published(tmp_path):
     dcp.save(trained, checkpoint_id=str(tmp_path / "step-1"), no_dist=True)
     for step in ("step-0", "step-1"):
         out = tmp_path / "out" / step
-        export_checkpoint(tmp_path / step, tmp_path / "hf", out, parts=structure.published_as)
+        export_checkpoint(tmp_path / step, tmp_path / "hf", out, published_as=structure.published_as)
         second = load_file(out / "model.safetensors")
         assert first.keys() == second.keys()
         assert all(torch.equal(first[name], second[name]) for name in first)
@@ -72,7 +73,7 @@ def test_experts_are_one_tensor_in_training_and_many_when_published(tmp_path):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of a llama and its export, which the tests below prove to be another model."""
+    """A run of a llama and its export, which the tests below make another model."""
     folder = tmp_path_factory.mktemp("run")
     save_run(folder, "llama")
     export_checkpoint(folder / "checkpoint" / "step-1", folder / "model", folder / "hf")
@@ -102,30 +103,30 @@ def spoiled(run):
         ({"norm": torch.ones(64, dtype=torch.int64)}, r"dtype: model\.norm\.weight has int64"),
     ],
 )
-def test_tensors_other_than_the_configs_are_refused_by_name(run, spoiled, changes, said):
+def test_tensors_other_than_the_configs_are_rejected_by_name(run, spoiled, changes, said):
     spoiled(**changes)
     with pytest.raises(ConversionError, match=said):
-        prove(run / "checkpoint" / "step-1", None, run / "hf")
+        verify_export(run / "checkpoint" / "step-1", None, run / "hf")
 
 
-def test_an_export_with_other_values_gives_other_logits_and_is_refused(run, spoiled):
+def test_an_export_with_other_values_gives_other_logits_and_is_rejected(run, spoiled):
     queries = load_file(run / "hf" / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
     spoiled(**{"layers.0.self_attn.q_proj": queries.roll(1, 0)})
     with pytest.raises(ConversionError, match="its logits differ from the training forward's"):
-        prove(run / "checkpoint" / "step-1", None, run / "hf")
+        verify_export(run / "checkpoint" / "step-1", None, run / "hf")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_a_cast_is_compared_with_the_weights_rounded_in_the_same_way(run, dtype, tmp_path):
     checkpoint = run / "checkpoint" / "step-1"
     export_checkpoint(checkpoint, run / "model", tmp_path / "hf", dtype)
-    found = prove(checkpoint, dtype, tmp_path / "hf")["logits"]
+    found = verify_export(checkpoint, dtype, tmp_path / "hf")["logits"]
     assert found["max_abs_difference"] == 0
     assert ("change_by_the_cast" in found) == (dtype != "float32")
     assert found.get("change_by_the_cast", 1) > 0
 
 
-def test_a_model_too_large_to_run_is_said_to_be():
+def test_the_logits_of_a_large_model_are_not_compared():
     assert "not compared" in too_large({"weight": ("bfloat16", (LOGITS_BYTES // 4 + 1,))})
     assert too_large({"weight": ("bfloat16", (LOGITS_BYTES // 4,))}) is None
 

@@ -1,0 +1,72 @@
+"""safetensors files are written, read back and validated."""
+
+import json
+from hashlib import sha256
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from flame.checkpoint.commit import hash_file
+from flame.checkpoint.structure import ConversionError
+from flame.convert.safetensors_file import check_file, find_files, read_header, write_file
+from flame.errors import UserError
+
+TABLE = torch.arange(32.0).view(8, 4)
+
+
+def test_a_written_file_is_read_back(tmp_path):
+    file, tensor = tmp_path / "model.safetensors", np.zeros(5000, np.uint32)
+    tensors = {"a": ("float32", (5000,)), "b": ("float32", (5000,))}
+    hashes = write_file(file, tensors, lambda name: [tensor[:1000], tensor[1000:]])
+    assert check_file(file, hashes) == hash_file(file, sha256)
+    with open(file, "r+b") as stream:
+        stream.seek(read_header(file)["b"].start)
+        stream.write(b"spoiled")
+    with pytest.raises(ConversionError, match=r"model\.safetensors: b reads back as other bytes"):
+        check_file(file, hashes)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xff" * 8,
+        b"\2\0\0\0\0\0\0\0{}"[:9],
+        b'\x41\0\0\0\0\0\0\0{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}           1234',
+        b'\x41\0\0\0\0\0\0\0{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,4]}}           1234',
+    ],
+)
+def test_a_file_that_is_not_a_whole_safetensors_file_is_rejected(content, tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match="must be a whole safetensors file") as error:
+        read_header(tmp_path / "a.safetensors")
+    assert error.value.setting == str(tmp_path / "a.safetensors")
+
+
+def test_a_folder_of_pickles_or_without_an_index_is_rejected(tmp_path):
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(UserError, match=r"must be a folder with model\.safetensors") as error:
+        find_files(tmp_path)
+    assert (error.value.setting, error.value.found) == (str(tmp_path), "pytorch_model.bin")
+    for index in ("{", "[]", '{"weight_map": 3}'):
+        (tmp_path / "model.safetensors.index.json").write_text(index)
+        with pytest.raises(UserError, match="must be an index of safetensors"):
+            find_files(tmp_path)
+
+
+def test_offsets_before_the_first_byte_are_rejected(tmp_path):
+    header = json.dumps({"embed": {"dtype": "F32", "shape": [4], "data_offsets": [-16, 0]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(UserError, match="a whole safetensors file"):
+        read_header(tmp_path / "model.safetensors")
+
+
+def test_a_whole_file_is_preferred_to_a_stale_index(tmp_path):
+    save_file({"embed": TABLE}, tmp_path / "model-00001-of-00001.safetensors")
+    index = {"weight_map": {"embed": "model-00001-of-00001.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert [path.name for path in find_files(tmp_path)] == ["model-00001-of-00001.safetensors"]
+    save_file({"embed": TABLE}, tmp_path / "model.safetensors")
+    assert [path.name for path in find_files(tmp_path)] == ["model.safetensors"]
