@@ -16,8 +16,6 @@ from flame.config.schema import JobConfig
 from flame.config.setting import Layer, Setting, resolve_negation, typed
 from flame.errors import UserError
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-
 logger = logging.getLogger("flame")
 
 # A value that depends on other settings: called with the config that has all of those, and the world size.
@@ -121,20 +119,17 @@ def _rank_0_only(on: bool) -> dict[str, Any]:
     return {"metrics.save_for_all_ranks": not on}
 
 
-def _only(allowed: Any, hint: str) -> Callable[[Any], dict[str, Any]]:
+def _only(allowed: str, hint: str) -> Callable[[Any], dict[str, Any]]:
     """The change of a spelling that has one value left, which changes nothing."""
 
     def change(value: Any) -> dict[str, Any]:
-        if value and value != allowed:
-            raise UserError("", _text(value), _text(allowed), hint)
+        found = value if isinstance(value, str) else str(value).lower()
+        if found not in ("", allowed):
+            raise UserError("", found, allowed, hint)
         return {}
 
-    change.__doc__ = f"only {_text(allowed)}: {hint}"
+    change.__doc__ = f"only {allowed}: {hint}"
     return change
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else str(value).lower()
 
 
 def _moved(older: str, today: str, names: str) -> dict[str, str]:
@@ -178,9 +173,9 @@ _DYNAMIC_ONLY = Old(
 CHANGED: dict[str, Old] = {
     "training.gradient_accumulation_steps": Old(int, _global_batch_size),
     # torchtitan's settings that have no meaning here.
-    "training.dataset_path": Old(str | None, _only(None, "give the path to training.dataset")),
-    "validation.dataset_path": Old(str | None, _only(None, "give the path to validation.dataset")),
-    "checkpoint.initial_load_in_hf_quantized": Old(bool, _only(False, "quantized weights are not supported")),
+    "training.dataset_path": Old(str | None, _only("none", "give the path to training.dataset")),
+    "validation.dataset_path": Old(str | None, _only("none", "give the path to validation.dataset")),
+    "checkpoint.initial_load_in_hf_quantized": Old(bool, _only("false", "quantized weights are not supported")),
     # Those of the older systems.
     "job.use_for_integration_test": Old(bool, ignored="there is no such test list any more"),
     "model.norm_type": Old(
@@ -246,13 +241,12 @@ def _translate(setting: Setting) -> Iterator[Setting]:
 def _today(setting: Setting) -> Any:
     """The value of a setting that kept its name; of a path of the older systems with nothing there, our file."""
     value = _rename_value(setting.path, setting.value)
-    if setting.path not in ("job.config_file", "model.config") or not isinstance(value, str):
-        return value
-    if os.path.exists(os.path.expanduser(value)):
+    is_file = setting.path in ("job.config_file", "model.config") and isinstance(value, str)
+    if not is_file or os.path.exists(os.path.expanduser(value)):
         return value
     name = value.removeprefix("./")
     name = "configs/jobs/pretrain.toml" if name in _JOB_FILES else name.removeprefix("llmonade/")
-    ours = REPOSITORY / name
+    ours = Path(__file__).resolve().parents[2] / name
     if not (name.startswith("configs/") and ours.is_file()):
         return value
     _log(f"{setting.where}: there is no {value} here, using {ours}")

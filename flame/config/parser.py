@@ -50,7 +50,8 @@ def parse(argv: list[str]) -> JobConfig:
     _place(config, given)
     if computed := [s for s in settings if callable(s.value)]:
         ranks = world_size()
-        _place(config, [*given, *(_compute(s, config, ranks) for s in computed if not _is_overridden(s, given))])
+        layers = {s.path: s.layer for s in sorted(settings, key=attrgetter("layer"))}  # the highest one of each
+        _place(config, [*given, *(_compute(s, config, ranks) for s in computed if s.layer == layers[s.path])])
 
     config.job.config_file = file or None
     if config.model.tokenizer_path:
@@ -106,10 +107,6 @@ def _check_is_section(setting: Setting, known: list[str]) -> None:
     raise UserError(setting.where, hint=f"not a setting{meant}")
 
 
-def _is_overridden(setting: Setting, others: list[Setting]) -> bool:
-    return any(other.path == setting.path and other.layer > setting.layer for other in others)
-
-
 def _compute(setting: Setting, config: JobConfig, ranks: int) -> Setting:
     try:
         return dataclasses.replace(setting, value=setting.value(config, ranks))
@@ -123,7 +120,7 @@ def _assign(config: JobConfig, path: str, value: Any) -> None:
 
 
 def _check_sections(config: JobConfig) -> None:
-    # torchtitan's own checks of a section run when it is made, before we fill it.
+    # torchtitan validates a section when it is made, before its values are assigned here.
     for f in dataclasses.fields(config):
         if post_init := getattr(getattr(config, f.name), "__post_init__", None):
             try:
@@ -160,19 +157,13 @@ def help_text() -> str:
         "Spellings of flame 0.x and LLMonade are understood too; docs/flags.md lists them."
     )
     with contextlib.redirect_stdout(page), contextlib.suppress(SystemExit):
-        tyro.cli(
-            JobConfig,
-            prog="train.sh",
-            description=description,
-            args=["--help"],
-            use_underscores=True,
-            registry=registry,
-        )
+        options: Any = {"prog": "train.sh", "description": description, "use_underscores": True}
+        tyro.cli(JobConfig, args=["--help"], registry=registry, **options)
     return "".join(line.rstrip() + "\n" for line in page.getvalue().splitlines())
 
 
 def recorded(config: JobConfig) -> JobConfig:
-    """What a run folder keeps: a copy whose local paths hold from any folder, and which resumes when it is run."""
+    """The copy that a run folder keeps: its local paths hold from any folder, and it resumes when it is run."""
 
     def absolute(path: str) -> str:
         path = os.path.expanduser(path.strip())

@@ -300,6 +300,8 @@ def test_values_that_are_no_longer_supported_are_rejected_under_the_spelling_tha
 def test_a_flag_spares_what_it_overrides_in_the_toml_from_being_computed():
     toml = as_toml("experimental.pipeline_parallel_microbatches", 3)
     assert parse([*toml, "--parallelism.pipeline_parallel_microbatch_size=4"])
+    config = parse([*toml, "--experimental.pipeline_parallel_microbatches=4"])
+    assert config.parallelism.pipeline_parallel_microbatch_size == 2
 
 
 def test_what_is_ignored_is_logged_by_one_rank(monkeypatch, caplog):
