@@ -99,6 +99,7 @@ def _decompress(path: Path) -> Path:
         return path
     cached = _cache_path(path, ".jsonl")
     if not cached.exists():
+        cached.parent.mkdir(parents=True, exist_ok=True)
         with open_decompressed(path) as stream, open_atomically(cached) as out:
             shutil.copyfileobj(stream, out, CHUNK)
     return cached
@@ -114,6 +115,7 @@ def _index(path: Path) -> np.ndarray:
                 starts.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + at + 1)
                 at += len(chunk)
         ends = np.concatenate(starts)
+        cached.parent.mkdir(parents=True, exist_ok=True)
         with open_atomically(cached) as out:
             np.save(out, ends if ends[-1] == at else np.append(ends, at))
     return np.asarray(np.load(cached, mmap_mode="r"))  # a plain view of the map: np.memmap is slow to slice

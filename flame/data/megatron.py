@@ -105,6 +105,7 @@ def write(prefix: str | Path, documents: Iterable[np.ndarray], vocab_size: int) 
     """
     dtype, code = (np.dtype("<u2"), 8) if vocab_size < SMALL else (np.dtype("<i4"), 4)
     lengths: list[int] = []
+    Path(prefix).parent.mkdir(parents=True, exist_ok=True)
     with open_atomically(Path(f"{prefix}.idx")) as index, open_atomically(Path(f"{prefix}.bin")) as data:
         for ids in documents:
             assert len(ids) and ids.min() >= 0 and ids.max() <= np.iinfo(dtype).max

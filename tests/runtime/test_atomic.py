@@ -22,4 +22,4 @@ def test_a_full_disk_leaves_the_old_content(tmp_path):
             write_atomically(tmp_path / "file", "longer than the limit")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    assert (tmp_path / "file").read_text() == "old"
+    assert (tmp_path / "file").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
