@@ -31,14 +31,11 @@ class StartPlan:
     checkpoints: Mapping[int, Status] = field(default_factory=dict)
 
 
-def plan_start(job_config: JobConfig, found: Mapping[int, Status] | None = None) -> StartPlan:
+def plan_start(job_config: JobConfig) -> StartPlan:
     """Decide how a job with these settings starts. A checkpoint of the model alone can only be the last step.
 
-    found: `StartPlan.checkpoints` of an earlier plan, so that no checkpoint is read again; None: scan the folder, which
-    stats every file of every checkpoint, so let one rank do it.
-
-    Raises UserError if the settings contradict each other or what is on disk, or would leave out or overwrite
-    checkpoints.
+    It stats every file of every checkpoint, so one rank plans and sends the plan to the others. Raises UserError if the
+    settings contradict each other or what is on disk, or would leave out or overwrite checkpoints.
     """
     config, last_step = job_config.checkpoint, job_config.training.steps
     folder = Path(job_config.job.dump_folder, config.folder)
@@ -49,8 +46,7 @@ def plan_start(job_config: JobConfig, found: Mapping[int, Status] | None = None)
         if path:
             raise UserError("--checkpoint.initial_load_path", path, hint="checkpoint.enable is false")
         return StartPlan("scratch")
-    if found is None:
-        found = scan_checkpoints(folder)
+    found = scan_checkpoints(folder)
     steps = [step for step in sorted(found, reverse=True) if not found[step].corruption]
     if config.load_step >= 0 and not _already_rewound(job_config):
         steps = [_check_load_step(config, folder, found)]

@@ -99,14 +99,10 @@ def test_a_job_starts_as_the_table_says_or_not_at_all(state, mode, with_path, do
     assert sorted(before.values()) == sorted(everything(tmp_path).values())  # moved perhaps, never changed
 
 
-def settings_of(folder, **settings):
+def planned(folder, **settings):
     config = JobConfig(checkpoint=Checkpoint(**settings, folder=folder.name))
     config.job.dump_folder, config.training.steps = str(folder.parent), 1000
-    return config
-
-
-def planned(folder, **settings):
-    return plan_start(settings_of(folder, **settings))
+    return plan_start(config)
 
 
 def rejected(folder, **settings):
@@ -122,17 +118,15 @@ def mark(folder, *steps, resumable=True):
         write_marker(folder / f"step-{step}", [], {"resumable": resumable})
 
 
-@pytest.mark.parametrize("settings", [{}, {"load_step": 2}, {"start": "scratch"}])
-def test_a_plan_can_be_sent_to_other_ranks_and_made_again_without_reading_a_file(settings, tmp_path):
-    folder = tmp_path / "checkpoint"
-    if "start" not in settings:
-        mark(folder, 2, 4)
-        (folder / "step-6").mkdir()
-    plan = planned(folder, **settings)
-    assert list(plan.checkpoints) == ([] if "start" in settings else [2, 4, 6])
+def test_a_plan_has_the_status_of_each_checkpoint_and_can_be_sent_to_other_ranks(tmp_path):
+    mark(tmp_path, 2)
+    mark(tmp_path, 0, resumable=False)
+    (tmp_path / "step-6").mkdir()
+    plan = planned(tmp_path)
+    found = [(step, status.resumable, status.unfinished) for step, status in plan.checkpoints.items()]
+    assert found == [(0, False, False), (2, True, False), (6, False, True)]
+    assert METADATA in plan.checkpoints[6].corruption
     assert pickle.loads(pickle.dumps(plan)) == plan
-    shutil.rmtree(folder, ignore_errors=True)
-    assert plan_start(settings_of(folder, **settings), plan.checkpoints) == plan
 
 
 @pytest.mark.parametrize("start", ["init", "scratch"])

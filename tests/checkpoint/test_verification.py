@@ -21,6 +21,10 @@ def test_the_ranks_wait_longer_than_their_timeout_for_one_that_hashes(lines):
     assert [line for line in lines if "resumes" in line] == ["rank 0 resumes step 4", "rank 1 resumes step 4"]
 
 
+def test_only_rank_0_lists_the_checkpoints(lines):
+    assert "rank 0 lists the checkpoints: True" in lines and "rank 1 lists the checkpoints: False" in lines
+
+
 def test_a_file_that_one_rank_cannot_read_stops_all_of_them(lines):
     found = [line for line in lines if "step-6/b: cannot be read (Input/output error)" in line]
     assert len(found) == 2 and all("may be intact" in line for line in found)

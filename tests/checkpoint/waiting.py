@@ -29,8 +29,11 @@ def _work(rank: int, folder: Path) -> None:
     job = Job(folder)
     if rank == 1:
         time.sleep(LATE)
+    listed: list[str] = []
+    sys.addaudithook(lambda event, args: listed.append(str(args[0])) if event == "os.scandir" else None)
     job.manager.load()
     _print(f"rank {rank} resumes step {job.trainer.step}")
+    _print(f"rank {rank} lists the checkpoints: {str(folder / 'checkpoint') in listed}")
     broken = folder / "checkpoint" / "step-6"
     if rank == 0:
         broken.mkdir()
