@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from flame.config.parser import JobConfig
+from flame.config.schema import JobConfig
 from flame.data.loader import Loader, build_dataloader
 from flame.data.source import Source, build_sources
-from flame.data.tokenize import Tokenizer, build_tokenizer
+from flame.data.tokenize import Tokenizer, load_tokenizer
 from flame.errors import UserError
 
 WORKERS = (0, 1, 2, 4)
@@ -24,7 +24,7 @@ SECONDS, SLICES = 1.5, 3  # of each side, how often
 
 
 class Speed(NamedTuple):
-    """Tokens a second of wall time, and of the CPU time of all threads of the process."""
+    """Tokens per second of wall time, and of the CPU time of all threads of the process."""
 
     wall: float
     cpu: float
@@ -47,17 +47,15 @@ class Pair(NamedTuple):
 
 def bench(config: JobConfig, seconds: float = SECONDS) -> None:
     """Print the speed for several numbers of workers, state and memory. Raises UserError as a run of the job would."""
-    tokenizer = build_tokenizer(config.model.tokenizer_path, config.model.trust_remote_code, config.model.add_tokens)
-    config.data.epochs, config.data.skip = 0, None  # a stream that neither ends nor leaves anything out
+    tokenizer = load_tokenizer(config.model)
+    config.data.epochs, config.data.skip = 0, None  # a stream that neither ends nor skips anything
     sources = build_sources(config.training, config.data)
-    texts = draw_texts(sources)
-    if not texts:
-        raise UserError("bench: the sources hold token ids and no text, so there is no tokenizer to compare with")
-    ceiling = encode_repeatedly(tokenizer, texts)
+    if not (texts := draw_texts(sources)):
+        raise UserError("bench", "sources of token ids without text", hint="there is no tokenizer to compare with")
+    ceiling, tokenizer_speeds = encode_repeatedly(tokenizer, texts), []
     alone = os.environ.setdefault("TOKENIZERS_PARALLELISM", "false") == "false"  # on both sides, as workers have it
     threads = "one thread" if alone else f"{os.environ.get('RAYON_NUM_THREADS') or f'all {os.cpu_count()}'} threads"
     print(f"{'workers':>7}  {'tokens/s':>10}  {'of the tokenizer':>16}  {'per CPU second':>14}")
-    tokenizer_speeds = []
     for workers in WORKERS:
         config.training.dataloader.num_workers = workers
         loader = build_dataloader(sources=sources, dp_world_size=1, dp_rank=0, tokenizer=tokenizer, job_config=config)
@@ -65,10 +63,11 @@ def bench(config: JobConfig, seconds: float = SECONDS) -> None:
         tokenizer_speeds.append(pair.other.wall)
         print(f"{workers:>7}  {pair.one.wall:>10,.0f}  {pair.ratio.wall:>16.2f}  {pair.ratio.cpu:>14.2f}")
     size, seconds = weigh_state(loader)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     lanes = config.data.lanes
     print(f"tokenizer alone: {statistics.median(tokenizer_speeds):,.0f} tokens/s (encode_batch_fast, {threads})")
-    print(f"state: {size:,} bytes for {lanes} lanes, {size / lanes:.0f} a lane; state_dict() {seconds * 1e3:.2f} ms")
-    print(f"peak memory: {peak_memory():.0f} MiB, {TEXT >> 20} MiB of text for the tokenizer alone with it")
+    print(f"state: {size:,} bytes for {lanes} lanes, {size / lanes:.0f} per lane; state_dict() {seconds * 1e3:.2f} ms")
+    print(f"peak memory: {peak:.0f} MiB, {TEXT >> 20} MiB of text for the tokenizer alone with it")
 
 
 def draw_texts(sources: Sequence[Source], characters: int = TEXT) -> list[str]:
@@ -76,13 +75,13 @@ def draw_texts(sources: Sequence[Source], characters: int = TEXT) -> list[str]:
     total, texts = sum(source.weight for source in sources), []
     for source in sources:
         room = characters * source.weight / total
-        probe = [text for text in source.sample(BLOCK) if isinstance(text, str)]
-        mean = max(1.0, sum(map(len, probe)) / max(1, len(probe)))
+        probe = [len(text) for text in source.sample(BLOCK) if isinstance(text, str)]
+        mean = max(1.0, sum(probe) / max(1, len(probe)))
         for text in source.sample(max(BLOCK, round(room / mean))):
-            if room > 0 and isinstance(text, str) and text:
+            if room > 0 and isinstance(text, str):
                 texts.append(text)
                 room -= len(text)
-    random.Random(0).shuffle(texts)  # so that every slice of time meets the mixture, as the stream's do
+    random.Random(0).shuffle(texts)  # so that every slice of time has texts of the whole mixture, as the stream's do
     return texts
 
 
@@ -100,15 +99,15 @@ def iterate(loader: Iterable[Any], ahead: int = 0) -> Side:
 
 
 def compare(one: Side, other: Side, seconds: float = SECONDS, slices: int = SLICES) -> Pair:
-    """Alternate two sides in this process, so that both meet the same machine; seconds: of a slice.
+    """Alternate two sides in this process, so that both have the same machine; seconds: of a slice.
 
-    What is ready when a slice begins is taken before the clock starts, and background threads are let fill up before
-    the other side's turn, so that neither has the other's work.
+    What is ready when a slice begins is taken before the clock starts, and background threads fill up before the other
+    side's turn, so that neither has the other's work.
     """
-    _time(one, seconds), _time(other, seconds)  # files opened, caches warm
-    pairs = [(_time(one, seconds), _time(other, seconds)) for _ in range(slices)]
-    ratios = [Speed(a.wall / b.wall, a.cpu / b.cpu) for a, b in pairs]
-    return Pair(_median([a for a, _ in pairs]), _median([b for _, b in pairs]), _median(ratios))
+    measured = [(_time(one, seconds), _time(other, seconds)) for _ in range(slices + 1)]
+    ones, others = zip(*measured[1:], strict=True)  # at first, files are opened and caches warmed
+    ratios = [Speed(a.wall / b.wall, a.cpu / b.cpu) for a, b in zip(ones, others, strict=True)]
+    return Pair(*(Speed(*map(statistics.median, zip(*speeds, strict=True))) for speeds in (ones, others, ratios)))
 
 
 def weigh_state(loader: Loader) -> tuple[int, float]:
@@ -121,12 +120,6 @@ def weigh_state(loader: Loader) -> tuple[int, float]:
     return len(pickle.dumps(state)), statistics.median(times)
 
 
-def peak_memory() -> float:
-    """Largest resident size of this process so far, MiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
-
-
 def _time(side: Side, seconds: float) -> Speed:
     for _ in range(side.ahead):
         side.step()
@@ -136,7 +129,3 @@ def _time(side: Side, seconds: float) -> Speed:
     speed = Speed(tokens / (time.perf_counter() - wall), tokens / max(1e-9, time.process_time() - cpu))
     time.sleep(0.3 if side.ahead else 0)
     return speed
-
-
-def _median(speeds: Sequence[Speed]) -> Speed:
-    return Speed(statistics.median(s.wall for s in speeds), statistics.median(s.cpu for s in speeds))

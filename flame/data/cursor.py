@@ -2,12 +2,12 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from flame.data.document import Bad, Document
-from flame.data.window import IndexedWindows, StreamedWindows, WindowSlice
+from flame.data.window import IndexedWindows, Place, StreamedWindows, WindowSlice
 from flame.errors import UserError
 
 BLOCK = 1 << 16  # characters tokenized in one call, at least: enough for Rust's threads, soon enough for the first step
@@ -22,18 +22,6 @@ class Encoder(Protocol):
     vocab_size: int
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]: ...
-
-
-class Place(NamedTuple):
-    """Where a lane is in one source; at: document of its slice of the window; mark: a stream's, before the window."""
-
-    epoch: int = 0
-    window: int = 0
-    at: int = 0
-    tokens: int = 0
-    documents: int = 0
-    skipped: int = 0
-    mark: Any = None
 
 
 class Cursor:
@@ -56,7 +44,6 @@ class Cursor:
         self._pass_over = 0  # documents of the slice before the current one, still to be read
         self._texts: deque[Document] = deque()  # documents that were read and not tokenized yet
         self._ids: deque[np.ndarray] = deque()  # of the documents before those, the current one first
-        self._tokens = place.tokens
 
     @property
     def exhausted(self) -> bool:
@@ -86,7 +73,7 @@ class Cursor:
 
     def count_tokens(self, tokens: int) -> None:
         """Count tokens that were handed out."""
-        self._tokens += tokens
+        self.place = self.place._replace(tokens=self.place.tokens + tokens)
 
     def advance(self) -> None:
         """Go on to the next document."""
@@ -95,9 +82,6 @@ class Cursor:
         self.place = self.place._replace(at=self.place.at + 1, documents=self.place.documents + 1)
         if not self._ids and not self._texts and self._rows == self._slice.size:
             self._leave_window(self._slice)
-
-    def state(self) -> Place:
-        return self.place._replace(tokens=self._tokens)
 
     def _enter_window(self) -> None:
         """Open the current window, or begin another epoch after the last."""

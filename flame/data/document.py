@@ -21,11 +21,14 @@ class Bad:
 
 
 def accept(value: Any, place: str) -> Document | Bad:
-    """The document in a row's value, token ids as int32 (length,); or why it holds none."""
+    """The document in a row's value, text or its UTF-8, or token ids as int32 (length,); or why it holds none."""
     if value is None:
         return Bad("null", place)
     if isinstance(value, bytes):
-        return Bad("invalid UTF-8", place)
+        try:
+            value = value.decode()
+        except UnicodeDecodeError:
+            return Bad("invalid UTF-8", place)
     if isinstance(value, list):
         if not all(type(item) is int for item in value):
             return Bad("a list of something else than token ids", place)

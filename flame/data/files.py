@@ -35,12 +35,8 @@ class TextFiles:
         most = 4 * LONGEST + 1  # bytes: a character has up to four
         with open_decompressed(file) as stream:
             content = stream.read(most)
-        if len(content) == most:
-            return Bad(f"more than {LONGEST:,} characters", str(file))
-        try:
-            return accept(content.decode("utf-8"), str(file))
-        except UnicodeDecodeError:
-            return Bad("invalid UTF-8", str(file))
+        too_long = Bad(f"more than {LONGEST:,} characters", str(file))
+        return too_long if len(content) == most else accept(content, str(file))
 
 
 class LibraryFiles(TextFiles):

@@ -12,10 +12,11 @@ import torch.distributed.checkpoint as dcp
 
 from flame.checkpoint.commit import complete_steps
 from flame.config.parser import JobConfig, parse
+from flame.data.lane import Row
 from flame.data.ledger import read_ledger, roll
-from flame.data.loader import Row, build_dataloader
+from flame.data.loader import build_dataloader
 from flame.data.source import build_sources
-from flame.data.tokenize import Tokenizer, build_tokenizer
+from flame.data.tokenize import Tokenizer, load_tokenizer
 from flame.errors import UserError
 
 CLIP = 60  # characters shown of each end of a piece
@@ -81,7 +82,7 @@ def replay(folder: Path, step: int) -> Fed:
     config.training.global_batch_size = -1  # one batch is the whole step
     sources = build_sources(config.training, config.data)
     loader = build_dataloader(
-        sources=sources, dp_world_size=1, dp_rank=0, tokenizer=_load_tokenizer(config), job_config=config
+        sources=sources, dp_world_size=1, dp_rank=0, tokenizer=load_tokenizer(config.model), job_config=config
     )
     loader.load_state_dict(start.loader or {})
     batches, digest = iter(loader), start.data_digest
@@ -118,7 +119,7 @@ def show(folder: Path, step: int, rank: int | None, ranks: int | None, full: boo
     )
     if rank is not None:
         print(f"rank {rank} of {dp_degree}: {len(chosen)} of {len(fed.rows)} rows")
-    tokenizer = _load_tokenizer(config)
+    tokenizer = load_tokenizer(config.model)
     for index in chosen:
         sequence = fed.first + index
         print(f"row {index}  sequence {sequence}  lane {sequence % lanes}")
@@ -145,10 +146,6 @@ def _describe(row: Row, sources: Sequence[str], tokenizer: Tokenizer, full: bool
         words = repr(text) if short else f"{text[:CLIP]!r} ... {text[-CLIP:]!r}"
         verb = "begins" if begin in row.starts else "goes on"
         yield f"{begin}-{end - 1}  {sources[source]} {verb}  {words}"
-
-
-def _load_tokenizer(config: JobConfig) -> Tokenizer:
-    return build_tokenizer(config.model.tokenizer_path, config.model.trust_remote_code, config.model.add_tokens)
 
 
 def _read_ranks(folder: Path) -> int:

@@ -5,6 +5,7 @@ The index is made once and kept beside the cache of `datasets`, as are decompres
 
 import json
 import os
+import re
 import shutil
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from flame.data.files import open_decompressed
 from flame.runtime.atomic import open_atomically
 
 CHUNK = 1 << 24  # bytes
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class JsonLines:
@@ -54,7 +56,7 @@ class JsonLines:
         if isinstance(record, Bad):
             return record
         document = accept(record.get(self._column), place)
-        if isinstance(document, str) and not document.isascii() and b"\\u" in line and not _encodes(document):
+        if isinstance(document, str) and not document.isascii() and b"\\u" in line and SURROGATE.search(document):
             return Bad("half a surrogate pair", place)
         return document
 
@@ -85,21 +87,12 @@ def describe_columns(files: Sequence[str], lines: int = 100) -> dict[str, str]:
     return types
 
 
-def _encodes(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _decompress(path: Path) -> Path:
     """The file itself or, if it is compressed, its decompressed copy in the cache."""
     if path.suffix not in COMPRESSED:
         return path
     cached = _cache_path(path, ".jsonl")
     if not cached.exists():
-        cached.parent.mkdir(parents=True, exist_ok=True)
         with open_decompressed(path) as stream, open_atomically(cached) as out:
             shutil.copyfileobj(stream, out, CHUNK)
     return cached
@@ -115,7 +108,6 @@ def _index(path: Path) -> np.ndarray:
                 starts.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + at + 1)
                 at += len(chunk)
         ends = np.concatenate(starts)
-        cached.parent.mkdir(parents=True, exist_ok=True)
         with open_atomically(cached) as out:
             np.save(out, ends if ends[-1] == at else np.append(ends, at))
     return np.asarray(np.load(cached, mmap_mode="r"))  # a plain view of the map: np.memmap is slow to slice
@@ -129,4 +121,5 @@ def _cache_path(path: Path, ending: str) -> Path:
     cache = Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME, "datasets"))
     stat = path.stat()
     key = blake2b(f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}".encode(), digest_size=12).hexdigest()
+    (cache / "flame").mkdir(parents=True, exist_ok=True)
     return cache / "flame" / (key + ending)

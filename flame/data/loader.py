@@ -12,30 +12,21 @@ from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.tools.logging import logger
 
 from flame.config.schema import JobConfig
-from flame.data import mixture, pack
-from flame.data.cursor import Cursor, Encoder, Place, encode
+from flame.data import pack
+from flame.data.cursor import Cursor, Encoder, encode
 from flame.data.document import NAMED, Bad
-from flame.data.lane import Lane, LaneState, dump_state, parse_state
+from flame.data.lane import Lane, LaneState, Row, dump_state, initial_deficits, normalize, parse_state
 from flame.data.ledger import digest_batch
 from flame.data.order import Order
 from flame.data.prefetch import read_in_turn
 from flame.data.settings import check_lanes, parse_skip
 from flame.data.source import Source
 from flame.data.tokenize import Tokenizer
-from flame.data.window import IndexedWindows, StreamedWindows, WindowShuffle
+from flame.data.window import IndexedWindows, Place, StreamedWindows, WindowShuffle
 from flame.errors import UserError
 
 SAMPLE = 16  # documents of a source whose lengths set the phases of the lanes
 AHEAD = 1 << 19  # tokens in rows read ahead, up to 4 rows per lane: a document of a megabyte delays no other lane
-
-
-class Row(NamedTuple):
-    """seq_len + 1 tokens, where documents begin in them, the source of each piece, and the lane's state after it."""
-
-    tokens: np.ndarray
-    starts: list[int]
-    sources: list[int]
-    state: LaneState
 
 
 class Position(NamedTuple):
@@ -79,7 +70,7 @@ class Loader(BaseDataLoader):
         self._batch_size, self._seq_len, self._varlen, self._context_len = batch_size, seq_len, varlen, context_len
         self._noted: dict[str, list[Bad]] = {source.name: [] for source in sources}
         self._names, self._epochs = [source.name for source in sources], epochs
-        self._shares = mixture.normalize([source.weight for source in sources])
+        self._shares = normalize([source.weight for source in sources])
         self._shuffles = [WindowShuffle(name, window, lanes, seed) for name in self._names]
         self._order = Order(lanes, window, seed, step or batch_size * dp_degree, skip)
         own_lanes = range(dp_rank, lanes, dp_degree)
@@ -92,7 +83,7 @@ class Loader(BaseDataLoader):
         lengths = [_typical_length(source, encoder) for source in sources]
         places = tuple(Place() for _ in sources)
         self._initial_states = {
-            lane: LaneState(-1, 0, mixture.initial_deficits(lane, self._shares, lengths), places) for lane in own_lanes
+            lane: LaneState(-1, 0, initial_deficits(lane, self._shares, lengths), places) for lane in own_lanes
         }
         self._states = dict(self._initial_states)
         self._sequence = 0  # sequences of the run that were handed out or skipped, on all ranks
@@ -107,7 +98,7 @@ class Loader(BaseDataLoader):
         turns = own[first:] + own[:first]
         lanes, turn = self._open_lanes(), cycle(turns)
         handed_out = 0  # sequences since then, on all ranks
-        with closing(read_in_turn([_read(lanes[lane]) for lane in turns], self._workers, self._ahead)) as stream:
+        with closing(read_in_turn([iter(lanes[lane]) for lane in turns], self._workers, self._ahead)) as stream:
             while len(rows := list(islice(stream, self._batch_size))) == self._batch_size:
                 if self._iteration is not iteration:
                     raise RuntimeError("stale iterator: the loader was iterated anew or given another state since")
@@ -125,12 +116,10 @@ class Loader(BaseDataLoader):
 
     def _open_lanes(self) -> dict[int, Lane]:
         windows = [
-            StreamedWindows(
-                source.rows, shuffle, {lane: (*s.places[i][:2], s.places[i].mark) for lane, s in self._states.items()}
-            )
+            StreamedWindows(source.rows, shuffle, dict(zip(self._states, places, strict=True)))
             if source.streamed
             else IndexedWindows(source.rows, shuffle)
-            for i, (source, shuffle) in enumerate(zip(self._sources, self._shuffles, strict=True))
+            for source, shuffle, places in zip(self._sources, self._shuffles, self._places(), strict=True)
         ]
         return {
             lane: Lane(
@@ -264,8 +253,3 @@ def _typical_length(source: Source, encoder: Encoder) -> float:
     documents = [row for row in source.sample(SAMPLE) if not isinstance(row, Bad)]
     lengths = np.array([float(len(ids)) for ids in encode(encoder, documents, source.name)])
     return float((lengths**2).sum() / lengths.sum()) if documents else 1.0
-
-
-def _read(lane: Lane) -> Iterator[Row]:
-    while (row := lane.row()) is not None:
-        yield Row(*row, lane.state())

@@ -34,29 +34,27 @@ class _Index:
     """One .bin and its .idx, mapped into memory."""
 
     def __init__(self, prefix: str) -> None:
-        self.path = prefix + ".bin"
-        index = Path(prefix + ".idx")
+        self.path, index = prefix + ".bin", prefix + ".idx"
         with open(index, "rb") as file:
             head = file.read(HEADER.size)
         if len(head) < HEADER.size or not head.startswith(MAGIC):
-            raise UserError(str(index), repr(head[:9]), "a Megatron index, which begins with MMIDIDX")
+            raise UserError(index, repr(head[:9]), "a Megatron index, which begins with MMIDIDX")
         _, version, code, sequences, bounds = HEADER.unpack(head)
         if version != 1 or code not in CODES:
             found = f"version {version} and dtype code {code}"
-            raise UserError(str(index), found, f"version 1 and one of the codes {', '.join(map(str, CODES))}")
-        size, needed = index.stat().st_size, HEADER.size + 12 * sequences + 8 * bounds
+            raise UserError(index, found, f"version 1 and one of the codes {', '.join(map(str, CODES))}")
+        size, needed = os.path.getsize(index), HEADER.size + 12 * sequences + 8 * bounds
         if size < needed or not bounds:  # one byte per sequence, its mode, may follow
-            raise UserError(str(index), f"{size} bytes for {sequences} sequences", f"{needed} or more", "cut short")
+            raise UserError(index, f"{size} bytes for {sequences} sequences", f"{needed} or more", "cut short")
         self._dtype = np.dtype(CODES[code])
         at = HEADER.size
-        self._lengths = np.memmap(index, "<i4", "r", at, (sequences,)) if sequences else np.empty(0, "<i4")
-        at += 4 * sequences
-        self._offsets = np.memmap(index, "<i8", "r", at, (sequences,)) if sequences else np.empty(0, "<i8")
-        self._bounds = np.memmap(index, "<i8", "r", at + 8 * sequences, (bounds,))
+        self._lengths = _map(index, "<i4", at, sequences)
+        self._offsets = _map(index, "<i8", at + 4 * sequences, sequences)
+        self._bounds = _map(index, "<i8", at + 12 * sequences, bounds)
         end = int(self._offsets[-1]) + int(self._lengths[-1]) * self._dtype.itemsize if sequences else 0
         if self._bounds[-1] != sequences or os.path.getsize(self.path) < end:
             raise UserError(self.path, hint=f"not the data of {index}, or cut short")
-        self._tokens = np.memmap(self.path, np.uint8, "r") if end else np.empty(0, np.uint8)
+        self._tokens = _map(self.path, "u1", 0, end)
 
     def __len__(self) -> int:
         return len(self._bounds) - 1
@@ -69,6 +67,10 @@ class _Index:
             for offset, length in zip(self._offsets[first:last], self._lengths[first:last], strict=True)
         ]
         return np.concatenate(parts) if parts else np.empty(0, self._dtype)
+
+
+def _map(path: str, dtype: str, offset: int, count: int) -> np.ndarray:
+    return np.memmap(path, dtype, "r", offset, (count,)) if count else np.empty(0, dtype)
 
 
 class IndexedRows:
@@ -112,25 +114,20 @@ def write(prefix: str | Path, documents: Iterable[np.ndarray], vocab_size: int) 
             data.write(ids.astype(dtype).tobytes())
             lengths.append(len(ids))
         if not lengths:
-            raise UserError(str(prefix), "no document to write", "one or more")
+            raise UserError(str(prefix), "no document to write")
         ends = np.cumsum([0, *lengths], dtype="<i8")
         index.write(HEADER.pack(MAGIC, 1, code, len(lengths), len(lengths) + 1))
-        index.write(np.array(lengths, "<i4").tobytes())
-        index.write((ends[:-1] * dtype.itemsize).tobytes())
-        index.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
+        for array in (np.array(lengths, "<i4"), ends[:-1] * dtype.itemsize, np.arange(len(lengths) + 1, dtype="<i8")):
+            index.write(array.tobytes())
     return len(lengths), int(ends[-1])
 
 
-def pack_sources(prefix: Path, sources: "Sequence[Source]", tokenizer: Encoder, max_bad_rows: float) -> tuple[int, int]:
-    """`python -m flame.data pack`: write every document of the sources, the EOS last; returns (documents, tokens).
+def encode_all(sources: "Sequence[Source]", tokenizer: Encoder, max_bad_rows: float) -> Iterator[np.ndarray]:
+    """Ids of every document of the sources in their own order, the EOS last.
 
     Bad rows are skipped, the first of each source named on stderr. Raises UserError at more than max_bad_rows
-    (see flame.data.document.allow_bad) in a source, and if there is no document at all.
+    (see flame.data.document.allow_bad) in a source.
     """
-    return write(prefix, _encode(sources, tokenizer, max_bad_rows), tokenizer.vocab_size)
-
-
-def _encode(sources: "Sequence[Source]", tokenizer: Encoder, max_bad_rows: float) -> Iterator[np.ndarray]:
     for source in sources:
         read = bad = 0
         for rows in source.blocks(BLOCK):

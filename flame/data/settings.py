@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
@@ -25,10 +25,20 @@ def parse_sources(section: Training | Validation, data: Data) -> list[DataSource
     unequal length, weights that are not positive numbers or, in data_probs, do not sum to 1, names that are not unique,
     and sources that are given in both ways.
     """
-    sources = _check_tables(section, data) if _in_tables(section, data) else _read_lists(section)
-    taken = {source.name for source in sources if source.name}
-    parsed = []
-    for source in sources:
+    with spelled_by_the_user(section, data):
+        sources = data.sources if _in_tables(section, data) else _read_lists(section)
+        given = [field for field, name in _LISTS.items() if getattr(section, name, None) != getattr(Training, name)]
+        if sources is data.sources and given:
+            hint = "the sources are in [[data.sources]], give only one of the two"
+            raise UserError(f"--training.{_LISTS[given[0]]}", hint=hint)
+    names = [source.name for source in sources if source.name]
+    taken, parsed = set(names), []
+    for index, source in enumerate(sources):
+        with spelled_by_the_user(section, data, index):
+            if not 0 < source.weight < math.inf:
+                raise UserError("weight", source.weight, "a number above 0")
+            if names.count(source.name or "") > 1:
+                raise UserError("name", f"{source.name!r} twice", "unique: every source has a name of its own")
         name = source.name or _choose_name(source, taken)
         taken.add(name)
         column, split = source.column or data.column, source.split or "train"
@@ -37,7 +47,7 @@ def parse_sources(section: Training | Validation, data: Data) -> list[DataSource
 
 
 @contextmanager
-def spelled_by_the_user(section: Training | Validation, data: Data, index: int) -> Iterator[None]:
+def spelled_by_the_user(section: Training | Validation, data: Data, index: int = 0) -> Iterator[None]:
     """In the block, a UserError whose setting is a field of the source at an index names its flag or TOML key."""
     try:
         yield
@@ -45,7 +55,8 @@ def spelled_by_the_user(section: Training | Validation, data: Data, index: int) 
         field = error.setting
         if field not in DataSource.__dataclass_fields__:
             raise
-        flag = "--data.column" if field == "column" else _flag(section, _LISTS.get(field, field))
+        flag = f"--{'training' if isinstance(section, Training) else 'validation'}.{_LISTS.get(field)}"
+        flag = "--data.column" if field == "column" else flag
         raise error.at(f"data.sources[{index}].{field}" if _in_tables(section, data) else flag) from error
 
 
@@ -53,64 +64,32 @@ def _in_tables(section: Training | Validation, data: Data) -> bool:
     return isinstance(section, Training) and bool(data.sources)
 
 
-def _flag(section: Training | Validation, name: str) -> str:
-    return f"--{'training' if isinstance(section, Training) else 'validation'}.{name}"
-
-
-def _check_tables(training: Training | Validation, data: Data) -> list[DataSource]:
-    given = [name for name in _LISTS.values() if getattr(training, name) != getattr(Training, name)]
-    if given:
-        raise UserError(f"--training.{given[0]}", hint="the sources are in [[data.sources]], give only one of the two")
-    names = [source.name for source in data.sources if source.name]
-    for index, source in enumerate(data.sources):
-        with spelled_by_the_user(training, data, index):
-            if not 0 < source.weight < math.inf:
-                raise UserError("weight", source.weight, "a number above 0")
-            if names.count(source.name or "") > 1:
-                raise UserError("name", f"{source.name!r} twice", "unique: every source has a name of its own")
-    return data.sources
-
-
 def _read_lists(section: Training | Validation) -> list[DataSource]:
-    paths = [path.strip() for path in section.dataset.split(",")]
-    if not all(paths):
+    sources = [DataSource(path.strip()) for path in section.dataset.split(",")]
+    if not all(source.path for source in sources):
         allowed = "a comma list whose every item is stdlib, a local path or a hub id"
-        raise UserError(_flag(section, "dataset"), repr(section.dataset), allowed)
-    fields: dict[str, list[str | None]] = {}
+        raise UserError("path", repr(section.dataset), allowed)
     for field, name in _LISTS.items():
         value = getattr(section, name, None)  # validation has no data_dir and no data_probs
-        if field in ("path", "weight") or value is None:
+        if field == "path" or value is None:
             continue
-        whole = field == "data_files" and len(paths) == 1  # the one source's files, however many
-        fields[field] = [item.strip() or None for item in ([value] if whole else value.split(","))]
-        _check_length(_flag(section, name), fields[field], paths)
-    weights = _read_shares(getattr(section, "data_probs", None), paths)
-    return [
-        DataSource(path, weight=weight, **{field: items[i] for field, items in fields.items()})
-        for i, (path, weight) in enumerate(zip(paths, weights, strict=True))
-    ]
+        whole = field == "data_files" and len(sources) == 1  # the one source's files, however many
+        items = [value] if whole else value.split(",")
+        if len(items) != len(sources):
+            allowed = f"one item for each of {len(sources)} datasets"
+            raise UserError(field, f"{len(items)} items", allowed, "an empty item is none")
+        for source, item in zip(sources, items, strict=True):
+            setattr(source, field, _read_share(item) if field == "weight" else item.strip() or None)
+        if field == "weight" and abs((total := sum(source.weight for source in sources)) - 1) > 1e-3:
+            raise UserError(field, f"a sum of {total:g}", "shares that sum to 1")
+    return sources
 
 
-def _read_shares(text: str | None, paths: Sequence[str]) -> Sequence[float]:
-    if text is None:
-        return [1.0] * len(paths)
-    items = text.split(",")
-    _check_length("--training.data_probs", items, paths)
+def _read_share(text: str) -> float:
     try:
-        shares = [float(item) for item in items]
+        return float(text)
     except ValueError:
-        shares = [math.nan]
-    if not all(0 < share < math.inf for share in shares):
-        raise UserError("--training.data_probs", text, "a number above 0 for each dataset")
-    if abs(sum(shares) - 1) > 1e-3:
-        raise UserError("--training.data_probs", f"a sum of {sum(shares):g}", "shares that sum to 1")
-    return shares
-
-
-def _check_length(flag: str, items: Sequence[str | None], paths: Sequence[str]) -> None:
-    if len(items) != len(paths):
-        allowed = f"one item for each of {len(paths)} datasets"
-        raise UserError(flag, f"{len(items)} items", allowed, "an empty item is none")
+        raise UserError("weight", repr(text), "a number above 0") from None
 
 
 def _choose_name(source: DataSource, taken: Collection[str]) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 from torchtitan.components.tokenizer import BaseTokenizer
 
 from flame.config.paths import check_path
+from flame.config.schema import Model
 from flame.errors import UserError
 
 if TYPE_CHECKING:
@@ -116,6 +117,11 @@ def build_tokenizer(path: str | None, trust_remote_code: bool = False, add_token
         reason = " ".join(str(error).split())[:200]
         raise UserError(FLAG, path, hint=f"not loadable as a tokenizer: {reason}") from error
     return Tokenizer(hf, path, add_tokens)
+
+
+def load_tokenizer(model: Model) -> Tokenizer:
+    """The tokenizer of a job. Raises UserError as build_tokenizer does."""
+    return build_tokenizer(model.tokenizer_path, model.trust_remote_code, model.add_tokens)
 
 
 def _byte_level() -> "PreTrainedTokenizerFast":

@@ -9,7 +9,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -30,6 +30,18 @@ class Stream(Protocol):
     """Rows in one order only: batches from a mark on (None: the start), each with the mark after it."""
 
     def batches(self, size: int, mark: Any = None) -> Iterator[tuple[list[Document | Bad], Any]]: ...
+
+
+class Place(NamedTuple):
+    """Where a lane is in one source; at: document of its slice of the window; mark: a stream's, before the window."""
+
+    epoch: int = 0
+    window: int = 0
+    at: int = 0
+    tokens: int = 0
+    documents: int = 0
+    skipped: int = 0
+    mark: Any = None
 
 
 @dataclass(frozen=True)
@@ -84,17 +96,16 @@ class IndexedWindows:
 class StreamedWindows:
     """Windows of a stream: one reader for all lanes of a rank, which keeps what some of them have yet to take.
 
-    places: for each lane the epoch and window it takes next, and the stream's mark before that window. The reader
-    starts at the earliest of them. Lanes take their windows in order, from any thread.
+    places: for each lane where it is. The reader starts at the earliest of them. Lanes take their windows in order,
+    from any thread.
     """
 
-    def __init__(self, stream: Stream, shuffle: WindowShuffle, places: Mapping[int, tuple[int, int, Any]]) -> None:
+    def __init__(self, stream: Stream, shuffle: WindowShuffle, places: Mapping[int, Place]) -> None:
         self.stream, self.shuffle = stream, shuffle
         self._lock = threading.Lock()
-        self._next = {lane: (epoch, window) for lane, (epoch, window, _) in places.items()}
-        self._epoch, self._window = min(self._next.values())
-        marks = [mark for epoch, window, mark in places.values() if (epoch, window) == (self._epoch, self._window)]
-        mark = next((m for m in marks if m is not None), None)
+        self._next = {lane: place[:2] for lane, place in places.items()}
+        self._epoch, self._window = first = min(self._next.values())
+        mark = next((p.mark for p in places.values() if p[:2] == first and p.mark is not None), None)
         if mark is None:
             self._window = 0  # without a mark, the epoch is read again from its start
         self._batches = stream.batches(shuffle.size, mark)

@@ -28,7 +28,7 @@ def test_sources_without_text_are_refused_in_one_line(tmp_path, capsys):
     (tmp_path / "job.toml").write_text(f'[training]\ndataset = "{tmp_path}/a.jsonl"\n')
     assert main(["bench", str(tmp_path / "job.toml"), "--data.lanes", "8"]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "token ids and no text" in error
+    assert error.count("\n") == 1 and "token ids without text" in error
 
 
 def test_a_ratio_is_that_of_tokens_a_second_and_slices_alternate():

@@ -1,7 +1,7 @@
 import pytest
 
-from flame.data.cursor import GROUP, Cursor, Place
-from flame.data.window import IndexedWindows, StreamedWindows, WindowShuffle
+from flame.data.cursor import GROUP, Cursor
+from flame.data.window import IndexedWindows, Place, StreamedWindows, WindowShuffle
 from tests.data.fakes import EOS, Bytes, Tape, Texts, documents
 
 START = Place()
@@ -15,14 +15,14 @@ def cursor(place=START, rows=ROWS, kind=Texts, size=32, epochs=2):
     if kind is Texts:
         windows = IndexedWindows(Texts(rows), shuffle)
     else:
-        windows = StreamedWindows(Tape(rows), shuffle, {1: (place.epoch, place.window, place.mark)})
+        windows = StreamedWindows(Tape(rows), shuffle, {1: place})
     return Cursor("a", windows, 1, Bytes(), place, epochs)
 
 
 def walk(cursor):
     """Every document that is left, and the place before each."""
     while True:
-        place = cursor.state()
+        place = cursor.place
         ids = cursor.document()
         if ids is None:
             return
@@ -41,7 +41,7 @@ def test_a_cursor_put_at_any_place_goes_on_with_the_same_documents_and_counts(ki
     for i, (place, _) in enumerate(walked):
         again = cursor(place, kind=kind, size=size)
         assert [text for _, text in walk(again)] == texts[i:]
-        assert again.state() == whole.state()
+        assert again.place == whole.place
 
 
 def test_lanes_count_every_row_of_an_epoch_once_as_a_document_or_as_bad():
@@ -50,8 +50,8 @@ def test_lanes_count_every_row_of_an_epoch_once_as_a_document_or_as_bad():
         read = cursor(epochs=1)
         read.lane = lane
         list(walk(read))
-        rows[0] += read.state().documents
-        rows[1] += read.state().skipped
+        rows[0] += read.place.documents
+        rows[1] += read.place.skipped
     assert rows == [61 - 19, 19]
 
 

@@ -3,8 +3,8 @@
 import httpx
 import pytest
 
-from flame.data.retry import RetryingStream
 from flame.data.source import Source
+from flame.data.table import RetryingStream
 from tests.data.fakes import Tape, documents, loader, take
 from tests.launch import SMALL, metrics, train_each
 from tests.tiny import write_config

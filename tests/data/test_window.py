@@ -2,12 +2,12 @@ import threading
 
 import pytest
 
-from flame.data.window import IndexedWindows, StreamedWindows, WindowShuffle
+from flame.data.window import IndexedWindows, Place, StreamedWindows, WindowShuffle
 from tests.data.fakes import Tape, Texts
 
 SHUFFLE = WindowShuffle("a", size=16, lanes=8, seed=0)
 ROWS = [str(i) for i in range(83)]
-START = dict.fromkeys(range(8), (0, 0, None))
+START = dict.fromkeys(range(8), Place())
 
 
 def read(part):
@@ -66,9 +66,9 @@ def test_a_stream_restarts_at_the_earliest_lane_and_reads_nothing_before_it():
         mark = None
         for window in range(2 + lane % 2):
             mark = streamed.take(lane, 0, window).after
-        places[lane] = (0, 2 + lane % 2, mark)
-    for lane, (_, window, _) in places.items():
-        expected[lane] = read(streamed.take(lane, 0, window))
+        places[lane] = Place(window=2 + lane % 2, mark=mark)
+    for lane, place in places.items():
+        expected[lane] = read(streamed.take(lane, 0, place.window))
 
     class Watched(Tape):
         def batches(self, size, mark=None):
@@ -76,10 +76,10 @@ def test_a_stream_restarts_at_the_earliest_lane_and_reads_nothing_before_it():
             return super().batches(size, mark)
 
     again = StreamedWindows(Watched(ROWS), SHUFFLE, places)
-    assert {lane: read(again.take(lane, 0, window)) for lane, (_, window, _) in places.items()} == expected
-    unmarked = {lane: (epoch, window, None) for lane, (epoch, window, _) in places.items()}
+    assert {lane: read(again.take(lane, 0, place.window)) for lane, place in places.items()} == expected
+    unmarked = {lane: place._replace(mark=None) for lane, place in places.items()}
     again = StreamedWindows(Tape(ROWS), SHUFFLE, unmarked)
-    assert {lane: read(again.take(lane, 0, window)) for lane, (_, window, _) in places.items()} == expected
+    assert {lane: read(again.take(lane, 0, place.window)) for lane, place in places.items()} == expected
 
 
 def test_a_stream_is_shared_by_threads():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from flame.data.mixture import charge, initial_deficits, normalize, pick
+from flame.data.lane import charge, initial_deficits, normalize, pick
 
 SHARES = (0.5, 0.3, 0.2)
 
