@@ -61,7 +61,7 @@ def convert(given: argparse.Namespace) -> str:
         check_structure(specs_of(weights.entries), structure.published)
         if problem := find_untied(weights.entries, structure.published):
             raise ConversionError(f"--model {folder}: {problem}")
-    from flame.convert.dcp_writer import convert_hf_to_dcp  # here: it imports torch
+    from flame.convert.hf_to_dcp import convert_hf_to_dcp  # here: it imports torch
 
     entries = [entry for entry, _ in weights.placed()]
     total = sum(entry.nbytes for entry in entries)

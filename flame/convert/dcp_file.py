@@ -11,23 +11,14 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from flame.checkpoint.commit import report_unreadable
-from flame.checkpoint.dtypes import (
-    CODES,
-    READ_BYTES,
-    SIZES,
-    Box,
-    as_bytes,
-    is_contiguous,
-    raw_dtype,
-    read_box,
-    split_box,
-)
+from flame.checkpoint.dtypes import CODES, READ_BYTES, SIZES, Box, as_bytes, raw_dtype, read_box, split_box
 from flame.checkpoint.safe_pickle import read_pickle
 from flame.errors import UserError
 
@@ -173,12 +164,13 @@ class ChunkReader:
         self.memory = chunk.start + memory.header_offset + 30 + name_length + extra_length
         self.nbytes, self.expected = memory.file_size, memory.CRC
         self.start = self.memory + first * SIZES[self.dtype]
-        self.row_major = _is_row_major(sizes, self.strides)
+        steps = [prod(sizes[i + 1 :]) for i in range(len(sizes))]
+        self.row_major = all(n == 1 or a == b for n, a, b in zip(sizes, self.strides, steps, strict=True))
 
     def read(self, box: Box) -> np.ndarray:
         """The raw elements of a box of the tensor that lies in this chunk; boxes come in row-major order."""
         local = [(start - low, stop - low) for (start, stop), low in zip(box, self.chunk.offsets, strict=True)]
-        if not (self.row_major and is_contiguous(local, self.chunk.sizes)):
+        if not self.row_major:
             return np.ascontiguousarray(self._map()[tuple(slice(*each) for each in local)])
         try:
             block = read_box(self.chunk.file, self.start, self.dtype, self.chunk.sizes, local)
@@ -189,19 +181,15 @@ class ChunkReader:
 
     def check(self) -> None:
         """Raises CorruptedError if the chunk is not what torch wrote; it is read for that, unless all of it was."""
-        crc = self.crc if self.count * SIZES[self.dtype] == self.nbytes else self._read_crc()
+        crc = self.crc
+        if self.count * SIZES[self.dtype] != self.nbytes:
+            crc = 0
+            with report_unreadable(self.chunk.file), open(self.chunk.file, "rb") as stream:
+                stream.seek(self.memory)
+                for start in range(0, self.nbytes, READ_BYTES):
+                    crc = zlib.crc32(stream.read(min(READ_BYTES, self.nbytes - start)), crc)
         if crc != self.expected:
             raise self._corrupted(f"checksum {crc:08x}, must be {self.expected:08x}")
-
-    def _read_crc(self) -> int:
-        crc, left = 0, self.nbytes
-        with report_unreadable(self.chunk.file), open(self.chunk.file, "rb", buffering=0) as stream:
-            stream.seek(self.memory)
-            while left:
-                if not (data := stream.read(min(left, READ_BYTES))):
-                    raise self._corrupted("the end of the file")
-                crc, left = zlib.crc32(data, crc), left - len(data)
-        return crc
 
     def _map(self) -> np.ndarray:
         """The chunk by its strides: torch saves the memory of a transposed tensor as it is."""
@@ -213,15 +201,6 @@ class ChunkReader:
 
     def _corrupted(self, found: str) -> CorruptedError:
         return CorruptedError(f"{self.chunk.file}: found {found} where {self.name} should be")
-
-
-def _is_row_major(sizes: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    step = 1
-    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
-        if size > 1 and stride != step:
-            return False
-        step *= size
-    return True
 
 
 class _ChunkFile(io.RawIOBase):

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from flame.checkpoint.commit import hash_file
-from flame.checkpoint.dtypes import FLOATS, READ_BYTES, SIZES, cast
+from flame.checkpoint.dtypes import FLOATS, READ_BYTES, SIZES, Box, cast
 from flame.checkpoint.structure import STRUCTURE, PublishedTensor, main_dtype, whole
 from flame.convert.dcp_file import StoredTensor, read_tensors
+from flame.convert.hf_weights import specs_of
 from flame.convert.output import new_folder, read_report, write_report
 from flame.convert.safetensors_file import INDEX, check_file, find_files, group_by_bytes, read_headers, write_file
 from flame.errors import UserError
@@ -46,7 +47,7 @@ def export_checkpoint(
         if origin.items() <= report.items() and _is_whole(folder, report):
             return False
     tensors = read_tensors(checkpoint)
-    found = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    found = specs_of(tensors)
     with new_folder(folder) as temporary:
         digests = convert_dcp_to_hf(tensors, temporary, dtype, published_as, advance=advance)
         shutil.copytree(assets, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns(STRUCTURE))
@@ -89,18 +90,18 @@ def convert_dcp_to_hf(
     wanted = {name: (dtype if dtype and stored[name] in FLOATS else stored[name], p.shape) for name, p in parts.items()}
     checked: set[str] = set()
 
-    def blocks(name: str) -> Iterator[np.ndarray]:
+    def pieces(name: str) -> Iterator[tuple[Box, np.ndarray]]:
         part = parts[name]
         tensor = tensors[part.tensor]
         if part.box != tensor.box and part.tensor not in checked:
             tensor.check()
             checked.add(part.tensor)
         head_bytes = prod(part.shape) // part.heads * SIZES[tensor.dtype] if part.heads else READ_BYTES
-        for _, block in tensor.pieces(part.box, head_bytes):
+        for box, block in tensor.pieces(part.box, head_bytes):
             if part.heads:  # a block is a head
                 block = np.concatenate([block[::2], block[1::2]])
             written = cast(block, tensor.dtype, wanted[name][0])
-            yield written
+            yield box, written
             advance(written.nbytes)
 
     nbytes = {name: prod(shape) * SIZES[kind] for name, (kind, shape) in wanted.items()}
@@ -110,7 +111,7 @@ def convert_dcp_to_hf(
     with ThreadPoolExecutor(1) as checker:  # reads a file again while the next is written
         for number, names in enumerate(shards, start=1):
             file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            hashes = write_file(folder / file, {name: wanted[name] for name in names}, blocks)
+            hashes = write_file(folder / file, {name: wanted[name] for name in names}, pieces)
             digests[file] = checker.submit(check_file, folder / file, hashes)
             weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:

@@ -8,9 +8,10 @@ from pathlib import Path
 from flame.checkpoint.structure import PublishedTensor, Structure, TensorSpecs, find_mismatches
 from flame.config.paths import is_local
 from flame.convert.dcp_file import StoredTensor
-from flame.convert.safetensors_file import TensorEntry, find_files, hash_blocks, read_headers
+from flame.convert.safetensors_file import TensorEntry, find_files, hash_pieces, read_headers
 from flame.errors import UserError
 
+Tensors = Mapping[str, TensorEntry | StoredTensor]  # of files, by name
 FLAG = "--checkpoint.initial_load_path"
 SHOWN = 3  # mismatches that fit into one line
 _FILES = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")  # no pickles, no second copies
@@ -71,12 +72,12 @@ def read_weights(files: Iterable[Path], structure: Structure | None = None) -> W
     return Weights({first_names.get(name, name): entry for name, entry in entries.items()}, structure)
 
 
-def specs_of(tensors: Mapping[str, TensorEntry | StoredTensor]) -> TensorSpecs:
+def specs_of(tensors: Tensors) -> TensorSpecs:
     """{name: (dtype, shape)} of the tensors of files."""
     return {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
 
 
-def find_untied(tensors: Mapping[str, TensorEntry | StoredTensor], structure: Structure) -> str | None:
+def find_untied(tensors: Tensors, structure: Structure) -> str | None:
     """What is wrong if a further name of a tied tensor has other values: transformers would not tie it."""
     for name in sorted(structure.shared.keys() & tensors.keys()):
         first = structure.shared[name]
@@ -86,22 +87,13 @@ def find_untied(tensors: Mapping[str, TensorEntry | StoredTensor], structure: St
 
 
 def _content(tensor: TensorEntry | StoredTensor) -> tuple[str, tuple[int, ...], str]:
-    return tensor.dtype, tensor.shape, hash_blocks(block for _, block in tensor.pieces())
+    return tensor.dtype, tensor.shape, hash_pieces(tensor.pieces())
 
 
 def check_tensors(
-    setting: str,
-    path: Path,
-    tensors: Mapping[str, TensorEntry | StoredTensor],
-    structure: Structure,
-    hint: str = "",
-    *,
-    ties: bool = True,
+    setting: str, path: Path, tensors: Tensors, structure: Structure, hint: str = "", *, ties: bool = True
 ) -> None:
-    """Raises UserError for whatever tensor is missing, unexpected, of another shape or dtype, or, with `ties`, untied.
-
-    `setting` named the path of the files.
-    """
+    """Raises UserError if the tensors of `path` are not the structure's or, with `ties`, tied ones are not equal."""
     if mismatches := find_mismatches(specs_of(tensors), structure):
         more = f" and {len(mismatches) - SHOWN} more" if len(mismatches) > SHOWN else ""
         reason = "; ".join(mismatches[:SHOWN]) + more + (f"; {hint}" if hint else "")
@@ -114,6 +106,6 @@ def check_weights(weights: Weights, folder: Path, *, grow: bool = False) -> None
     """Raises UserError if the weights of a folder are not the model's; with `grow` they may have fewer ids than it."""
     published = weights.structure.published
     smaller = published.before_growth(specs_of(weights.entries))
-    fits = not find_mismatches(specs_of(weights.entries), smaller)
-    hint = "--model.grow_vocab or --model.add_tokens starts from fewer ids" if fits else ""
+    mismatches = find_mismatches(specs_of(weights.entries), smaller)
+    hint = "" if mismatches else "--model.grow_vocab or --model.add_tokens starts from fewer ids"
     check_tensors(FLAG, folder, weights.entries, smaller if grow else published, hint)

@@ -11,9 +11,9 @@ from flame.checkpoint.start import plan_start
 from flame.checkpoint.structure import Structure
 from flame.config.schema import JobConfig
 from flame.convert.dcp_file import read_tensors
+from flame.convert.hf_to_dcp import WeightReader
 from flame.convert.hf_weights import FLAG, Weights, check_tensors, check_weights, find_folder, read_weights
 from flame.convert.safetensors_file import find_files
-from flame.convert.weight_reader import WeightReader
 
 
 class IdentityAdapter(StateDictAdapter):
@@ -35,8 +35,11 @@ class IdentityAdapter(StateDictAdapter):
         return hf_state_dict
 
     def check(self, flag: str, checkpoint: Path, *, ties: bool) -> None:
-        """`check_checkpoint` against this model."""
-        check_checkpoint(flag, checkpoint, self.structure, ties=ties)
+        """Raises UserError if the tensors of a DCP checkpoint are not the model's: DCP skips what it does not have.
+
+        ties: read those that the config ties, to see that they are the same.
+        """
+        check_tensors(flag, checkpoint, read_tensors(checkpoint), self.structure, ties=ties)
 
     def get_hf_storage_reader(self, path: str, from_quantized: bool = False) -> WeightReader:
         assert self.weights is not None
@@ -55,17 +58,9 @@ def build_adapter(job_config: JobConfig, structure: Structure) -> partial[Identi
     if source and plan_start(job_config).mode == "init":
         if not checkpoint.initial_load_in_hf:
             hint = "only Hugging Face weights grow (--checkpoint.initial_load_in_hf)" if grow else ""
-            check_checkpoint(FLAG, Path(source), structure, hint, ties=True)
+            check_tensors(FLAG, Path(source), read_tensors(Path(source)), structure, hint)
         elif os.path.isdir(source) or not job_config.job.dry_run:
             folder = find_folder(source)
             weights = read_weights(find_files(folder), structure)
             check_weights(weights, folder, grow=grow)
     return partial(IdentityAdapter, structure, weights)
-
-
-def check_checkpoint(flag: str, checkpoint: Path, structure: Structure, hint: str = "", *, ties: bool) -> None:
-    """Raises UserError if the tensors of a DCP checkpoint are not the model's: DCP skips what the model does not have.
-
-    ties: read those that the config ties, to see that they are the same.
-    """
-    check_tensors(flag, checkpoint, read_tensors(checkpoint), structure, hint, ties=ties)

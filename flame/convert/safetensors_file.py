@@ -17,6 +17,7 @@ from flame.checkpoint.structure import ConversionError, TensorSpecs
 from flame.errors import UserError
 
 T = TypeVar("T")
+Pieces = Iterable[tuple[Box, np.ndarray]]  # of a tensor: raw elements and their place
 HEADER_BYTES = 100 << 20  # the limit of the safetensors library
 INDEX = "model.safetensors.index.json"
 
@@ -100,10 +101,10 @@ def find_files(folder: Path) -> list[Path]:
     raise UserError(str(folder), ", ".join(found[:5]) or "no weights", allowed, "save_pretrained writes them")
 
 
-def write_file(file: Path, tensors: TensorSpecs, blocks: Callable[[str], Iterable[np.ndarray]]) -> dict[str, str]:
-    """Write a file of these tensors; returns their `hash_blocks`, {name: hash}, in the order of the file.
+def write_file(file: Path, tensors: TensorSpecs, pieces: Callable[[str], Pieces]) -> dict[str, str]:
+    """Write a file of these tensors; returns their `hash_pieces`, {name: hash}, in the order of the file.
 
-    `blocks(name)` yields a tensor's raw elements in row-major order. Wide dtypes come first, which aligns all tensors.
+    `pieces(name)` yields a tensor's raw elements in row-major order. Wide dtypes come first, which aligns all tensors.
     """
     names = sorted(tensors, key=lambda name: (-SIZES[tensors[name][0]], name))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -114,14 +115,9 @@ def write_file(file: Path, tensors: TensorSpecs, blocks: Callable[[str], Iterabl
         header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-
-    def write(block: np.ndarray) -> np.ndarray:
-        stream.write(as_bytes(block))
-        return block
-
     with open(file, "xb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
-        hashes = {name: hash_blocks(map(write, blocks(name))) for name in names}
+        hashes = {name: hash_pieces(pieces(name), stream.write) for name in names}
         assert stream.tell() == 8 + len(text) + end
     return hashes
 
@@ -132,23 +128,18 @@ def check_file(file: Path, hashes: Mapping[str, str]) -> str:
     digest = hashlib.sha256()
     with open(file, "rb") as stream:
         digest.update(stream.read(min(entry.start for entry in entries.values())))
-
-    def read(entry: TensorEntry) -> Iterator[np.ndarray]:
-        for _, block in entry.pieces():
-            digest.update(as_bytes(block))
-            yield block
-
     for name, expected in hashes.items():
-        if hash_blocks(read(entries[name])) != expected:
+        if hash_pieces(entries[name].pieces(), digest.update) != expected:
             raise ConversionError(f"{file}: {name} reads back as other bytes than were written")
     return digest.hexdigest()
 
 
-def hash_blocks(blocks: Iterable[np.ndarray]) -> str:
-    """The xxh3_128, in hexadecimal, of a tensor that comes in blocks."""
+def hash_pieces(pieces: Pieces, also: Callable[[memoryview], object] = lambda view: None) -> str:
+    """The xxh3_128, in hexadecimal, of a tensor's bytes; `also` is called with each piece of them."""
     digest = xxhash.xxh3_128()
-    for block in blocks:
-        digest.update(as_bytes(block))
+    for _, block in pieces:
+        digest.update(view := as_bytes(block))
+        also(view)
     return digest.hexdigest()
 
 

@@ -20,7 +20,7 @@ from flame.checkpoint.commit import (
     verify_hashes,
 )
 from flame.checkpoint.writer import Writer
-from flame.convert.dcp_writer import convert_hf_to_dcp
+from flame.convert.hf_to_dcp import convert_hf_to_dcp
 from flame.convert.hf_weights import read_weights
 
 DATA = "__0_0.distcp"

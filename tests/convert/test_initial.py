@@ -18,10 +18,10 @@ from flame.checkpoint.dtypes import READ_BYTES
 from flame.checkpoint.structure import Structure
 from flame.convert.export import export_checkpoint
 from flame.convert.hf_structure import model_structure
+from flame.convert.hf_to_dcp import WeightReader
 from flame.convert.hf_weights import check_weights, find_folder, read_weights
-from flame.convert.initial import check_checkpoint
+from flame.convert.initial import IdentityAdapter
 from flame.convert.safetensors_file import find_files
-from flame.convert.weight_reader import WeightReader
 from flame.data.inspect import replay
 from flame.errors import UserError
 from flame.models.hf import build_on_meta, load_hf_config
@@ -133,12 +133,13 @@ def test_a_checkpoint_with_more_tensors_or_an_untied_head_is_rejected(tmp_path):
         model, _ = build(tmp_path, "llama", tie_word_embeddings=tied)
         dcp.save(model.state_dict(), checkpoint_id=str(tmp_path / name), no_dist=True)
     structure = structure_of(tmp_path / "llama.json")
-    check_checkpoint("--checkpoint.folder", tmp_path / "tied", structure, ties=True)
+    adapter = IdentityAdapter(structure, None, None, None)
+    adapter.check("--checkpoint.folder", tmp_path / "tied", ties=True)
     with pytest.raises(UserError, match=r"^--checkpoint.folder: .*untied; lm_head.weight is not model.embed_tokens."):
-        check_checkpoint("--checkpoint.folder", tmp_path / "untied", structure, ties=True)
+        adapter.check("--checkpoint.folder", tmp_path / "untied", ties=True)
     smaller = structure_of(tmp_path / "llama.json", num_hidden_layers=1, tie_word_embeddings=False)
     with pytest.raises(UserError, match=r"must be weights .*; unexpected: model.layers.1.* and \d+ more$"):
-        check_checkpoint("--checkpoint.folder", tmp_path / "untied", smaller, ties=False)
+        IdentityAdapter(smaller, None, None, None).check("--checkpoint.folder", tmp_path / "untied", ties=False)
 
 
 def test_names_that_transformers_ignores_are_ignored(tmp_path):

@@ -19,7 +19,7 @@ TABLE = torch.arange(32.0).view(8, 4)
 def test_a_written_file_is_read_back(tmp_path):
     file, tensor = tmp_path / "model.safetensors", np.zeros(5000, np.uint32)
     tensors = {"a": ("float32", (5000,)), "b": ("float32", (5000,))}
-    hashes = write_file(file, tensors, lambda name: [tensor[:1000], tensor[1000:]])
+    hashes = write_file(file, tensors, lambda name: [((), tensor[:1000]), ((), tensor[1000:])])
     assert check_file(file, hashes) == hash_file(file, sha256)
     with open(file, "r+b") as stream:
         stream.seek(read_header(file)["b"].start)

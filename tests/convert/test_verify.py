@@ -7,9 +7,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from flame.checkpoint.structure import ConversionError
-from flame.convert.dcp_writer import convert_hf_to_dcp
 from flame.convert.export import export_checkpoint
 from flame.convert.hf_structure import model_structure, read_structure
+from flame.convert.hf_to_dcp import convert_hf_to_dcp
 from flame.convert.hf_weights import read_weights
 from flame.convert.output import read_report
 from flame.convert.safetensors_file import find_files

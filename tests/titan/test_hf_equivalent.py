@@ -16,12 +16,12 @@ from flame.checkpoint.structure import ConversionError, load_structure
 from flame.config.parser import parse
 from flame.convert.export import export_checkpoint
 from flame.convert.hf_structure import model_structure, read_trained_structure
+from flame.convert.hf_to_dcp import WeightReader
 from flame.convert.hf_weights import read_weights
 from flame.convert.initial import IdentityAdapter
 from flame.convert.output import read_report
 from flame.convert.safetensors_file import find_files
 from flame.convert.verify import export_and_verify, verify_export
-from flame.convert.weight_reader import WeightReader
 from flame.data.tokenize import build_tokenizer
 from flame.errors import UserError
 from flame.models.hf import build_on_meta

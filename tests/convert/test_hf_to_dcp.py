@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from flame.checkpoint.structure import ConversionError
-from flame.convert.dcp_writer import convert_hf_to_dcp
+from flame.convert.hf_to_dcp import convert_hf_to_dcp
 from flame.convert.hf_weights import read_weights
 from tests.convert.models import MODEL
 
