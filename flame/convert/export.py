@@ -78,14 +78,12 @@ def convert_dcp_to_hf(
 ) -> dict[str, str]:
     """Write the tensors of a DCP checkpoint to `folder` as safetensors, with an index when there are several files.
 
-    They are written as `published_as` says, or else under their own names. Floating-point ones are cast to `dtype`
-    (torch's name) when given. `advance` is called with the bytes that were written, every few MiB. Every file is read
-    again after it is written. Returns {file name: sha256}.
+    They are written as `published_as` says, or under their own names if it has none of them. Floating-point ones are
+    cast to `dtype` (torch's name) when given. `advance` is called with the bytes that were written, every few MiB.
+    Every file is read again after it is written. Returns {file name: sha256}.
     """
-    if published_as:
-        parts = {name: part for name, part in published_as.items() if part.tensor in tensors}  # no further names
-    else:
-        parts = {name: whole(name, tensor.shape) for name, tensor in tensors.items()}
+    parts = {name: part for name, part in (published_as or {}).items() if part.tensor in tensors}  # no further names
+    parts = parts or {name: whole(name, tensor.shape) for name, tensor in tensors.items()}
     stored = {name: tensors[part.tensor].dtype for name, part in parts.items()}
     wanted = {name: (dtype if dtype and stored[name] in FLOATS else stored[name], p.shape) for name, p in parts.items()}
     checked: set[str] = set()

@@ -127,7 +127,7 @@ def check_file(file: Path, hashes: Mapping[str, str]) -> str:
     entries = read_header(file)
     digest = hashlib.sha256()
     with open(file, "rb") as stream:
-        digest.update(stream.read(min(entry.start for entry in entries.values())))
+        digest.update(stream.read(min(entry.start for entry in entries.values())))  # the header
     for name, expected in hashes.items():
         if hash_pieces(entries[name].pieces(), digest.update) != expected:
             raise ConversionError(f"{file}: {name} reads back as other bytes than were written")

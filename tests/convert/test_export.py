@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flame.checkpoint.commit import hash_file
+from flame.checkpoint.structure import whole
 from flame.convert.dcp_file import CorruptedError, read_tensors
 from flame.convert.export import convert_dcp_to_hf, export_checkpoint
 from flame.convert.hf_structure import read_trained_structure
@@ -156,6 +157,11 @@ def test_shards_have_an_index_and_a_cast_leaves_integers_alone(checkpoint, tmp_p
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in written.values())
     assert written["model.n"].dtype == torch.int64
     assert torch.equal(written["model.embed.weight"], MODEL["model.embed.weight"].bfloat16())
+
+
+def test_tensors_that_the_config_does_not_have_keep_their_names(checkpoint, tmp_path):
+    convert_dcp_to_hf(read_tensors(checkpoint), tmp_path / "hf", published_as={"embed_out.weight": whole("head", (3,))})
+    assert load_file(tmp_path / "hf" / "model.safetensors").keys() == MODEL.keys()
 
 
 def test_an_export_imports_neither_torch_nor_transformers():
