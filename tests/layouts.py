@@ -134,7 +134,7 @@ def _built(name: str) -> tuple[Any, Any, Any]:
     return family, config, build_on_meta(config, name)
 
 
-# Jobs of one launch, by its ranks: each leaves the threads of its process groups behind, which slow the next ones down.
+# Jobs of one launch, by its ranks: each leaves threads of its process groups running, which slow down the next.
 JOBS = {1: 8, 2: 6, 4: 4, 8: 2}
 
 

@@ -1,6 +1,6 @@
 """Run fla's Triton kernels on a CPU, in Triton's own interpreter: call `install()` in a fresh process, before fla.
 
-What it mends was found with Triton 3.9. Use it in fp32 only: the interpreter computes bf16 as if it were uint16.
+Its workarounds were found with Triton 3.9. Use it in fp32 only: the interpreter computes bf16 as if it were uint16.
 """
 
 import ast

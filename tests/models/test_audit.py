@@ -43,9 +43,9 @@ def test_every_shipped_config_shrinks_to_a_model_of_its_own_kind():
 
 def test_a_model_cut_in_depth_alone_keeps_its_width_and_an_attention_layer():
     fields = json.loads(SHIPPED["gla_hybrid_340M"].read_text())
-    cut = shrink(fields, read_config(fields, "")[1], depth=3)
-    assert (cut["num_hidden_layers"], cut["hidden_size"], cut["vocab_size"]) == (3, 1024, 32000)
-    assert cut["attn"]["layers"] == [2]
+    shrunk = shrink(fields, read_config(fields, "")[1], depth=3)
+    assert (shrunk["num_hidden_layers"], shrunk["hidden_size"], shrunk["vocab_size"]) == (3, 1024, 32000)
+    assert shrunk["attn"]["layers"] == [2]
 
 
 # Each check fails where it should -------------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ def test_a_loss_without_the_routers_share_is_found():
 # The command ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_command_prints_a_line_a_check_and_exits_with_0(capsys):
+def test_the_command_prints_a_line_per_check_and_exits_with_0(capsys):
     assert main(["audit", str(SHIPPED["gla_340M"]), "--depth", "2", "--width", "32", "--seq_len", "64"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines] == [["ok", name] for name in CHECKS]
@@ -148,7 +148,7 @@ def test_a_type_whose_modules_are_elsewhere_is_rejected_with_the_reason():
     assert "opt" in error.value.found and "its blocks and its embedding are not children" in error.value.hint
 
 
-def test_the_command_shrinks_a_number_for_each_block_too(capsys):
+def test_the_command_shrinks_fields_with_a_number_per_block(capsys):
     assert main(["audit", str(SHIPPED["rwkv7_340M"]), "--depth", "2", "--width", "64"]) == 0
     assert "FAIL" not in capsys.readouterr().out
 

@@ -37,13 +37,13 @@ def build(path, seed=0):
     return model
 
 
-def hf_twin(model):
-    twin = AutoModelForCausalLM.from_config(model.hf.config).eval()
-    missing, unexpected = twin.load_state_dict(model.state_dict(), strict=False)
+def transformers_model(model):
+    theirs = AutoModelForCausalLM.from_config(model.hf.config).eval()
+    missing, unexpected = theirs.load_state_dict(model.state_dict(), strict=False)
     assert not unexpected
     assert all(name == "lm_head.weight" and model.tied for name in missing)
-    twin.tie_weights()
-    return twin
+    theirs.tie_weights()
+    return theirs
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -51,25 +51,25 @@ def test_logits_equal_those_of_transformers_own_model_with_the_same_weights(name
     model = build(write_config(tmp_path, name)).eval()
     tokens = torch.randint(0, 320, (2, 96))
     with torch.no_grad():
-        assert torch.equal(model(tokens), hf_twin(model)(tokens, use_cache=False).logits)
+        assert torch.equal(model(tokens), transformers_model(model)(tokens, use_cache=False).logits)
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_loss_and_gradients_equal_plain_cross_entropy_on_transformers_own_model(name, tied, tmp_path):
     model = build(write_config(tmp_path, name, tie_word_embeddings=tied))
-    twin = hf_twin(model).train()
+    theirs = transformers_model(model).train()
     tokens, labels = torch.randint(0, 320, (2, 2, 96)).unbind()
     labels = labels.masked_fill(torch.rand(2, 96) < 1 / 3, -100)
 
     loss = model(tokens, labels=labels)
     loss.backward()
-    logits = twin(tokens, use_cache=False).logits.flatten(0, 1)
+    logits = theirs(tokens, use_cache=False).logits.flatten(0, 1)
     expected = torch.nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum")
     expected.backward()
 
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
-    gradients = dict(twin.named_parameters())
+    gradients = dict(theirs.named_parameters())
     for key, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[key].grad, rtol=1e-4, atol=1e-4, msg=key)
 
@@ -206,7 +206,7 @@ def test_the_routers_balance_is_in_the_loss_of_training_alone(tmp_path):
     model = build(path)
     tokens, labels = torch.randint(0, 320, (2, 2, 64)).unbind()
     labels[0, :50] = -100
-    output = hf_twin(model).train()(tokens, use_cache=False)
+    output = transformers_model(model).train()(tokens, use_cache=False)
     plain = torch.nn.functional.cross_entropy(output.logits.flatten(0, 1), labels.flatten(), reduction="sum")
     valid = (labels != -100).sum()
     torch.testing.assert_close(model.train()(tokens, labels=labels), plain + 0.5 * output.aux_loss * valid)
@@ -262,7 +262,7 @@ def test_falcons_mask_lets_no_token_see_another_document_or_the_future(tmp_path)
     ]
 
 
-def test_a_pipelines_last_stage_drops_nothing_out_of_what_it_is_given(tmp_path):
+def test_a_pipelines_last_stage_applies_no_embedding_dropout(tmp_path):
     model = build(write_config(tmp_path, "gpt_neox", hidden_dropout=0.5)).train()
     model.keep_stage({"norm", "output"}, {"1": model.layers["1"]})
     given, seen = torch.ones(2, 16, 64), []

@@ -57,7 +57,7 @@ def test_the_pages_model_passes_its_audit_trains_and_loads_again(example, capsys
     assert all(parameter.isfinite().all() for parameter in names["model"].parameters())
 
 
-def test_a_module_without_a_row_trains_by_what_its_model_shows(example):
+def test_the_row_of_a_module_without_one_is_read_off_its_model(example):
     (example / "my_package.py").write_text(blocks("python")[0].split("FAMILY = ")[0])
     import_models("my_package")
     family, _ = load_hf_config("ema.json")

@@ -149,28 +149,28 @@ def test_latent_attention_costs_its_unequal_heads():
     assert 2 * length * family.mixer_flops(config, length) == pytest.approx(config.num_hidden_layers * done, rel=0.05)
 
 
-def test_experts_a_token_is_not_sent_to_cost_nothing():
+def test_experts_that_a_token_is_not_routed_to_cost_nothing():
     few, many = (build("mixtral_8x7B", num_local_experts=n) for n in (4, 16))
     (small_count, less), (large_count, more) = (args.get_nparams_and_flops(model, SEQ) for args, model in (few, many))
     assert large_count > 2 * small_count
     assert more == pytest.approx(less, rel=0.05)  # the router is wider
 
 
-def test_experts_count_as_met_wherever_a_model_has_them():
-    sizes, met = {"hidden_size": 64, "intermediate_size": 96, "num_key_value_heads": 2, "kv_channels": 16}, []
+def test_only_top_k_experts_count_wherever_a_model_has_them():
+    sizes, active = {"hidden_size": 64, "intermediate_size": 96, "num_key_value_heads": 2, "kv_channels": 16}, []
     for experts in (4, 16):  # of the MLP and of attention, neither under the name `experts` alone
         config = JetMoeConfig(
             **sizes, vocab_size=320, num_hidden_layers=2, num_local_experts=experts, num_experts_per_tok=2
         )
         with torch.device("meta"):
             model = JetMoeForCausalLM(config)
-        met.append(active_params(model, config, None))
+        active.append(active_params(model, config, None))
         unknown = SimpleNamespace(num_experts_per_tok=None)  # as DeepSeek-V2's is, unless it is given
         assert active_params(model, unknown, model.get_input_embeddings()) == sum(p.numel() for p in model.parameters())
-    assert met[1] - met[0] == 2 * 2 * 12 * 64  # two layers' two routers are wider
+    assert active[1] - active[0] == 2 * 2 * 12 * 64  # two layers' two routers are wider
 
 
-def test_a_convolution_is_no_expert():
+def test_a_convolution_is_not_an_expert():
     model = nn.Sequential(nn.Conv1d(64, 64, 4, groups=64, bias=False))
     assert active_params(model, SimpleNamespace(num_experts_per_tok=2), None) == 64 * 4
 

@@ -224,7 +224,7 @@ def attention_by_hand(q, k, v, causal, left, right):
     (4, True, (-1, -1)), (1, True, (3, 0)),
 ])  # fmt: skip
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_the_attention_stand_in_equals_explicit_softmax(queries, causal, window, kv_heads):
+def test_the_attention_reference_equals_explicit_softmax(queries, causal, window, kv_heads):
     q, k, v = (torch.randn(2, n, h, 8, dtype=torch.float64) for n, h in ((queries, 4), (9, kv_heads), (9, kv_heads)))
     o = attention.flash_attn_func(q, k, v, causal=causal, window_size=window)
     assert worst([o], [attention_by_hand(q, k, v, causal, *window)]) < 1e-14
@@ -274,7 +274,7 @@ def test_a_model_trains_and_every_parameter_gets_a_gradient(name):
     x = torch.randint(0, 64, (2, 80))
     first = model(x, labels=x, use_cache=False).loss
     first.backward()
-    # attention residuals start at zero, so the norms behind them have no gradient yet
+    # attention residuals start at zero, so the norms after them have no gradient yet
     used = [p for name, p in model.named_parameters() if "res_" not in name]
     assert all(p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in used)
     torch.optim.SGD(model.parameters(), 0.1).step()
@@ -365,7 +365,7 @@ def test_other_devices_get_the_original():
     assert served(torch.ones(1, device="meta"), anything=1) == "original" and calls == [{"anything": 1}]
 
 
-def test_options_without_a_reference_are_refused_by_name():
+def test_options_without_a_reference_are_rejected_by_name():
     from fla.modules.causal_conv1d import causal_conv1d
     from fla.ops.gla import fused_recurrent_gla
 

@@ -200,7 +200,7 @@ def test_it_compiles_without_a_graph_break(name):
     assert compare({name: (served, compiled, inputs)})[name] < 1e-12
 
 
-def test_what_the_references_cannot_do_is_refused():
+def test_what_the_references_cannot_do_is_rejected():
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
     from fla.ops.kda import chunk_kda
 

@@ -300,7 +300,7 @@ def test_an_entry_point_computes_in_fp32_under_autocast(name):
         assert torch.equal(entry(**given, **options)[0], expected)
 
 
-def test_options_without_a_reference_are_refused_by_name():
+def test_options_without_a_reference_are_rejected_by_name():
     given = entry_inputs("chunk_simple_gla")
     for entry in (fla_simple.fused_recurrent_simple_gla, linear_attn.fused_recurrent_linear_attn):
         with pytest.raises(NotImplementedError, match="reverse is not supported on CPU"):

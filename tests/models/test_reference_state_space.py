@@ -361,7 +361,7 @@ def test_packed_documents_equal_separate_documents_in_the_whole_model(name):
 
 
 @pytest.mark.parametrize("name, layer", [("mamba", "Mamba"), ("mamba2", "Mamba2"), ("samba", "Mamba")])
-def test_packing_is_refused_where_the_layer_of_fla_would_leak(name, layer):
+def test_packing_is_rejected_where_the_layer_of_fla_would_leak(name, layer):
     with pytest.raises(NotImplementedError, match=f"{layer}.forward: cu_seqlens is not supported"):
         build(name)(torch.zeros(1, 9, dtype=torch.long), cu_seqlens=torch.tensor([0, 4, 9]))
 
@@ -415,7 +415,7 @@ def test_a_model_trains_under_bf16_autocast(name):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_options_without_a_reference_are_refused_by_name():
+def test_options_without_a_reference_are_rejected_by_name():
     r, k, v, w, u = rwkv6_inputs(1, 5)
     with pytest.raises(NotImplementedError, match="fused_recurrent_rwkv6: reverse is not supported on CPU"):
         rwkv6.fused_recurrent_rwkv6(r, k, v, w, u, reverse=True)

@@ -131,7 +131,7 @@ def test_loss_and_gradient_norm_equal_those_of_one_rank_for_every_family(name, l
 
 
 @pytest.mark.slow
-def test_types_that_transformers_has_a_plan_for_have_the_numbers_of_one_rank(tmp_path, monkeypatch):
+def test_types_with_a_tp_plan_in_transformers_have_the_numbers_of_one_rank(tmp_path, monkeypatch):
     same = {"pad_token_id": 0, "attention_dropout": 0.0, "residual_dropout": 0.0}  # Seed-OSS drops out by default
     for model_type in PLANNED:
         monkeypatch.setitem(MODELS, model_type, {**MODELS["gemma2"], "model_type": model_type, **same})
@@ -180,7 +180,7 @@ def test_every_schedule_of_a_pipeline_has_the_numbers_of_one_rank(tmp_path, monk
 
 
 @pytest.mark.slow
-def test_ranks_that_share_a_sequence_drop_out_of_the_same_embeddings(tmp_path, monkeypatch):
+def test_ranks_that_share_a_sequence_drop_the_same_embeddings(tmp_path, monkeypatch):
     fields = {**MODELS["gemma2"], "model_type": "phi", "tie_word_embeddings": False, "embd_pdrop": 0.5}
     monkeypatch.setitem(MODELS, "phi", fields)
     monkeypatch.setitem(MODELS, "whole", {**fields, "embd_pdrop": 0.0})
@@ -273,14 +273,14 @@ def test_actions_that_are_not_those_of_the_job_are_rejected(text, words, tmp_pat
         assert error.setting.startswith(f"{SCHEDULE_FLAG}_csv ") and words in str(error) and "\n" not in str(error)
 
 
-def test_a_backward_in_two_is_not_compiled(tmp_path):
+def test_a_split_backward_is_not_compiled(tmp_path):
     (tmp_path / "order.csv").write_text("0F0,0F1,0B0,0I1,0W1\n1F0,1F1,1B0,1B1\n")
     flags = [*LAYOUTS["pp2"][1], f"{SCHEDULE_FLAG}_csv={tmp_path}/order.csv", "--compile.enable"]
     error = error_of("llama", [*flags, "--parallelism.pipeline_parallel_microbatch_size=4"])
     assert error.setting == "--compile.enable" and "0I1" in error.hint
 
 
-def test_the_schedules_are_those_of_torch_and_ask_what_it_asks():
+def test_the_schedules_and_their_constraints_are_torchs():
     with pytest.raises(ValueError, match="'foo'") as unknown:
         get_schedule_class("foo")
     known = set(re.findall(r"'(\w+)'", str(unknown.value))) - {"foo", "PipelineScheduleSingle", "PipelineScheduleMulti"}
