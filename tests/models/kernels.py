@@ -1,4 +1,4 @@
-"""References against the Triton kernels of fla that they stand in for: forward and gradients, in Triton's interpreter.
+"""Compares references with the Triton kernels of fla that they replace: forward and gradients, in the interpreter.
 
 A test file holds `cases()` and runs itself again as a script: the interpreter must be on before fla is imported.
 """
@@ -47,3 +47,16 @@ def run(file, *arguments):
     done = subprocess.run([sys.executable, file, *arguments], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def worst(found, expected):
+    """The largest difference relative to the largest expected value, over pairs of tensors."""
+    pairs = [(a.double(), b.double()) for a, b in zip(found, expected, strict=True)]
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+
+
+def gradients(outputs, inputs):
+    # A fixed random projection of every output: equal gradients of it mean equal Jacobian products.
+    rng = torch.Generator().manual_seed(9)
+    loss = sum((o.double() * torch.randn(o.shape, generator=rng, dtype=torch.float64)).sum() for o in outputs)
+    return torch.autograd.grad(loss, inputs)

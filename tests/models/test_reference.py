@@ -1,4 +1,4 @@
-"""The plain PyTorch references against arithmetic written out in float64, and the models that run on them."""
+"""The plain PyTorch references against arithmetic written out in float64."""
 
 import itertools
 import sys
@@ -9,20 +9,14 @@ import torch.nn.functional as F
 
 from flame.models import reference
 from flame.models.reference import attention, convolution, linear_attention, norm
+from tests.models.kernels import gradients, worst
 
 reference.enable()
-from fla.models import GLAConfig, GLAForCausalLM, TransformerConfig, TransformerForCausalLM  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
-
-
-def worst(found, expected):
-    """The largest difference relative to the largest expected value, over pairs of tensors."""
-    pairs = [(a.double(), b.double()) for a, b in zip(found, expected, strict=True)]
-    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
 
 
 def gla_step_by_step(q, k, v, g, scale, state):
@@ -38,13 +32,6 @@ def gla_inputs(length, batch=2, strength=1.0, seed=0, dtype=torch.float32):
     q, k, g = (torch.randn(batch, length, 3, 5, generator=rng, dtype=dtype) for _ in range(3))
     v = torch.randn(batch, length, 3, 7, generator=rng, dtype=dtype)
     return [q, k, v, F.logsigmoid(g) * strength]
-
-
-def gradients(outputs, inputs):
-    # A fixed random projection of every output: equal gradients of it mean equal Jacobian products.
-    rng = torch.Generator().manual_seed(9)
-    loss = sum((o.double() * torch.randn(o.shape, generator=rng, dtype=torch.float64)).sum() for o in outputs)
-    return torch.autograd.grad(loss, inputs)
 
 
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 150])
@@ -238,113 +225,6 @@ def test_packed_attention_equals_separate_documents():
     assert worst([packed[None]], [torch.cat(separate, 1)]) < 1e-14
     whole = attention_by_hand(q[None], k[None], v[None], True, 3, 0)
     assert worst([packed[None]], [whole]) > 0.1
-
-
-# The models -----------------------------------------------------------------------------------------------------------
-
-
-TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "vocab_size": 64, "fuse_cross_entropy": False}
-MODELS = {
-    "gla": (GLAForCausalLM, GLAConfig, {}),
-    "gla with short convolutions": (GLAForCausalLM, GLAConfig, {"use_short_conv": True}),
-    "gla with grouped keys": (GLAForCausalLM, GLAConfig, {"num_kv_heads": 1, "feature_map": "relu"}),
-    "gla without fusion": (GLAForCausalLM, GLAConfig, {"fuse_norm": False, "fuse_swiglu": False}),
-    "gla with attention residuals": (GLAForCausalLM, GLAConfig, {"attnres_block_size": 2}),
-    "hybrid gla": (GLAForCausalLM, GLAConfig, {"attn": {"layers": [1], "num_heads": 2, "window_size": 24}}),
-    "transformer": (TransformerForCausalLM, TransformerConfig, {}),
-    "transformer with all options": (
-        TransformerForCausalLM, TransformerConfig, {"num_kv_heads": 1, "qk_norm": True, "window_size": 24}
-    ),
-}  # fmt: skip
-
-
-def build(name, **options):
-    model, config, own = MODELS[name]
-    torch.manual_seed(0)
-    built = model(config(**TINY, **own, **options))
-    with torch.no_grad():  # fla's initial weights are so small that every model looks alike
-        for weight in built.parameters():
-            weight.mul_(3)
-    return built
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_a_model_trains_and_every_parameter_gets_a_gradient(name):
-    model = build(name)
-    x = torch.randint(0, 64, (2, 80))
-    first = model(x, labels=x, use_cache=False).loss
-    first.backward()
-    # attention residuals start at zero, so the norms after them have no gradient yet
-    used = [p for name, p in model.named_parameters() if "res_" not in name]
-    assert all(p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in used)
-    torch.optim.SGD(model.parameters(), 0.1).step()
-    assert model(x, labels=x, use_cache=False).loss < first
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_packed_documents_equal_separate_documents_in_the_whole_model(name):
-    model = build(name)
-    x = torch.randint(0, 64, (1, 150))
-    with torch.no_grad():
-        packed = model(x, use_cache=False, cu_seqlens=torch.tensor(BOUNDS, dtype=torch.int32)).logits
-        separate = [model(x[:, a:b], use_cache=False).logits for a, b in itertools.pairwise(BOUNDS)]
-        assert worst([packed], [torch.cat(separate, 1)]) < 1e-5
-        assert worst([model(x, use_cache=False).logits], [packed]) > 1e-2
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_decoding_with_the_cache_equals_the_full_forward(name):
-    model = build(name).eval()
-    x = torch.randint(0, 64, (2, 80))
-    with torch.no_grad():
-        full = model(x, use_cache=False).logits
-        out = model(x[:, :70], use_cache=True)
-        logits = [out.logits]
-        for t in range(70, 80):
-            out = model(x[:, t : t + 1], past_key_values=out.past_key_values, use_cache=True)
-            logits.append(out.logits)
-    assert worst([torch.cat(logits, 1)], [full]) < 1e-5
-
-
-@pytest.mark.parametrize("name", ["gla", "gla with short convolutions", "transformer"])
-def test_generation_of_a_left_padded_batch_equals_generation_of_each_prompt(name):
-    model = build(name).eval()
-    prompts = [torch.randint(3, 64, (n,)) for n in (5, 9)]
-    padded = torch.stack([F.pad(p, (9 - len(p), 0)) for p in prompts])
-    mask = torch.stack([F.pad(torch.ones_like(p), (9 - len(p), 0)) for p in prompts])
-    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    together = model.generate(padded, attention_mask=mask, **options)[:, 9:]
-    alone = [model.generate(p[None], **options)[0, len(p) :] for p in prompts]
-    assert torch.equal(together, torch.stack(alone))
-
-
-@pytest.mark.parametrize("name", ["gla with short convolutions", "transformer"])
-def test_a_block_compiles_without_a_graph_break(name):
-    model = build(name)
-    if name == "transformer":
-        model.eval()  # in training fla's rotary module asks `tensor.is_inference()`: a graph break on any device
-    block, x = model.model.layers[0], torch.randn(1, 80, 32, requires_grad=True)
-    model.model(torch.zeros(1, 80, dtype=torch.long), use_cache=False)  # fills the rotary tables
-    options = {} if name == "transformer" else {"cu_seqlens": torch.tensor([0, 30, 80])}
-    expected = block(x, **options)[0]
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")(x, **options)[0]
-    assert worst([compiled], [expected]) < 1e-6
-    assert worst(gradients([compiled], [x]), gradients([expected], [x])) < 1e-5
-
-
-@pytest.mark.parametrize("name", ["gla", "transformer"])
-def test_a_model_trains_under_bf16_autocast(name):
-    model = build(name)
-    x = torch.randint(0, 64, (2, 80))
-    expected = model(x, labels=x, use_cache=False).loss
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = model(x, labels=x, use_cache=False).loss
-    loss.backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=0.02)
-    assert all(p.grad.isfinite().all() for p in model.parameters())
-
-
-# The seam -------------------------------------------------------------------------------------------------------------
 
 
 def test_enable_twice_changes_nothing_and_reaches_every_module():

@@ -1,24 +1,21 @@
-"""The references of retention, linear attention, HGRN, slot attention and LightNet, and the models that run on them.
+"""The references of retention, linear attention, HGRN, slot attention and LightNet.
 
 Every operation is compared in float64 with its recurrence written out token by token.
 """
 
 import itertools
-import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from flame.errors import UserError
 from flame.models import reference
 from flame.models.reference.gsa import gated_slot_attention, lightnet
 from flame.models.reference.linear_attention import hgrn, linear_attention, simple_gla
-from tests.models.kernels import outputs_and_gradients
+from tests.models.kernels import outputs_and_gradients, worst
 
 reference.enable()
 from fla.ops import gsa, hgrn as fla_hgrn, lightnet as fla_lightnet, linear_attn, retention, simple_gla as fla_simple  # noqa: E402, I001
-from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
 BATCH, HEADS, K, V = 2, 2, 5, 7
 BOUNDS = [0, 3, 70, 71, 150]
@@ -27,12 +24,6 @@ BOUNDS = [0, 3, 70, 71, 150]
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
-
-
-def worst(found, expected):
-    """The largest difference relative to the largest expected value, over pairs of tensors."""
-    pairs = [(a.double(), b.double()) for a, b in zip(found, expected, strict=True)]
-    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
 
 
 # The recurrences ------------------------------------------------------------------------------------------------------
@@ -311,131 +302,3 @@ def test_options_without_a_reference_are_rejected_by_name():
         fla_simple.parallel_simple_gla(**given, output_attentions=True)
     with pytest.raises(NotImplementedError, match="checkpoint_level"):
         gsa.chunk_gsa(**entry_inputs("chunk_gsa"), checkpoint_level=1)
-
-
-# The models -----------------------------------------------------------------------------------------------------------
-
-
-TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "vocab_size": 16, "fuse_cross_entropy": False}
-MODELS = {
-    "retnet": {},
-    "linear_attn": {},
-    "hgrn": {"num_heads": None},
-    "hgrn2": {"expand_ratio": 16},
-    "gsa": {"num_slots": 8},
-    "lightnet": {"expand_ratio": 16},
-    "mla": {
-        "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "qk_head_dim": 16,
-        "v_head_dim": 16,
-    },
-}  # fmt: skip
-VARIANTS = {
-    **{name: (name, {}) for name in MODELS},
-    "retnet with short convolutions": ("retnet", {"use_short_conv": True, "num_kv_heads": 1, "expand_k": 0.5}),
-    "retnet without fusion": ("retnet", {"fuse_norm": False, "attn_mode": "fused_chunk"}),
-    "normalized linear_attn": (
-        "linear_attn", {"norm_feature_map": True, "feature_map": "elu", "attn_mode": "chunk", "num_kv_heads": 1}
-    ),
-    "hybrid hgrn2": ("hgrn2", {"use_short_conv": True, "attn": {"layers": [1], "num_heads": 2, "window_size": 24}}),
-    "gsa with short convolutions": ("gsa", {"use_short_conv": True, "num_kv_heads": 1, "hidden_act": "powlu"}),
-}  # fmt: skip
-
-
-def build(variant, spread=3.0, **more):
-    model_type, own = VARIANTS[variant]
-    torch.manual_seed(0)
-    options = {**TINY, **MODELS[model_type], **own, **more}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **options))
-    with torch.no_grad():  # fla's initial weights are so small that every model looks alike
-        for weight in model.parameters():
-            weight.mul_(spread)
-    return model
-
-
-@pytest.mark.parametrize("variant", MODELS)
-def test_a_model_learns_to_copy(variant):
-    # a b a b a b ...: a token says nothing of the next one, the token before it all
-    model = build(variant, num_hidden_layers=1)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    for _ in range(30):
-        x = torch.randint(0, 8, (16, 2)).repeat(1, 33)
-        loss = model(x, labels=x, use_cache=False).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert loss < math.log(8) / 2
-
-
-PACKED = [variant for variant in VARIANTS if "linear_attn" not in variant]
-
-
-@pytest.mark.parametrize("variant", PACKED)
-def test_packed_documents_equal_separate_documents_in_the_whole_model(variant):
-    model = build(variant)
-    x = torch.randint(0, 16, (1, 150))
-    with torch.no_grad():
-        packed = model(x, use_cache=False, cu_seqlens=torch.tensor(BOUNDS, dtype=torch.int32)).logits
-        separate = [model(x[:, a:b], use_cache=False).logits for a, b in itertools.pairwise(BOUNDS)]
-        assert worst([packed], [torch.cat(separate, 1)]) < 1e-5
-        assert worst([model(x, use_cache=False).logits], [packed]) > 1e-2
-
-
-def test_linear_attention_packs_in_its_layer_but_not_in_its_model():
-    model, bounds = build("linear_attn"), torch.tensor(BOUNDS)
-    layer, x = model.model.layers[0].attn, torch.randn(1, 150, 32)
-    with torch.no_grad():
-        separate = torch.cat([layer(x[:, a:b])[0] for a, b in itertools.pairwise(BOUNDS)], 1)
-        assert worst([layer(x, cu_seqlens=bounds)[0]], [separate]) < 1e-5
-        assert worst([layer(x)[0]], [separate]) > 1e-2
-    with pytest.raises(TypeError, match="cu_seqlens"):  # fla's model hands its blocks no boundaries
-        model.model(torch.zeros(1, 150, dtype=torch.long), cu_seqlens=bounds)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_decoding_with_the_cache_equals_the_full_forward(variant):
-    model = build(variant).eval()
-    x = torch.randint(0, 16, (2, 80))
-    with torch.no_grad():
-        full = model(x, use_cache=False).logits
-        out = model(x[:, :70], use_cache=True)
-        logits = [out.logits]
-        for t in range(70, 80):
-            out = model(x[:, t : t + 1], past_key_values=out.past_key_values, use_cache=True)
-            logits.append(out.logits)
-    assert worst([torch.cat(logits, 1)], [full]) < 1e-5
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_generation_of_a_left_padded_batch_equals_generation_of_each_prompt(variant):
-    model = build(variant).eval()
-    prompts = [torch.randint(3, 16, (n,)) for n in (5, 9)]
-    padded = torch.stack([F.pad(p, (9 - len(p), 0)) for p in prompts])
-    mask = torch.stack([F.pad(torch.ones_like(p), (9 - len(p), 0)) for p in prompts])
-    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    together = model.generate(padded, attention_mask=mask, **options)[:, 9:]
-    alone = [model.generate(p[None], **options)[0, len(p) :] for p in prompts]
-    assert torch.equal(together, torch.stack(alone))
-
-
-@pytest.mark.parametrize("variant", MODELS)
-def test_a_model_trains_under_bf16_autocast(variant):
-    model = build(variant, spread=1.5)
-    x = torch.randint(0, 16, (2, 80))
-    expected = model(x, labels=x, use_cache=False).loss
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = model(x, labels=x, use_cache=False).loss
-    loss.backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=0.02)
-    assert all(p.grad.isfinite().all() for p in model.parameters())
-
-
-# What has no reference ------------------------------------------------------------------------------------------------
-
-
-def test_a_model_type_without_a_reference_is_rejected_with_those_that_have_one():
-    for supported in MODELS:
-        reference.check_supported(supported)
-    with pytest.raises(UserError) as error:
-        reference.check_supported("nsa")
-    assert error.value.setting == "--model.config" and "nsa" in error.value.found
-    assert {"gla,", "retnet,"} <= set(error.value.allowed.split())

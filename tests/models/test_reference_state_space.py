@@ -1,4 +1,4 @@
-"""The state space and RWKV references against their recurrences, token by token in float64, and the models on them."""
+"""The state space and RWKV references against their recurrences, token by token in float64."""
 
 import itertools
 import math
@@ -10,12 +10,12 @@ import torch.nn.functional as F
 
 from flame.models import reference
 from flame.models.reference import mamba, rwkv
+from tests.models.kernels import gradients, worst
 
 reference.enable()
 from fla.layers import rwkv6, rwkv7  # noqa: E402
 from fla.layers.mamba import Mamba  # noqa: E402
 from fla.layers.mamba2 import Mamba2  # noqa: E402
-from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
 BATCH, HEADS, K, V = 2, 3, 5, 7
 BOUNDS = [0, 3, 40, 41, 100]
@@ -24,19 +24,6 @@ BOUNDS = [0, 3, 40, 41, 100]
 def normal(*shape, seed=0):
     rng = torch.Generator().manual_seed(seed + sum(shape))
     return torch.randn(shape, generator=rng)
-
-
-def worst(found, expected):
-    """The largest difference relative to the largest expected value, over pairs of tensors."""
-    pairs = [(a.double(), b.double()) for a, b in zip(found, expected, strict=True)]
-    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
-
-
-def gradients(outputs, inputs):
-    # A fixed random projection of every output: equal gradients of it mean equal Jacobian products.
-    rng = torch.Generator().manual_seed(9)
-    loss = sum((o.double() * torch.randn(o.shape, generator=rng, dtype=torch.float64)).sum() for o in outputs)
-    return torch.autograd.grad(loss, inputs)
 
 
 # The definitions: inputs and the state in, outputs (batch, seq, ...) and the last state out -------------------------
@@ -294,125 +281,6 @@ def test_two_groups_of_mamba2_are_shared_as_in_the_decoding_of_fla():
         expected = torch.cat(outputs, 1)
         assert worst([layer(x.double())[0]], [expected]) < 1e-6
         assert worst([layer.torch_forward(x.double())[0]], [expected]) > 1e-3  # why flame does not leave it to fla
-
-
-# The models ----------------------------------------------------------------------------------------------------------
-
-
-MODELS = {
-    "mamba": {"state_size": 8},
-    "mamba2": {"state_size": 16, "head_dim": 16, "n_groups": 2},
-    "samba": {"attn": {"layers": [1], "num_heads": 2, "window_size": 16}},
-    "rwkv6": {"num_heads": 2, "proj_low_rank_dim": 8, "gate_low_rank_dim": 8},
-    "rwkv7": {"head_dim": 16},
-}
-SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "fuse_cross_entropy": False}
-
-
-def build(name, scale=1.0, **options):
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(name, **{**SMALL, **MODELS[name], **options})
-    model = AutoModelForCausalLM.from_config(config)
-    assert type(model).__module__ == f"fla.models.{name}.modeling_{name}"  # transformers has a mamba and a mamba2 too
-    with torch.no_grad():
-        for weight in model.parameters():
-            # what starts at zero, as the output projections of rwkv7, would hide what stands before it
-            weight.copy_(weight * scale if weight.any() else torch.randn_like(weight) * 0.1 * (scale > 1))
-    return model
-
-
-def scaled(name):  # fla's initial weights are so small that every model looks alike
-    return build(name, scale=2.0)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_a_model_learns_to_copy(name):
-    model = build(name, vocab_size=8)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    for _ in range(30):
-        x = torch.randint(0, 8, (32, 2)).repeat(1, 12)
-        labels = torch.cat([torch.full_like(x[:, :2], -100), x[:, 2:]], 1)  # the first two cannot be known
-        loss = model(x, labels=labels, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    assert loss < math.log(8) / 2  # without looking back it stays at log 8
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_every_parameter_gets_a_gradient(name):
-    model = scaled(name)
-    x = torch.randint(0, 64, (2, 70))
-    model(x, labels=x, use_cache=False).loss.backward()
-    gradient = {name: torch.zeros(1) if p.grad is None else p.grad for name, p in model.named_parameters()}
-    assert [name for name, g in gradient.items() if not (g.isfinite().all() and g.any())] == []
-
-
-@pytest.mark.parametrize("name", ["rwkv6", "rwkv7"])
-def test_packed_documents_equal_separate_documents_in_the_whole_model(name):
-    model = scaled(name)
-    x = torch.randint(0, 64, (1, 100))
-    with torch.no_grad():
-        packed = model(x, use_cache=False, cu_seqlens=torch.tensor(BOUNDS, dtype=torch.int32)).logits
-        separate = [model(x[:, a:b], use_cache=False).logits for a, b in itertools.pairwise(BOUNDS)]
-        assert worst([packed], [torch.cat(separate, 1)]) < 1e-5
-        assert worst([model(x, use_cache=False).logits], [packed]) > 1e-2
-
-
-@pytest.mark.parametrize("name, layer", [("mamba", "Mamba"), ("mamba2", "Mamba2"), ("samba", "Mamba")])
-def test_packing_is_rejected_where_the_layer_of_fla_would_leak(name, layer):
-    with pytest.raises(NotImplementedError, match=f"{layer}.forward: cu_seqlens is not supported"):
-        build(name)(torch.zeros(1, 9, dtype=torch.long), cu_seqlens=torch.tensor([0, 4, 9]))
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_decoding_with_the_cache_equals_the_full_forward(name):
-    model = scaled(name).eval()
-    x = torch.randint(0, 64, (2, 80))
-    with torch.no_grad():
-        full = model(x, use_cache=False).logits
-        out = model(x[:, :70], use_cache=True)
-        logits = [out.logits]
-        for t in range(70, 80):
-            out = model(x[:, t : t + 1], past_key_values=out.past_key_values, use_cache=True)
-            logits.append(out.logits)
-    assert worst([torch.cat(logits, 1)], [full]) < 1e-5
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_generation_of_a_left_padded_batch_equals_generation_of_each_prompt(name):
-    model = scaled(name).eval()
-    prompts = [torch.randint(3, 64, (n,)) for n in (5, 9)]
-    padded = torch.stack([F.pad(p, (9 - len(p), 0)) for p in prompts])
-    mask = torch.stack([F.pad(torch.ones_like(p), (9 - len(p), 0)) for p in prompts])
-    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    together = model.generate(padded, attention_mask=mask, **options)[:, 9:]
-    alone = [model.generate(p[None], **options)[0, len(p) :] for p in prompts]
-    assert torch.equal(together, torch.stack(alone))
-
-
-@pytest.mark.parametrize("name", ["mamba", "mamba2", "rwkv6", "rwkv7"])
-def test_a_block_compiles_without_a_graph_break(name):  # samba's mixers are those of mamba and of transformer
-    model = scaled(name)
-    block = (model.backbone if "mamba" in name else model.model).layers[0]
-    x = normal(2, 70, 32).requires_grad_()
-    expected = block(x)[0]
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")(x)[0]
-    assert worst([compiled], [expected]) < 1e-6
-    assert worst(gradients([compiled], [x]), gradients([expected], [x])) < 1e-5
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_a_model_trains_under_bf16_autocast(name):
-    model = build(name)
-    x = torch.randint(0, 64, (2, 70))
-    expected = model(x, labels=x, use_cache=False).loss
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = model(x, labels=x, use_cache=False).loss
-    loss.backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=0.02)
-    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_options_without_a_reference_are_rejected_by_name():
