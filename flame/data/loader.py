@@ -11,7 +11,7 @@ import torch
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.tools.logging import logger
 
-from flame.config.schema import JobConfig
+from flame.config.schema import Data, JobConfig, Training
 from flame.data import pack
 from flame.data.cursor import Cursor, Encoder, encode
 from flame.data.document import NAMED, Bad
@@ -41,43 +41,35 @@ class Loader(BaseDataLoader):
 
     Rank r of W owns the lanes l with l % W == r; its rows are the sequences r, r + W, r + 2W ... of the run. Iterating
     starts after the last batch handed out, or where load_state_dict put it, and takes this for the start of a step. It
-    ends, unless epochs is 0, before the first batch for which one of its lanes has no whole row left. skip: first and
-    last step of the ranges of data that are read and discarded; step: sequences per step, if a step is more than one
-    batch on each rank. Raises UserError for a source of ids that the encoder does not have.
+    ends, unless epochs is 0, before the first batch for which one of its lanes has no whole row left. Raises UserError
+    for lanes that the ranks cannot share, steps to skip that are not steps, and ids that the encoder does not have.
     """
 
     def __init__(
         self,
         sources: Sequence[Source],
         encoder: Encoder,
+        training: Training,
+        data: Data,
         *,
+        seed: int,
         dp_rank: int,
         dp_degree: int,
-        batch_size: int,
-        seq_len: int,
-        lanes: int = 64,
-        window: int = 1024,
-        seed: int = 0,
-        workers: int = 0,
-        prefetch: int = 2,
-        varlen: bool = False,
-        context_len: int | None = None,
-        epochs: int = 0,
-        skip: Sequence[tuple[int, int]] = (),
-        step: int | None = None,
     ) -> None:
+        check_lanes(data, dp_degree)
         self._sources, self._encoder, self._dp_rank, self._dp_degree = sources, encoder, dp_rank, dp_degree
-        self._batch_size, self._seq_len, self._varlen, self._context_len = batch_size, seq_len, varlen, context_len
-        self._noted: dict[str, list[Bad]] = {source.name: [] for source in sources}
-        self._names, self._epochs = [source.name for source in sources], epochs
+        self._batch_size, self._seq_len = training.local_batch_size, training.seq_len
+        self._varlen, self._context_len, self._epochs = training.varlen, training.context_len, data.epochs
+        self._names = [source.name for source in sources]
+        self._noted: dict[str, list[Bad]] = {name: [] for name in self._names}
         self._shares = normalize([source.weight for source in sources])
-        self._shuffles = [WindowShuffle(name, window, lanes, seed) for name in self._names]
-        self._order = Order(lanes, window, seed, step or batch_size * dp_degree, skip)
-        own_lanes = range(dp_rank, lanes, dp_degree)
+        self._shuffles = [WindowShuffle(name, data.window, data.lanes, seed) for name in self._names]
+        step = training.global_batch_size if training.global_batch_size != -1 else self._batch_size * dp_degree
+        self._order = Order(data.lanes, data.window, seed, step, parse_skip(data.skip))
+        own_lanes, workers = range(dp_rank, data.lanes, dp_degree), training.dataloader.num_workers
         self._workers = min(workers, len(own_lanes))
-        self._ahead = max(
-            self._workers * prefetch * batch_size, min(4 * len(own_lanes), AHEAD // (seq_len + 1))
-        )  # rows
+        ready = self._workers * (training.dataloader.prefetch_factor or 2) * self._batch_size
+        self._ahead = max(ready, min(4 * len(own_lanes), AHEAD // (self._seq_len + 1)))  # rows
         if workers:  # each of them is a thread of its own; Rust's pool of threads would have them wait for each other
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         lengths = [_typical_length(source, encoder) for source in sources]
@@ -215,37 +207,11 @@ class Loader(BaseDataLoader):
 
 
 def build_dataloader(
-    *,
-    sources: Sequence[Source],
-    dp_world_size: int,
-    dp_rank: int,
-    tokenizer: Tokenizer,
-    job_config: JobConfig,
+    *, sources: Sequence[Source], dp_world_size: int, dp_rank: int, tokenizer: Tokenizer, job_config: JobConfig
 ) -> Loader:
-    """The loader of a data-parallel rank over the job's opened sources; torchtitan's `build_dataloader_fn`.
-
-    Raises UserError for lanes that the ranks cannot share and steps to skip that are not steps.
-    """
-    training, data = job_config.training, job_config.data
-    check_lanes(data, dp_world_size)
-    return Loader(
-        sources,
-        tokenizer,
-        dp_rank=dp_rank,
-        dp_degree=dp_world_size,
-        batch_size=training.local_batch_size,
-        seq_len=training.seq_len,
-        lanes=data.lanes,
-        window=data.window,
-        seed=job_config.debug.seed or 0,
-        workers=training.dataloader.num_workers,
-        prefetch=training.dataloader.prefetch_factor or 2,
-        varlen=training.varlen,
-        context_len=training.context_len,
-        epochs=data.epochs,
-        skip=parse_skip(data.skip),
-        step=training.global_batch_size if training.global_batch_size != -1 else None,
-    )
+    """torchtitan's `build_dataloader_fn`: the loader of a rank over the job's opened sources."""
+    training, data, seed = job_config.training, job_config.data, job_config.debug.seed or 0
+    return Loader(sources, tokenizer, training, data, seed=seed, dp_rank=dp_rank, dp_degree=dp_world_size)
 
 
 def _typical_length(source: Source, encoder: Encoder) -> float:

@@ -7,6 +7,7 @@ its end together, and neither training's stream nor its random state is touched.
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, closing
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -17,7 +18,7 @@ from torchtitan.components.validate import BaseValidator
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools import utils
 
-from flame.config.parser import JobConfig
+from flame.config.schema import Data, DataLoader, JobConfig
 from flame.data.loader import Loader
 from flame.data.source import Source
 from flame.data.tokenize import Tokenizer
@@ -61,21 +62,12 @@ class Validator(BaseValidator):
         self._autocast = autocast_for(job_config, maybe_enable_amp)
         self._pipeline = Pipeline(pp_schedule, pp_has_first_stage, pp_has_last_stage, loss_fn) if pp_schedule else None
         training, validation = job_config.training, job_config.validation
-        self._loader = Loader(
-            sources,
-            tokenizer,
-            dp_rank=0,
-            dp_degree=1,
-            batch_size=1,
-            seq_len=validation.seq_len,
-            lanes=1,
-            window=1,
-            workers=validation.dataloader.num_workers,
-            prefetch=64,
-            varlen=training.varlen,
-            context_len=training.context_len,
-            epochs=1,
+        by_row = replace(
+            training, dataloader=DataLoader(num_workers=validation.dataloader.num_workers, prefetch_factor=64)
         )
+        by_row.local_batch_size, by_row.global_batch_size, by_row.seq_len = 1, 1, validation.seq_len
+        once = Data(lanes=1, window=1, epochs=1)
+        self._loader = Loader(sources, tokenizer, by_row, once, seed=0, dp_rank=0, dp_degree=1)
         self._start = self._loader.position()
         with closing(self._rows()) as rows:
             if next(rows, None) is None:

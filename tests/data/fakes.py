@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from flame.config.parser import JobConfig
+from flame.config.schema import Data, DataLoader, JobConfig, Training
 from flame.data.document import accept
 from flame.data.loader import Loader
 from flame.data.source import Source, build_sources
@@ -59,15 +59,12 @@ def one(kind=Texts):
     return [Source("a", 1.0, kind(documents("a", 90, 20)))]
 
 
-def loader(sources, rank=0, world=1, batch=4, encoder=None, **options):
-    return Loader(
-        sources,
-        encoder or Bytes(),
-        dp_rank=rank,
-        dp_degree=world,
-        batch_size=batch,
-        **{"seq_len": 24, "lanes": 8, "window": 16, **options},
-    )
+def loader(sources, rank=0, world=1, batch=4, encoder=None, seed=0, workers=0, prefetch=2, skip=(), **options):
+    data = {"lanes": 8, "window": 16, "skip": ",".join(f"{first}-{last}" for first, last in skip)}
+    data |= {name: options.pop(name) for name in ("lanes", "window", "epochs") if name in options}
+    threads = DataLoader(num_workers=workers, prefetch_factor=prefetch)
+    training = Training(**{"local_batch_size": batch, "seq_len": 24, "dataloader": threads, **options})
+    return Loader(sources, encoder or Bytes(), training, Data(**data), seed=seed, dp_rank=rank, dp_degree=world)
 
 
 def take(iterator, count):

@@ -77,7 +77,8 @@ def test_the_runs_rows_are_the_same_on_any_number_of_ranks_and_across_a_change_o
 def digests(steps, size, world=1, batch=None, states=None, **options):
     """The digest of each step of so many sequences, summed over ranks and microbatches; and the merged states."""
     batch = batch or size // world
-    loaders = [loader(three(), rank, world, batch, step=size, varlen=True, **options) for rank in range(world)]
+    options |= {"global_batch_size": size, "varlen": True}
+    loaders = [loader(three(), rank, world, batch, **options) for rank in range(world)]
     for each in loaders if states else ():
         each.load_state_dict(states)
     iterators, found = [iter(each) for each in loaders], []

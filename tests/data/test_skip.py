@@ -34,7 +34,7 @@ def test_the_steps_named_are_left_out_and_nothing_else_changes(world, workers):
 
 def test_a_step_of_several_batches_is_left_out_whole():
     whole, _ = rows()
-    fed = take(iter(loader(three(), batch=2, step=4, skip=SKIP)), 2 * len(LEFT))
+    fed = take(iter(loader(three(), batch=2, global_batch_size=4, skip=SKIP)), 2 * len(LEFT))
     assert [row for batch in fed for row in batch["input"]] == [row for step in LEFT for row in whole[step]]
 
 
