@@ -24,7 +24,7 @@ from typing import Any
 import tomli
 from tqdm import tqdm
 
-from flame.checkpoint.commit import complete_steps, find_corruption
+from flame.checkpoint.commit import complete_steps, inspect_checkpoint
 from flame.checkpoint.dtypes import FLOATS, SIZES
 from flame.checkpoint.structure import ConversionError, Structure, check_structure, load_structure, save_structure
 from flame.convert.dcp_file import CorruptedError, read_tensors
@@ -65,7 +65,7 @@ def find_checkpoint(path: Path, step: int, run: dict[str, Any]) -> Path:
     if (path / ".metadata").is_file():
         if step != -1:
             raise UserError("--step", step, hint=f"--path {path} is a checkpoint itself, not a run of several steps")
-        if reason := find_corruption(path):
+        if reason := inspect_checkpoint(path).corruption:
             raise UserError("--path", path, "a complete checkpoint", reason)
         return path
     folder = path / run.get("checkpoint", {}).get("folder", "checkpoint")

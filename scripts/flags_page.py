@@ -64,7 +64,12 @@ def page() -> str:
     for section in dataclasses.fields(JobConfig):
         lines += [f"## {section.name}", "", "| Flag | Value | Default | Help |", "|---|---|---|---|"]
         lines += [*rows(section.type, f"{section.name}."), ""]
-    lines += ["## Other spellings", "", "Those of flame 0.x and LLMonade, understood as flags and as TOML keys.", ""]
+    lines += [
+        "## Other spellings",
+        "",
+        "Accepted as flags and as TOML keys: the names in flame 0.x and LLMonade, and second",
+    ]
+    lines += ["names of settings above.", ""]
     lines += ["| Spelling | Today |", "|---|---|", *older_rows()]
     return "\n".join(lines) + "\n"
 

@@ -106,11 +106,6 @@ def inspect_checkpoint(checkpoint: Path) -> Status:
     return Status(corruption, unfinished=not any((checkpoint / name).exists() for name in (MARKER, METADATA)))
 
 
-def find_corruption(checkpoint: Path) -> str | None:
-    """`Status.corruption` of a checkpoint. Raises as `inspect_checkpoint` does."""
-    return inspect_checkpoint(checkpoint).corruption
-
-
 def verify_hashes(checkpoint: Path, rank: int = 0, world_size: int = 1) -> list[str]:
     """Hash the files that fall to this rank; returns what is wrong with each. Without a marker nothing is known.
 
@@ -184,7 +179,7 @@ def find_checkpoints(folder: str | Path) -> dict[int, Path]:
 def remove_incomplete(checkpoint: Path) -> None:
     """Delete a checkpoint as far as possible, unless it is complete or cannot be read."""
     with suppress(UserError):
-        if find_corruption(checkpoint):
+        if inspect_checkpoint(checkpoint).corruption:
             shutil.rmtree(checkpoint, ignore_errors=True)
 
 

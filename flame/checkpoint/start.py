@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import tomli
 
-from flame.checkpoint.commit import Status, find_checkpoints, find_corruption, scan_checkpoints
+from flame.checkpoint.commit import Status, find_checkpoints, inspect_checkpoint, scan_checkpoints
 from flame.config.parser import recorded, to_toml
 from flame.config.schema import Checkpoint, JobConfig
 from flame.errors import UserError
@@ -148,7 +148,7 @@ def _choose_beginning(config: Checkpoint, folder: Path) -> Literal["init", "scra
     path = config.initial_load_path
     if config.start == "resume":
         raise UserError("--checkpoint.start", "resume", hint=f"there is no complete checkpoint in {folder}")
-    if path and not config.initial_load_in_hf and (reason := find_corruption(Path(path))):
+    if path and not config.initial_load_in_hf and (reason := inspect_checkpoint(Path(path)).corruption):
         raise UserError("--checkpoint.initial_load_path", path, "a complete RUN/checkpoint/step-N", reason)
     return "init" if path else "scratch"
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from flame.checkpoint.commit import complete_steps, find_corruption, verify_hashes
+from flame.checkpoint.commit import complete_steps, inspect_checkpoint, verify_hashes
 from flame.drills.job import FAULT_STEP, INTERVAL, STALL_SECONDS, STEPS, DrillJob, trajectory
 from flame.errors import PREEMPTED
 
@@ -183,7 +183,7 @@ def _newest_is_intact(job: DrillJob) -> bool:
 
 
 def _is_saving(job: DrillJob) -> bool:
-    return any(find_corruption(path) is not None for path in job.checkpoints.glob("step-*"))
+    return any(inspect_checkpoint(path).corruption is not None for path in job.checkpoints.glob("step-*"))
 
 
 def _check_status(job: DrillJob, claim: str, expected: str, *reasons: str) -> Check:

@@ -44,7 +44,7 @@ _RANGES: tuple[tuple[Callable[[float], bool], str, tuple[str, ...]], ...] = (
     (lambda v: v in (0, 1), "0 or 1", ("data.exhausted_exit_code",)),
 )
 _CONVERTERS = {f"quantize.{kind}.{name}" for kind in ("linear", "grouped_mm") for name in ("float8", "mx")}
-_MAY_BE_LEFT_OUT = ("optimizer", "lr_scheduler", "dataloader", "train_state")
+_EXCLUDABLE = ("optimizer", "lr_scheduler", "dataloader", "train_state")
 
 
 def check(config: JobConfig, world_size: int, *, is_first: bool = True) -> None:
@@ -236,8 +236,8 @@ def _check_checkpoint(config: JobConfig, world_size: int) -> None:
         raise UserError("--checkpoint.initial_load_path", "nothing", "a folder or hub id", hint)
     if from_hf and not checkpoint.initial_load_model_only:
         raise UserError("--checkpoint.initial_load_model_only", "false", "true for Hugging Face weights")
-    if unknown := set(checkpoint.exclude_from_loading) - set(_MAY_BE_LEFT_OUT):
-        raise UserError("--checkpoint.exclude_from_loading", min(unknown), f"among {', '.join(_MAY_BE_LEFT_OUT)}")
+    if unknown := set(checkpoint.exclude_from_loading) - set(_EXCLUDABLE):
+        raise UserError("--checkpoint.exclude_from_loading", min(unknown), f"among {', '.join(_EXCLUDABLE)}")
     if seed and world_size != 1:
         allowed = "one process (NNODE=1 NGPU=1)"
         raise UserError("--checkpoint.create_seed_checkpoint", f"{world_size} processes", allowed)

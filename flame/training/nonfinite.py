@@ -111,11 +111,8 @@ def _describe(bad: list[str], consensus: RankConsensus, kind: str) -> str:
     found = consensus.gather(bad)
     names = list(dict.fromkeys(name for of_rank in found for name in of_rank))
     where = [str(rank) for rank, of_rank in enumerate(found) if of_rank]
-    return f"{_count(names, kind)} ({_shorten(names)}; on {'rank' if len(where) == 1 else 'ranks'} {_shorten(where)})"
-
-
-def _count(names: Sequence[str], kind: str) -> str:
-    return f"{len(names)} {kind if len(names) == 1 else kind + 's'}"
+    many, ranks = "s" * (len(names) > 1), "s" * (len(where) > 1)
+    return f"{len(names)} {kind}{many} ({_shorten(names)}; on rank{ranks} {_shorten(where)})"
 
 
 def _shorten(names: Sequence[str]) -> str:

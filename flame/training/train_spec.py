@@ -1,6 +1,7 @@
 """Registers the configured model with torchtitan: a TrainSpec filled from its family's row."""
 
 import json
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_type
 
+from flame.checkpoint.start import StartPlan
 from flame.config.parser import world_size
 from flame.config.schema import JobConfig
 from flame.convert.hf_structure import model_structure
@@ -44,6 +46,7 @@ _SHAPES = (
     *("model_type", "flavor", "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "head_dim"),
     *("num_attention_heads", "num_key_value_heads", "num_heads", "tie_word_embeddings", "dim", "n_layers"),
 )
+Loaded = tuple[dict[str, Any], str, dict[str, Any]]  # fields of a TrainSpec, the flag that chose the model, its config
 _DESCRIPTIVE = ("architectures", "transformers_version", "dtype")  # they do not change what a run computes
 
 
@@ -54,6 +57,7 @@ def register(job_config: JobConfig, context: RunContext | None = None) -> None:
     holds, on the first rank alone. Raises UserError.
     """
     context, model = context or RunContext(job_config), job_config.model
+    plan = context.plan if context.is_first else None
     if device_type == "cpu" and (flag := next((f for f, asked in _NEEDS_GPU.items() if asked(job_config)), None)):
         raise UserError(f"--{flag}", hint="needs a GPU, and none is visible")
     quantize.check(job_config)
@@ -62,10 +66,9 @@ def register(job_config: JobConfig, context: RunContext | None = None) -> None:
     if job_config.experimental.custom_import:
         import_models(job_config.experimental.custom_import)
     tokenizer = build_tokenizer(model.tokenizer_path, model.trust_remote_code, model.add_tokens)
-    fields, flag, description = (_load_hf if model.name == "auto" else _load_titan)(job_config, tokenizer)
-    if context.is_first and not all(status.corruption for status in context.plan.checkpoints.values()):
-        _check_same_tokens(tokenizer, context.run.folder)
-        _check_same_model(flag, description, context.run.folder)
+    fields, flag, description = (_load_hf if model.name == "auto" else _load_titan)(job_config, tokenizer, plan)
+    if plan and not all(status.corruption for status in plan.checkpoints.values()):
+        _check_same_model(flag, description, tokenizer, context.run.folder)
     sources, held_out_sources = build_sources(job_config.training, job_config.data), []
     if job_config.validation.enable:
         streaming = job_config.training.streaming
@@ -82,8 +85,8 @@ def register(job_config: JobConfig, context: RunContext | None = None) -> None:
     register_train_spec(model.name, spec)
 
 
-def _load_titan(job_config: JobConfig, tokenizer: Tokenizer) -> tuple[dict[str, Any], str, dict[str, Any]]:
-    """The TrainSpec's fields for a model of torchtitan, the flag that chose it, and what a run folder records of it."""
+def _load_titan(job_config: JobConfig, tokenizer: Tokenizer, plan: StartPlan | None) -> Loaded:
+    """torchtitan's own model."""
     model, checkpoint = job_config.model, job_config.checkpoint
     fields = titan_model.load(job_config, tokenizer)
     published, adapter = fields["model_cls"].hf_equivalent, None
@@ -95,19 +98,17 @@ def _load_titan(job_config: JobConfig, tokenizer: Tokenizer) -> tuple[dict[str, 
             checkpoint.export = False
     elif checkpoint.initial_load_path:
         theirs = model_structure(build_on_meta(published, f"{model.name} {model.flavor}")).published
-        adapter = build_adapter(job_config, titan_structure(theirs, model.name, fields["model_args"][model.flavor]))
+        structure = titan_structure(theirs, model.name, fields["model_args"][model.flavor])
+        adapter = build_adapter(job_config, structure, plan)
     return {**fields, "state_dict_adapter": adapter}, "--model.flavor", fields["model_cls"].description
 
 
-def _load_hf(job_config: JobConfig, tokenizer: Tokenizer) -> tuple[dict[str, Any], str, dict[str, Any]]:
-    """The same for a model of transformers or fla."""
+def _load_hf(job_config: JobConfig, tokenizer: Tokenizer, plan: StartPlan | None) -> Loaded:
+    """A model of transformers or fla."""
     model = job_config.model
     assert model.config is not None
     family, hf_config = load_hf_config(
-        model.config,
-        tokenizer=tokenizer,
-        grow_vocab=model.grow_vocab,
-        trust_remote_code=model.trust_remote_code,
+        model.config, tokenizer=tokenizer, grow_vocab=model.grow_vocab, trust_remote_code=model.trust_remote_code
     )
     alibi = family.packing == "mask" and getattr(hf_config, "alibi", False)  # has no form with such a mask
     if job_config.training.varlen and (family.packing is None or alibi):
@@ -124,7 +125,7 @@ def _load_hf(job_config: JobConfig, tokenizer: Tokenizer) -> tuple[dict[str, Any
         "parallelize_fn": parallelize,
         "pipelining_fn": pipeline,
         "build_optimizers_fn": build_optimizers,
-        "state_dict_adapter": build_adapter(job_config, model_structure(hf_model)),
+        "state_dict_adapter": build_adapter(job_config, model_structure(hf_model), plan),
     }
     return fields, "--model.config", json.loads(hf_config.to_json_string(use_diff=False))
 
@@ -145,41 +146,36 @@ def _check_backend(name: str) -> None:
         raise UserError("--compile.backend", repr(name), f"one of {usual}")
 
 
-def _check_same_model(flag: str, today: dict[str, Any], run: Path) -> None:
-    """Raises UserError if the checkpoints of a run folder are those of another model."""
-    recorded = [path for name in (TITAN_CONFIG, "config.json") if (path := run / "model" / name).exists()]
-    if not recorded:
-        return
-    known = _read_recorded(recorded[0])
-    changed = [f"{key} {today.get(key)} (was {known.get(key)})" for key in _SHAPES if today.get(key) != known.get(key)]
-    if changed:
-        allowed = f"the model whose checkpoints are in {run}"
-        raise UserError(flag, ", ".join(changed), allowed, "another model needs another --job.dump_folder")
+def _check_same_model(flag: str, today: dict[str, Any], tokenizer: Tokenizer, run: Path) -> None:
+    """Raises UserError if the checkpoints of a run folder are those of another model or of other added tokens."""
+    known = _read_recorded(run, TITAN_CONFIG) or _read_recorded(run, "config.json") or today
+    if changed := _changes(_SHAPES, known, today):
+        hint = "another model needs another --job.dump_folder"
+        raise UserError(flag, ", ".join(changed), f"the model whose checkpoints are in {run}", hint)
     for key in sorted(known.keys() - set(_DESCRIPTIVE)):
         if today.get(key) != known[key]:
             logger.info(f"changed since the last start: {flag} {key} {known[key]} -> {today.get(key)}, applied")
+    if recorded := _read_recorded(run, "tokenizer.json"):
+        tokens, added = tokenizer.hf.get_added_vocab(), recorded.get("added_tokens", [])
+        ids = {token["content"]: token["id"] for token in added}
+        if changed := _changes([*ids, *tokens], ids, tokens):
+            hint = "give the same list, or another --job.dump_folder"
+            found = f"other ids, {', '.join(changed[:3])}"
+            raise UserError("--model.add_tokens", found, f"the tokens of the checkpoints in {run}", hint)
 
 
-def _check_same_tokens(tokenizer: Tokenizer, run: Path) -> None:
-    """Raises UserError if the checkpoints of a run folder were trained with other added tokens."""
-    recorded = run / "model" / "tokenizer.json"
-    if not recorded.exists():
-        return
-    known = {token["content"]: token["id"] for token in _read_recorded(recorded).get("added_tokens", [])}
-    today = tokenizer.hf.get_added_vocab()
-    changed = [
-        f"{token} has id {today.get(token, 'none')} (was {known.get(token, 'none')})"
-        for token in dict.fromkeys([*known, *today])
-        if today.get(token) != known.get(token)
+def _changes(keys: Iterable[str], known: dict[str, Any], today: dict[str, Any]) -> list[str]:
+    return [
+        f"{key} {today.get(key, 'none')} (was {known.get(key, 'none')})"
+        for key in dict.fromkeys(keys)
+        if today.get(key) != known.get(key)
     ]
-    if changed:
-        allowed = f"the tokens of the checkpoints in {run}"
-        hint = "give the same list, or another --job.dump_folder"
-        raise UserError("--model.add_tokens", ", ".join(changed[:3]), allowed, hint)
 
 
-def _read_recorded(path: Path) -> dict[str, Any]:
+def _read_recorded(run: Path, name: str) -> dict[str, Any]:
+    """A file of what the run recorded of its model, {} if it is not there."""
+    path = run / "model" / name
     try:
-        return dict(json.loads(path.read_bytes()))
+        return dict(json.loads(path.read_bytes())) if path.exists() else {}
     except (OSError, ValueError, TypeError) as error:
         raise UserError(str(path), f"a file that cannot be read ({error})", hint="move it away to do without") from None

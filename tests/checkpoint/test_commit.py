@@ -13,7 +13,6 @@ from flame.checkpoint.commit import (
     Status,
     archive,
     complete_steps,
-    find_corruption,
     inspect_checkpoint,
     read_marker,
     scan_checkpoints,
@@ -53,7 +52,7 @@ def delete(path):
 
 def found(checkpoint):
     """What is wrong, by names and sizes or else by hashes; at most one line."""
-    lines = [line for line in [find_corruption(checkpoint)] if line] or verify_hashes(checkpoint)
+    lines = [line for line in [inspect_checkpoint(checkpoint).corruption] if line] or verify_hashes(checkpoint)
     assert len(lines) < 2
     return lines[0] if lines else None
 
@@ -94,14 +93,14 @@ def test_a_number_changed_in_the_marker_is_found(tmp_path):
     checkpoint = save(tmp_path / "step-3", step=3)
     text = (checkpoint / MARKER).read_text()
     (checkpoint / MARKER).write_text(text.replace('"step": 3', '"step": 4'))
-    assert f"{MARKER} is corrupted" in find_corruption(checkpoint)
+    assert f"{MARKER} is corrupted" in inspect_checkpoint(checkpoint).corruption
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", "3", '{"xxh3_128": 1}', ""])
 def test_a_file_that_is_not_a_marker_is_corrupted(content, tmp_path):
     checkpoint = save(tmp_path / "step-3")
     (checkpoint / MARKER).write_text(content)
-    assert f"{MARKER} is corrupted" in find_corruption(checkpoint)
+    assert f"{MARKER} is corrupted" in inspect_checkpoint(checkpoint).corruption
 
 
 def test_each_rank_hashes_its_share_of_the_files(tmp_path):
@@ -127,7 +126,7 @@ def test_a_checkpoint_without_a_marker_is_checked_against_its_metadata(name, dam
     checkpoint = save_unmarked(tmp_path / "step-3")
     if name:
         damage(checkpoint / name)
-        assert words in find_corruption(checkpoint) and complete_steps(tmp_path) == []
+        assert words in inspect_checkpoint(checkpoint).corruption and complete_steps(tmp_path) == []
     else:
         assert inspect_checkpoint(checkpoint) == Status(resumable=True) and complete_steps(tmp_path) == [3]
 
@@ -146,7 +145,8 @@ def test_only_folders_of_steps_count(tmp_path):
     (tmp_path / "step-4").write_text("a file")
     (tmp_path / "step-6").mkdir()
     assert complete_steps(tmp_path) == [2, 10]
-    assert list(scan_checkpoints(tmp_path)) == [2, 6, 10] and METADATA in find_corruption(tmp_path / "step-6")
+    found = scan_checkpoints(tmp_path)
+    assert list(found) == [2, 6, 10] and METADATA in found[6].corruption
 
 
 def test_an_archived_checkpoint_overwrites_no_other(tmp_path):

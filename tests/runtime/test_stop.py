@@ -85,8 +85,8 @@ def test_a_signal_before_a_rank_listens_is_kept_and_ends_it_in_one_line(number):
     )
     rank = "; from flame.train import main; main(['--training.steps=1'])"
     done = subprocess.run([sys.executable, "-c", early % number + rank], env=environment(), capture_output=True)
-    said = f"flame: stopped by {number.name} before training began; the same command starts it again\n"
-    assert (done.returncode, done.stderr.decode()) == (PREEMPTED, said)
+    text = f"flame: stopped by {number.name} before training began; the same command starts it again\n"
+    assert (done.returncode, done.stderr.decode()) == (PREEMPTED, text)
 
 
 ASKED = (  # where a run of 8 steps is asked to stop, one time after the other
@@ -196,16 +196,16 @@ def test_each_signal_to_the_launcher_or_one_rank_ends_in_a_checkpoint_from_which
         job.wait_for_step(step)
         job.send(number, to)
         code, status = job.end(within=20)
-        said = job.log.read_text()
-        assert (code, status["status"], status["reason"]) == (PREEMPTED, "preempted", number.name), said
+        text = job.log.read_text()
+        assert (code, status["status"], status["reason"]) == (PREEMPTED, "preempted", number.name), text
         assert step <= status["step"] < 60
         assert (step != 20) or status["step"] == 20
         checkpoint = tmp_path / "stopped" / "checkpoint" / f"step-{status['step']}"
         assert (checkpoint / ".metadata").exists()
         assert (
-            f"preempted at step {status['step']} ({number.name}), the last checkpoint is {checkpoint}; go on: " in said
+            f"preempted at step {status['step']} ({number.name}), the last checkpoint is {checkpoint}; go on: " in text
         )
-        assert "Traceback" not in said and "torch.distributed.elastic" not in said
+        assert "Traceback" not in text and "torch.distributed.elastic" not in text
     last = Job(tmp_path / "stopped", flags, ranks)
     assert last.end(within=120)[0] == 0
     (steps, validated), (stopped_steps, stopped_validated) = map(
@@ -264,10 +264,10 @@ def test_a_signal_before_the_ranks_run_and_one_while_they_start_end_the_run_in_o
         time.sleep(0.5)
         job.send(signal.SIGINT, "launcher")
         code, status = job.end(within=60)
-        said = job.log.read_text()
-        assert code == PREEMPTED, said
-        assert said.count("stopped by SIGINT before training began; the same command starts it again\n") == 1
-        assert "Traceback" not in said
+        text = job.log.read_text()
+        assert code == PREEMPTED, text
+        assert text.count("stopped by SIGINT before training began; the same command starts it again\n") == 1
+        assert "Traceback" not in text
         assert not status
 
 
@@ -304,8 +304,8 @@ def test_a_learning_rate_that_breaks_the_weights_ends_in_one_line_and_exit_code_
         flags = slow_flags(tmp_path, "--optimizer.lr=1e39", "--lr_scheduler.warmup_steps=0", *more)
         job = Job(tmp_path / name, [flag for flag in flags if flag != "--validation.enable"])
         code, status = job.end(within=120)
-        said = job.log.read_text()
-        assert (code, status["status"]) == (1, "failed"), said
-        assert said.count("flame: step") == 1 and report in said
-        assert "Traceback" not in said and "ChildFailedError" not in said and "error file" not in said
+        text = job.log.read_text()
+        assert (code, status["status"]) == (1, "failed"), text
+        assert text.count("flame: step") == 1 and report in text
+        assert "Traceback" not in text and "ChildFailedError" not in text and "error file" not in text
         assert not (tmp_path / name / "checkpoint").exists()

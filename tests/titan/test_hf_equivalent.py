@@ -75,7 +75,7 @@ def test_an_export_has_the_logits_of_torchtitans_model_and_comes_back_bit_for_bi
     fresh = save(tmp_path / "fresh", name)
     assert not torch.equal(fresh.tok_embeddings.weight, trained.tok_embeddings.weight)
     dcp.load(
-        IdentityAdapter(weights.structure, weights, None, None).to_hf(fresh.state_dict()),
+        IdentityAdapter(weights.structure, lambda: weights, None, None).to_hf(fresh.state_dict()),
         storage_reader=WeightReader(weights),
         no_dist=True,
     )
