@@ -9,9 +9,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from transformers import AutoModelForCausalLM
 
+from flame.checkpoint.structure import Structure
+from flame.convert.hf_structure import model_structure
 from flame.data.tokenize import build_tokenizer
 from flame.models.causal_lm import CausalLM, ModelArgs
-from flame.models.hf import load_hf_config, save_assets
+from flame.models.hf import build_on_meta, load_hf_config, save_assets
 from tests.layouts import MODELS
 
 _FAST = (
@@ -71,3 +73,11 @@ def publish(folder: Path, name: str, shard: str = "50GB", **changes: Any) -> Any
     published.save_pretrained(folder, max_shard_size=shard)  # under the names of the hub, not always the modules'
     tokenizer.hf.save_pretrained(folder)
     return published
+
+
+def structure_of(folder: Path, **changes: Any) -> Structure:
+    """The tensors of the model of a folder's config.json, or of a JSON, with `changes`."""
+    _, config = load_hf_config(str(folder))
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return model_structure(build_on_meta(config, str(folder)))

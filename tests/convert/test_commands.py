@@ -47,13 +47,13 @@ def published(tmp_path_factory):
 def rejected(capsys, main, *argv):
     """The one line of a command that exits with 2."""
     assert main([str(each) for each in argv]) == 2
-    said = capsys.readouterr()
-    assert said.out == "" and said.err.count("\n") == 1
-    return said.err
+    text = capsys.readouterr()
+    assert text.out == "" and text.err.count("\n") == 1
+    return text.err
 
 
 @pytest.mark.parametrize(
-    "argv, said",
+    "argv, text",
     [
         (["--step=4"], "--step: found 4, must be one of the complete steps of .*checkpoint: 3, 12"),
         (["--output={run}/model"], "--output: found .*model, must be a folder that does not exist"),
@@ -63,10 +63,10 @@ def rejected(capsys, main, *argv):
         (["--path={run}/checkpoint/step-3", "--config=x"], "^convert_dcp_to_hf: --tokenizer: needed"),
     ],
 )
-def test_a_mistake_is_one_line(run, capsys, argv, said, tmp_path):
+def test_a_mistake_in_an_export_is_one_line(run, capsys, argv, text, tmp_path):
     filled = [each.format(run=run) for each in argv]
     line = rejected(capsys, to_hf.main, f"--path={run}", f"--output={tmp_path}/out", *filled)
-    assert re.search(said, line), line
+    assert re.search(text, line), line
     assert not any(tmp_path.iterdir())
 
 
@@ -84,7 +84,7 @@ def test_an_unknown_flag_or_type_exits_with_2(capsys):
 
 
 @pytest.mark.parametrize(
-    "argv, said",
+    "argv, text",
     [
         (["--model={run}/model"], r"/model: found no weights, must be a folder with model\.safetensors or its index"),
         (["--model={run}/absent.safetensors"], r"--model: found .*absent\.safetensors, must be a folder or file"),
@@ -101,22 +101,22 @@ def test_an_unknown_flag_or_type_exits_with_2(capsys):
         ),
     ],
 )
-def test_a_mistake_in_the_other_direction_is_one_line(run, capsys, argv, said, tmp_path):
+def test_a_mistake_in_an_import_is_one_line(run, capsys, argv, text, tmp_path):
     (run / "plain").mkdir(exist_ok=True)
     for file in ("one", "two", "plain/model"):
         save_file({"a": torch.ones(3)}, run / f"{file}.safetensors")
     save_file({}, run / "none.safetensors")
     line = rejected(capsys, to_dcp.main, f"--checkpoint={tmp_path}/step-0", *[each.format(run=run) for each in argv])
-    assert re.search(said, line), line
+    assert re.search(text, line), line
     assert not any(tmp_path.iterdir())
 
 
 def one_line(capsys, code, main, *argv):
     """The one line of a command that exits with a code other than 0."""
     assert main([str(each) for each in argv]) == code
-    said = capsys.readouterr()
-    assert said.out == "" and said.err.count("\n") == 1, said.err
-    return said.err
+    text = capsys.readouterr()
+    assert text.out == "" and text.err.count("\n") == 1, text.err
+    return text.err
 
 
 @contextmanager
@@ -138,7 +138,7 @@ def weights(tmp_path):
 
 
 @pytest.mark.parametrize("target", ["afile/x", "afile/x/y", "/proc/x/y"])
-def test_an_output_that_cannot_be_is_one_line(target, run, weights, tmp_path, capsys):
+def test_an_output_that_cannot_be_written_is_one_line(target, run, weights, tmp_path, capsys):
     (tmp_path / "afile").touch()
     before = sorted(tmp_path.rglob("*"))
     capsys.readouterr()
@@ -161,7 +161,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(nbytes, run, weights, tmp_pa
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_checkpoint_whose_marker_is_gone_is_not_converted(run, weights, tmp_path, capsys):
+def test_a_checkpoint_without_its_marker_is_not_converted(run, weights, tmp_path, capsys):
     (tmp_path / "step-0" / MARKER).unlink()
     argv = [f"--path={tmp_path}/step-0", f"--config={run}/model", "--tokenizer=byte", f"--output={tmp_path}/hf"]
     assert f"must be a complete checkpoint; {MARKER} is missing" in rejected(capsys, to_hf.main, *argv, "--no_verify")
@@ -169,7 +169,7 @@ def test_a_checkpoint_whose_marker_is_gone_is_not_converted(run, weights, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "text"),
     [
         ("config.toml", "[job", r"config\.toml: is corrupted \(.*\); give --path a checkpoint itself"),
         ("config.toml", "\udcff", r"config\.toml: is corrupted"),
@@ -178,11 +178,11 @@ def test_a_checkpoint_whose_marker_is_gone_is_not_converted(run, weights, tmp_pa
         ("model/config.json", "[]", r"model/config\.json: is corrupted \(not an object\)"),
     ],
 )
-def test_a_corrupted_record_of_the_run_is_one_line(name, content, said, run, tmp_path, capsys):
+def test_a_corrupted_record_of_the_run_is_one_line(name, content, text, run, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / name).write_text(content, errors="surrogateescape")
     line = rejected(capsys, to_hf.main, f"--path={tmp_path}/run", f"--output={tmp_path}/hf")
-    assert re.search(said, line), line
+    assert re.search(text, line), line
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
@@ -190,11 +190,11 @@ def test_weights_of_torchtitans_model_are_reported_to_have_transformers_names(pu
     shutil.copytree(published, tmp_path / "hf")
     (tmp_path / "hf" / to_dcp.TITAN).write_text("{}")
     assert to_dcp.main([f"--model={tmp_path}/hf", f"--checkpoint={tmp_path}/step-0", "--no_verify"]) == 0
-    said = capsys.readouterr().out
-    assert f"torchtitan's model starts from {tmp_path}/hf (--checkpoint.initial_load_in_hf)" in said
+    text = capsys.readouterr().out
+    assert f"torchtitan's model starts from {tmp_path}/hf (--checkpoint.initial_load_in_hf)" in text
 
 
-def test_files_alone_become_a_checkpoint_that_says_what_was_not_checked(tmp_path, capsys):
+def test_files_without_a_config_are_converted_and_reported_as_not_checked(tmp_path, capsys):
     for name in "ab":
         save_file({name: torch.randn(3)}, tmp_path / f"{name}.safetensors")
     argv = ["--model", *map(str, tmp_path.glob("*.safetensors")), f"--checkpoint={tmp_path}/new/step-0"]
@@ -205,7 +205,7 @@ def test_files_alone_become_a_checkpoint_that_says_what_was_not_checked(tmp_path
 
 
 @pytest.mark.slow
-def test_a_run_is_converted_with_proof_and_comes_back_as_it_was(run, tmp_path, capsys):
+def test_a_run_is_converted_verified_and_comes_back_unchanged(run, tmp_path, capsys):
     hf = run / "hf" / "step-12"
     assert to_hf.main([f"--path={run}"]) == 0
     report = read_report(hf)
@@ -222,29 +222,29 @@ def test_a_run_is_converted_with_proof_and_comes_back_as_it_was(run, tmp_path, c
 
 
 @pytest.mark.slow
-def test_another_models_tensors_are_named_and_exit_with_1(run, tmp_path, capsys):
+def test_tensors_of_another_model_are_named_and_exit_with_1(run, tmp_path, capsys):
     config = write_config(tmp_path, "gpt_neox", intermediate_size=96)
     argv = [f"--path={run}", f"--config={config}", "--tokenizer=byte", f"--output={tmp_path}/hf"]
     assert to_hf.main(argv) == 1
-    said = capsys.readouterr().err
-    assert "shape: gpt_neox.layers.0.mlp.dense_4h_to_h.weight has [64, 128], the config says [64, 96]" in said
+    text = capsys.readouterr().err
+    assert "shape: gpt_neox.layers.0.mlp.dense_4h_to_h.weight has [64, 128], the config says [64, 96]" in text
     assert not (tmp_path / "hf").exists()
     assert rejected(capsys, to_hf.main, *argv, "--tokenizer=absent.json").startswith("convert_dcp_to_hf: --tokenizer")
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "said"),
+    ("name", "change", "text"),
     [
         ("embed_out.weight", lambda _: {}, r"missing: embed_out\.weight$"),
         ("embed_out.weight", lambda t: {"head.weight": t}, r"missing: embed_out\.weight\n  unexpected: head\.weight$"),
         ("embed_out.weight", lambda t: {"embed_out.weight": t[:, :9]}, r"\[320, 9\], the config says \[320, 64\]$"),
     ],
 )
-def test_published_weights_of_another_model_are_not_converted(name, change, said, published, tmp_path, capsys):
+def test_published_weights_of_another_model_are_not_converted(name, change, text, published, tmp_path, capsys):
     tensors = load_file(published / "model.safetensors")
     tensors |= {key: tensor.contiguous() for key, tensor in change(tensors.pop(name)).items()}
     shutil.copy(published / "config.json", tmp_path)
     save_file(tensors, tmp_path / "model.safetensors")
     assert to_dcp.main([f"--model={tmp_path}", f"--checkpoint={tmp_path}/step-0"]) == 1
-    assert re.search(said, capsys.readouterr().err.strip())
+    assert re.search(text, capsys.readouterr().err.strip())
     assert not (tmp_path / "step-0").exists()

@@ -49,7 +49,7 @@ def content(stored):
     return b"".join(block.tobytes() for _, block in stored.pieces())
 
 
-def test_the_models_tensors_are_read_as_torch_saved_them_in_whatever_memory_they_lay(tmp_path):
+def test_tensors_of_any_strides_are_read_as_torch_saved_them(tmp_path):
     stored = read_tensors(save(tmp_path / "step-3"))
     assert stored.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
@@ -104,7 +104,7 @@ def test_a_changed_byte_of_a_tensor_is_found(tmp_path):
 
 
 @pytest.mark.parametrize("name", sorted(TENSORS.keys() - {"empty"}))
-def test_a_changed_byte_is_found_in_whatever_memory_a_tensor_lay(name, tmp_path):
+def test_a_changed_byte_is_found_in_tensors_of_any_strides(name, tmp_path):
     checkpoint = save(tmp_path / "step-3")
     tensor = read_tensors(checkpoint)[name]
     (chunk,) = tensor.chunks

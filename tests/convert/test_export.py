@@ -44,7 +44,7 @@ def test_an_export_has_the_tokenizer_and_its_end_of_text_and_loads_as_the_type_i
     assert tokenizer.eos_token_id == model.generation_config.eos_token_id == 256
 
 
-def test_the_report_says_what_was_made_from_what_and_how_it_was_checked(run, tmp_path):
+def test_the_report_names_the_source_the_files_and_the_checks(run, tmp_path):
     export(run, tmp_path / "hf", verify=lambda folder: {"logits": sorted(path.name for path in folder.iterdir())})
     report = read_report(tmp_path / "hf")
     written = load_file(tmp_path / "hf" / "model.safetensors")
@@ -57,7 +57,7 @@ def test_the_report_says_what_was_made_from_what_and_how_it_was_checked(run, tmp
     assert set(report["checks"]["logits"]) == files  # the export is verified as it will be
 
 
-def test_an_export_of_steps_that_were_done_again_is_made_again_and_the_old_one_kept(tmp_path):
+def test_an_export_of_repeated_steps_is_made_again_and_the_old_one_kept(tmp_path):
     save_run(tmp_path, "llama")
     export(tmp_path, tmp_path / "hf")
     old = (tmp_path / "hf" / "model.safetensors").read_bytes()
@@ -85,7 +85,7 @@ def _cut_report(folder):
 
 
 @pytest.mark.parametrize("harm", [_lose_weights, _lose_config, _cut_weights, _cut_report])
-def test_what_is_left_of_an_export_is_moved_aside_and_the_export_made_again(harm, run, tmp_path):
+def test_an_incomplete_export_is_moved_aside_and_made_again(harm, run, tmp_path):
     export(run, tmp_path / "hf")
     whole = {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()}
     (tmp_path / "hf" / "notes").write_text("mine")

@@ -1,4 +1,6 @@
-"""Hugging Face weights become a DCP checkpoint that torch loads, and that is read back."""
+"""DCP loads Hugging Face weights into a model; they become a checkpoint that torch loads, and that is read back."""
+
+import tracemalloc
 
 import pytest
 import torch
@@ -6,10 +8,15 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from flame.checkpoint.structure import ConversionError
-from flame.convert.hf_to_dcp import convert_hf_to_dcp
-from flame.convert.hf_weights import read_weights
-from tests.convert.models import MODEL
+from flame.checkpoint.dtypes import READ_BYTES
+from flame.checkpoint.structure import ConversionError, Structure
+from flame.convert.hf_to_dcp import WeightReader, convert_hf_to_dcp
+from flame.convert.hf_weights import check_weights, read_weights
+from flame.convert.safetensors_file import find_files
+from flame.errors import UserError
+from tests.convert.models import CASES, MODEL, build, publish, structure_of
+
+TOKENS = torch.arange(96).view(2, 48) * 7919 % 257
 
 
 @pytest.mark.parametrize("piece_bytes", [1, 40, 1 << 20])
@@ -37,3 +44,47 @@ def test_the_checkpoint_is_read_back(tmp_path):
     calls = []
     with pytest.raises(ConversionError, match=r"model\.norm\.weight reads back as other bytes"):
         convert_hf_to_dcp(weights, tmp_path / "step-0", advance=spoil)
+
+
+@pytest.mark.parametrize(("name", "tied"), CASES)
+def test_weights_of_several_files_give_the_model_that_transformers_loads(name, tied, tmp_path):
+    published = publish(tmp_path / "hf", name, shard="100KB", tie_word_embeddings=tied)
+    assert len(find_files(tmp_path / "hf")) > 1
+    model, _ = build(tmp_path, name, tie_word_embeddings=tied)
+    reader = WeightReader(read_weights(find_files(tmp_path / "hf"), structure_of(tmp_path / "hf")))
+    dcp.load(model.state_dict(), storage_reader=reader, no_dist=True)
+    with torch.no_grad():
+        assert torch.equal(model(TOKENS), published(TOKENS, use_cache=False).logits)
+
+
+@pytest.mark.parametrize(("name", "tables"), [("llama", 2), ("tied", 1), ("gpt_neox", 2)])
+def test_rows_of_new_ids_are_the_mean_of_the_old_ones(name, tables, tmp_path):
+    published = publish(tmp_path / "hf", name, vocab_size=257).state_dict()
+    structure = structure_of(tmp_path / "hf", vocab_size=320)
+    weights = read_weights(find_files(tmp_path / "hf"), structure)
+    with pytest.raises(UserError, match=r"has \[257, 64\], the config says \[320, 64\].*--model.grow_vocab or"):
+        check_weights(weights, tmp_path / "hf")
+    grown, _ = build(tmp_path, name)
+    check_weights(weights, tmp_path / "hf", grow=True)
+    dcp.load(grown.state_dict(), storage_reader=WeightReader(weights), no_dist=True)
+    larger = [key for key, tensor in grown.state_dict().items() if len(tensor) == 320]
+    assert len(larger) == tables
+    for key, tensor in grown.state_dict().items():
+        before = published[key]
+        assert torch.equal(tensor[: len(before)], before)
+        if key in larger:
+            assert torch.equal(tensor[257:], before.double().mean(0).float().expand(63, -1))
+
+
+def test_tensors_are_read_a_few_mib_at_a_time(tmp_path):
+    table = torch.randn(2048, 8192)
+    assert table.nbytes == 16 * READ_BYTES
+    save_file({"table": table}, tmp_path / "model.safetensors")
+    structure = Structure({"table": ("float32", (3000, 8192))}, vocabulary=("table",))
+    loaded = {"table": torch.zeros(3000, 8192)}
+    tracemalloc.start()  # which sees what numpy allocates
+    dcp.load(loaded, storage_reader=WeightReader(read_weights(find_files(tmp_path), structure)), no_dist=True)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4 * READ_BYTES  # the piece that is read, the one before, and at most one more that waits to be freed
+    assert torch.equal(loaded["table"][:2048], table)

@@ -34,8 +34,8 @@ def maker(tmp_path):
 def test_the_second_of_two_processes_that_make_a_folder_is_rejected_and_disturbs_nothing(maker, tmp_path):
     with new_folder(tmp_path / "hf") as folder:
         (folder / "second").touch()
-    _, said = maker.communicate()
-    assert "flame.errors.UserError: " in said and "hf: another process made it meanwhile" in said
+    _, text = maker.communicate()
+    assert "flame.errors.UserError: " in text and "hf: another process made it meanwhile" in text
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["hf", "second"]
 
 

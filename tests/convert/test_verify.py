@@ -95,7 +95,7 @@ def spoiled(run):
 
 
 @pytest.mark.parametrize(
-    "changes, said",
+    "changes, text",
     [
         ({"norm": None}, r"missing: model\.norm\.weight"),
         ({"norm": None, "norms": torch.ones(64)}, r"missing: model\.norm\.weight\n  unexpected: model\.norms\.weight"),
@@ -103,9 +103,9 @@ def spoiled(run):
         ({"norm": torch.ones(64, dtype=torch.int64)}, r"dtype: model\.norm\.weight has int64"),
     ],
 )
-def test_tensors_other_than_the_configs_are_rejected_by_name(run, spoiled, changes, said):
+def test_tensors_other_than_the_configs_are_rejected_by_name(run, spoiled, changes, text):
     spoiled(**changes)
-    with pytest.raises(ConversionError, match=said):
+    with pytest.raises(ConversionError, match=text):
         verify_export(run / "checkpoint" / "step-1", None, run / "hf")
 
 

@@ -83,7 +83,7 @@ def test_an_export_has_the_logits_of_torchtitans_model_and_comes_back_bit_for_bi
         assert torch.equal(mine, theirs), key
 
 
-def test_rows_of_heads_are_put_in_transformers_order_and_else_the_proof_fails(tmp_path):
+def test_rows_of_heads_are_reordered_or_the_logits_differ(tmp_path):
     save(tmp_path, "llama3")
     published_as = read_trained_structure(tmp_path / "model").published_as
     assert {published.heads for published in published_as.values()} == {0, 2, 4}
@@ -95,7 +95,7 @@ def test_rows_of_heads_are_put_in_transformers_order_and_else_the_proof_fails(tm
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 64), (16, 32), (3, 21), (31, 33)])
-def test_any_rows_of_heads_are_read_as_they_are_cut(start, stop, tmp_path):
+def test_any_rows_of_heads_are_read(start, stop, tmp_path):
     trained = save(tmp_path, "llama3")
     export_and_verify(tmp_path / "checkpoint" / "step-1", tmp_path / "model", tmp_path / "hf")
     reader = WeightReader(read_weights(find_files(tmp_path / "hf"), load_structure(tmp_path / "model")))
@@ -139,7 +139,7 @@ def test_the_largest_llama_has_the_published_intermediate_size():
         ("qwen3", "tiny_moe", {"moe_args": {"score_func": "sigmoid"}}, "no such experts"),
     ],
 )
-def test_a_model_without_an_equivalent_in_transformers_is_not_exported_with_the_reason(
+def test_a_model_without_an_equivalent_in_transformers_is_not_exported(
     name, flavor, changes, words, tmp_path, monkeypatch
 ):
     import_module("tests.flavors")
@@ -187,7 +187,7 @@ def test_a_run_on_two_ranks_starts_from_published_weights_as_transformers_does(r
     check_first_losses(*runs)
 
 
-def test_what_two_ranks_saved_is_exported_with_proof(runs):
+def test_the_checkpoint_of_two_ranks_is_exported_and_verified(runs):
     root, published = runs
     for name in published:
         assert export_and_verify(root / name / "checkpoint" / "step-1", root / name / "model", root / name / "hf")
@@ -197,7 +197,7 @@ def test_what_two_ranks_saved_is_exported_with_proof(runs):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama3", "qwen3_moe"])
-def test_a_run_is_converted_by_the_command_with_proof(name, tmp_path):
+def test_a_run_is_converted_and_verified_by_the_command(name, tmp_path):
     save(tmp_path, name)
     assert to_hf.main([f"--path={tmp_path}"]) == 0
     checks = read_report(tmp_path / "hf" / "step-1")["checks"]["logits"]

@@ -331,7 +331,7 @@ def test_weights_are_drawn_as_torchtitan_draws_them(name):
     assert (ours.output.weight is ours.tok_embeddings.weight) == (theirs.output.weight is theirs.tok_embeddings.weight)
 
 
-def test_routers_count_the_tokens_of_training_alone():
+def test_routers_count_tokens_in_training_only():
     model = build(*loaded(name="deepseek_v3"))
     tokens = torch.arange(64).view(1, 64)
 
