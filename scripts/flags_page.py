@@ -64,12 +64,7 @@ def page() -> str:
     for section in dataclasses.fields(JobConfig):
         lines += [f"## {section.name}", "", "| Flag | Value | Default | Help |", "|---|---|---|---|"]
         lines += [*rows(section.type, f"{section.name}."), ""]
-    lines += [
-        "## Other spellings",
-        "",
-        "Accepted as flags and as TOML keys: the names in flame 0.x and LLMonade, and second",
-    ]
-    lines += ["names of settings above.", ""]
+    lines += ["## Other spellings", "", "Names in flame 0.x and LLMonade, and second names of settings above.", ""]
     lines += ["| Spelling | Today |", "|---|---|", *older_rows()]
     return "\n".join(lines) + "\n"
 
