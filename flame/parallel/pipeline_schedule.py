@@ -63,17 +63,15 @@ def num_microbatches(job_config: JobConfig) -> int:
 def validate(job_config: JobConfig) -> None:
     """Check the local batch and the compiler against the schedule; imports no torch.
 
-    Raises UserError if there are too few microbatches, rounds of unequal length, or a compiled split backward.
+    Raises UserError if microbatches are too few or make unequal rounds, or if a split backward is compiled.
     """
-    layout, batch = job_config.parallelism, job_config.training.local_batch_size
+    layout, batch, count = job_config.parallelism, job_config.training.local_batch_size, num_microbatches(job_config)
     if layout.pipeline_parallel_schedule_csv:
         return  # see validate_csv
-    schedule, degree, count = get_schedule(layout), layout.pipeline_parallel_degree, num_microbatches(job_config)
+    schedule, degree = get_schedule(layout), layout.pipeline_parallel_degree
     size = layout.pipeline_parallel_microbatch_size
     if schedule.fills_stages and count < (stages := (schedule.stages_per_rank or 1) * degree):
-        hint = (
-            f"{schedule.name} needs a microbatch (pipeline_parallel_microbatch_size {size}) for each of {stages} stages"
-        )
+        hint = f"{schedule.name} has {stages} stages, each with a microbatch (pipeline_parallel_microbatch_size {size})"
         raise UserError("--training.local_batch_size", batch, f"{stages * size} or more", hint)
     if schedule.equal_rounds and count % (rounds := max(1, count // degree)):
         below, above = (number * degree * size for number in (rounds, rounds + 1))

@@ -313,7 +313,7 @@ _SCHEDULE = f"{_PIPELINE} --parallelism.pipeline_parallel_schedule"
         (
             f"{_PIPELINE} --training.local_batch_size 4 --parallelism.pipeline_parallel_microbatch_size 4",
             "--training.local_batch_size",
-            "4, 8 or more; 1F1B needs a microbatch (pipeline_parallel_microbatch_size 4)",
+            "4, 8 or more; 1F1B has 2 stages",
         ),
         (
             f"{_SCHEDULE} dualpipev --training.local_batch_size 3",
