@@ -1,16 +1,31 @@
-"""What flame takes from torchtitan, held against the installed version: the first test to read when that one moves."""
+"""What flame takes from torchtitan, against the installed version and against docs/torchtitan.md, which lists it."""
 
 import ast
 import importlib
 import importlib.metadata
 import inspect
+import re
+import sys
 import textwrap
 import types
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch._dynamo.exc import Unsupported
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchtitan.models.moe import MoEArgs
 
-FLAME = Path(__file__).parents[1] / "flame"
+from flame.config.parser import parse
+from flame.models.hf import build_hf, read_config
+from flame.parallel.apply import parallelize
+from flame.titan import model as titan_model
+from tests.layouts import MODELS
+
+ROOT = Path(__file__).parents[1]
+FLAME, PAGE = ROOT / "flame", ROOT / "docs" / "torchtitan.md"
 
 # Methods flame replaces, extends or calls and that torchtitan may rename at will, with the parameters flame counts on.
 METHODS = {
@@ -162,38 +177,112 @@ def test_an_unknown_device_still_counts_as_an_a100():
     assert get_peak_flops("no such device") == 312e12
 
 
-def test_names_reached_through_an_import_are_collected_and_a_missing_one_is_found():
-    source = """
-import torchtitan.train
-from torchtitan.config import job_config as titan
-from torchtitan.tools.utils import gone
-class A(titan.Model): pass
-torchtitan.train.CheckpointManager = A
-"""
-    assert borrowed(source) == {
-        "torchtitan.train",
-        "torchtitan.train.CheckpointManager",
-        "torchtitan.config.job_config",
-        "torchtitan.config.job_config.Model",
-        "torchtitan.tools.utils.gone",
+def split(name: str) -> tuple[str, str]:
+    """The module of a dotted name, and the first name in it, "" if it is the module itself."""
+    find(name)
+    parts = name.split(".")
+    length = max(i for i in range(len(parts) + 1) if ".".join(parts[:i]) in sys.modules)
+    return ".".join(parts[:length]), ".".join(parts[length : length + 1])
+
+
+def definitions(path: Path) -> dict[str, ast.AST]:
+    """The functions, classes and methods of a file, as "name" or "Class.method"."""
+    found: dict[str, ast.AST] = {}
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found[node.name] = node
+            found |= {f"{node.name}.{n.name}": n for n in node.body if isinstance(n, ast.FunctionDef)}
+    return found
+
+
+def patches_others(tree: ast.AST, function: ast.AST) -> bool:
+    """Whether a function sets an attribute of a module or class that the file imports from elsewhere than flame."""
+    imports = [n for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom)]
+    foreign = {
+        (alias.asname or alias.name).split(".")[0]
+        for node in imports
+        for alias in node.names
+        if not (getattr(node, "module", None) or alias.name).startswith("flame")
     }
-    for missing in ("torchtitan.tools.utils.gone", "torchtitan.gone.module", "torchtitan.train.Trainer.gone"):
-        with pytest.raises(AttributeError):
-            find(missing)
+    for node in ast.walk(function):
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "setattr":
+            targets = [ast.Attribute(node.args[0])]
+        for target in targets:
+            owner = target
+            while isinstance(owner, ast.Attribute):
+                owner = owner.value
+            if isinstance(target, ast.Attribute) and isinstance(owner, ast.Name) and owner.id in foreign:
+                return True
+    return False
 
 
-class Base:
-    def __init__(self):
-        self.kept = 1
-        self.__dict__["hidden"] = 2
+class Broken(torch.nn.Module):
+    def forward(self, x):
+        torch._dynamo.graph_break()
+        return x + 1
 
 
-class Derived(Base):
-    annotated: int
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_blocks_with_graph_breaks_compile_unless_the_family_is_one_graph(fullgraph):
+    torch._dynamo.reset()
+    off = dict.fromkeys(("cp_enabled", "tp_enabled", "fsdp_enabled", "dp_replicate_enabled"), False)
+    model = SimpleNamespace(layers=torch.nn.ModuleDict({"0": Broken()}), family=SimpleNamespace(fullgraph=fullgraph))
+    parallelize(model, SimpleNamespace(**off), parse(["--compile.enable", "--compile.backend=eager"]))
+    with pytest.raises(Unsupported) if fullgraph else nullcontext():
+        assert model.layers["0"](torch.zeros(1)) == 1
 
-    def use(self):
-        return self.kept + self.hidden + self.annotated + self.gone + self.use()
+
+class Calls(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
 
 
-def test_an_attribute_that_nobody_sets_is_found():
-    assert missing_attributes(Derived) == {"gone"}
+def test_rwkv7_is_built_without_filling_its_weights():
+    _, config = read_config(MODELS["rwkv7"], "rwkv7")
+    with Calls() as calls, torch.device("meta"):
+        build_hf(config)
+    assert calls.count < 500  # else 3,500, and more for a real size
+
+
+@pytest.mark.parametrize("dtype, expected", [("bfloat16", True), ("float32", False)])
+def test_experts_use_the_bfloat16_kernel_in_bfloat16_alone(dtype, expected, monkeypatch):
+    monkeypatch.setattr(titan_model, "has_cuda_capability", lambda *_: True)
+    experts = MoEArgs(use_grouped_mm=True)
+    titan_model._limit_grouped_mm(experts, dtype)
+    assert experts.use_grouped_mm == expected
+
+
+TEXT = PAGE.read_text(encoding="utf-8")
+PLACES = sorted(set(re.findall(r"`((?:flame|tests)/[\w/]+\.py)::([\w.]+)`", TEXT)))
+LISTED = {
+    module: set(re.findall(r"`(\w+)`", symbols))
+    for module, symbols in re.findall(r"^\| `(torchtitan[\w.]*)` \| (.*?) \|", TEXT, flags=re.MULTILINE)
+}
+
+
+def test_the_page_lists_what_flame_imports_from_torchtitan():
+    imported: dict[str, set[str]] = {}
+    for module, symbol in map(split, BORROWED):
+        imported.setdefault(module, set()).update({symbol} - {""})
+    assert imported == LISTED
+
+
+@pytest.mark.parametrize("file, name", PLACES)
+def test_the_functions_and_tests_that_the_page_names_exist(file, name):
+    assert name in definitions(ROOT / file)
+
+
+def test_every_workaround_is_on_the_page_with_a_test():
+    for path, text in SOURCES.items():
+        file = path.relative_to(ROOT).as_posix()
+        listed = {part for place, name in PLACES if place == file for part in (name, name.split(".")[0])}
+        for name, node in definitions(path).items():
+            declared = re.search("workarounds? for|workaround:", ast.get_docstring(node) or "", flags=re.IGNORECASE)
+            if declared or (isinstance(node, ast.FunctionDef) and patches_others(ast.parse(text), node)):
+                assert name in listed, f"{file}::{name}"
+    rows = [row for row in TEXT.splitlines() if "`flame/" in row and row.startswith("|")]
+    assert rows and all("`tests/" in row for row in rows)

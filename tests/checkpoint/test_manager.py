@@ -289,6 +289,22 @@ def test_an_async_save_that_failed_does_not_keep_a_stop_from_saving(tmp_path, di
     assert steps(tmp_path) == [3] and any("step-2 could not be saved" in line for line in log.messages)
 
 
+class Pending:
+    """An async save that is under way."""
+
+    waited = False
+
+    def result(self):
+        self.waited = True
+
+
+def test_closing_waits_for_an_async_save(tmp_path):
+    job, save = Job(tmp_path, async_mode="async"), Pending()
+    job.manager.save_future = save
+    job.manager.close()
+    assert save.waited
+
+
 def test_a_failed_last_save_stops_the_job_in_any_case(tmp_path, disk):
     with pytest.raises(SaveError, match="step-4"):
         FullDisk(tmp_path, on_save_failure="continue").fill(disk).run(4)
