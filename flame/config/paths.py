@@ -2,6 +2,7 @@
 
 import os
 from glob import glob
+from pathlib import Path
 
 from flame.errors import UserError
 
@@ -9,6 +10,11 @@ KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".arrow": "ar
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 PATTERN = frozenset("*?[")  # characters of a glob pattern
 _ENDINGS = (*KINDS, *COMPRESSED, ".toml", ".bin", ".idx")
+
+
+def ending(file: str) -> str:
+    """The last suffix of a file that is not a compressed file's: .jsonl of a.jsonl.gz."""
+    return next((suffix for suffix in reversed(Path(file).suffixes) if suffix not in COMPRESSED), "")
 
 
 def exists(path: str) -> bool:

@@ -109,7 +109,7 @@ class Cursor:
 
     def _read(self, rows: WindowSlice) -> None:
         """Read the slice's next rows, and keep the documents among them from the current one on."""
-        for row in rows.read(self._rows, self._rows + GROUP):
+        for row in rows.read(slice(self._rows, self._rows + GROUP)):
             self._rows += 1
             if isinstance(row, Bad):
                 self._bad += 1

@@ -54,12 +54,11 @@ def verify(one: Path, other: Path) -> bool:
     common = sorted(first.keys() & second.keys())
     if not common:
         raise UserError(f"{one} and {other}", hint="no step was logged by both")
-    same = [step for step in common if first[step]["data_digest"] == second[step]["data_digest"]]
-    differs = next((step for step in common if step not in same), None)
+    differs = next((step for step in common if first[step]["data_digest"] != second[step]["data_digest"]), None)
     if differs is None:
         print(f"the same data up to step {common[-1]}, digest {first[common[-1]]['data_digest']}")
         return True
-    agreed = max((step for step in same if step < differs), default=0)
+    agreed = max((step for step in common if step < differs), default=0)
     until = f"the same up to step {agreed}" if agreed else "and no logged step before it is the same"
     print(
         f"DIFFERENT DATA at step {differs}, {until}: "

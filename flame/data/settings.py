@@ -78,18 +78,15 @@ def _read_lists(section: Training | Validation) -> list[DataSource]:
         if len(items) != len(sources):
             allowed = f"one item for each of {len(sources)} datasets"
             raise UserError(field, f"{len(items)} items", allowed, "an empty item is none")
-        for source, item in zip(sources, items, strict=True):
-            setattr(source, field, _read_share(item) if field == "weight" else item.strip() or None)
+        try:
+            values = [float(item) if field == "weight" else item.strip() or None for item in items]
+        except ValueError:
+            raise UserError(field, value, "a number above 0 for each dataset") from None
+        for source, item in zip(sources, values, strict=True):
+            setattr(source, field, item)
         if field == "weight" and abs((total := sum(source.weight for source in sources)) - 1) > 1e-3:
             raise UserError(field, f"a sum of {total:g}", "shares that sum to 1")
     return sources
-
-
-def _read_share(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise UserError("weight", repr(text), "a number above 0") from None
 
 
 def _choose_name(source: DataSource, taken: Collection[str]) -> str:

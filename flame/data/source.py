@@ -1,22 +1,22 @@
 """Sources: named sets of rows and their weights in the mixture, opened from files, folders, the hub or "stdlib".
 
-What a path names is looked for in this order: Megatron's .bin and .idx (flame.data.megatron); local JSON lines
-(flame.data.jsonl) and .txt files (flame.data.files), as `datasets` fails a file whole where a part of it is broken; and
-all else by `datasets` (flame.data.table).
+What a path names is looked for in this order: Megatron's .bin and .idx (flame.data.megatron); local JSON lines and
+.txt files (flame.data.files), as `datasets` fails a file whole where a part of it is broken; and all else by `datasets`
+(flame.data.table).
 """
 
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from glob import glob
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from flame.config.paths import COMPRESSED, KINDS, check_path
+from flame.config.paths import KINDS, check_path, ending
 from flame.config.schema import Data, DataSource, Training, Validation
 from flame.data.document import Bad, Document
-from flame.data.files import LibraryFiles, TextFiles, open_decompressed
-from flame.data.jsonl import CHUNK, JsonLines, describe_columns, parse_line
+from flame.data.files import JsonLines, LibraryFiles, TextFiles, describe_columns, is_json_lines
 from flame.data.megatron import IndexedRows, find_prefixes
 from flame.data.settings import parse_sources, spelled_by_the_user
 from flame.data.table import RetryingStream, TableRows, TableStream
@@ -25,6 +25,7 @@ from flame.errors import UserError
 
 METADATA = ("dataset_infos.json", "dataset_info.json")  # files of a dataset that hold no rows
 COLUMNS = ("text", "content", "input_ids")
+LOAD_ERRORS = (OSError, ValueError, RuntimeError, ImportError)  # and one of `datasets`, which takes its time to import
 
 
 @dataclass(frozen=True)
@@ -87,11 +88,11 @@ def _open(source: DataSource, streaming: bool) -> Rows | Stream:
         kinds = _kinds(Path(source.path).expanduser())
         if not files and len(kinds) > 1:  # one kind would be read, the others not
             found = f"files of several kinds ({', '.join(sorted(kinds))}) in {source.path}"
-            raise UserError("path", found, "of one kind", "choose with --training.data_files")
+            raise UserError("path", found, "of one kind", "choose with data_files")
         if prefixes := find_prefixes(source.path):
             return IndexedRows(prefixes)
         in_place = _find_files(source, kinds, options)
-        if in_place and all(map(_is_lines, in_place)):
+        if in_place and all(map(is_json_lines, in_place)):
             return JsonLines(in_place, _choose_column(source, describe_columns(in_place)))
         if in_place and all(_kind(file) == "text" for file in in_place):
             return TextFiles(in_place)
@@ -99,7 +100,7 @@ def _open(source: DataSource, streaming: bool) -> Rows | Stream:
         names = dataset.column_names or list(next(iter(dataset), {}))
     except UserError:
         raise
-    except _load_errors() as error:
+    except (*LOAD_ERRORS, import_module("datasets.exceptions").DatasetsError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError("path", source.path, hint=f"not loadable: {reason}") from error
     streamed = not hasattr(dataset, "__len__")
@@ -108,13 +109,6 @@ def _open(source: DataSource, streaming: bool) -> Rows | Stream:
     features = dataset.features or {}
     column = _choose_column(source, {name: _type(features.get(name)) for name in names})
     return RetryingStream(TableStream(dataset, column), source.path) if streamed else TableRows(dataset, column)
-
-
-def _load_errors() -> tuple[type[Exception], ...]:
-    """What a path or hub id that cannot be read raises; `datasets` takes its time to import."""
-    from datasets.exceptions import DatasetsError
-
-    return (OSError, ValueError, RuntimeError, ImportError, DatasetsError)
 
 
 def _choose_column(source: DataSource, types: Mapping[str, str]) -> str:
@@ -203,17 +197,4 @@ def _kinds(folder: Path) -> set[str]:
 
 
 def _kind(file: str) -> str | None:
-    return KINDS.get(_ending(file))
-
-
-def _ending(file: str) -> str:
-    """A file's last suffix that is not a compressed file's."""
-    return next((suffix for suffix in reversed(Path(file).suffixes) if suffix not in COMPRESSED), "")
-
-
-def _is_lines(file: str) -> bool:
-    """Whether a file holds an object per line: a .jsonl file does, and a .json file whose first line is one."""
-    if _ending(file) != ".json":
-        return _ending(file) == ".jsonl"
-    with open_decompressed(Path(file)) as stream:
-        return isinstance(parse_line(stream.readline(CHUNK), file), dict)
+    return KINDS.get(ending(file))

@@ -36,7 +36,7 @@ RANGES = (
 )
 SPACES = (" ", "  ", "\n", "\r\n", "\t", " \n", "\u00a0", "\u3000")
 
-Encode = Callable[[Sequence[str]], list[np.ndarray]]
+logger = logging.getLogger("flame")
 
 
 class Tokenizer(BaseTokenizer):
@@ -141,7 +141,7 @@ def _byte_level() -> "PreTrainedTokenizerFast":
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END, clean_up_tokenization_spaces=False)
 
 
-def open_fast(backend: Any) -> Encode | None:
+def open_fast(backend: Any) -> Callable[[Sequence[str]], list[np.ndarray]] | None:
     """fastokens for encode_batch_fast of a `tokenizers.Tokenizer`: ids of texts, int32 (length,), none special.
 
     None if fastokens is not installed, cannot read this tokenizer, or gives other ids for any of some hundred texts of
@@ -155,7 +155,7 @@ def open_fast(backend: Any) -> Encode | None:
     try:
         fast = FastTokenizer.from_json_str(backend.to_str())
     except ValueError as error:
-        logging.getLogger(__name__).info(f"tokenizers makes the ids, as fastokens does not read this one: {error}")
+        logger.info(f"tokenizers makes the ids, as fastokens does not read this one: {error}")
         return None
 
     def encode(texts: Sequence[str]) -> list[np.ndarray]:
@@ -166,7 +166,7 @@ def open_fast(backend: Any) -> Encode | None:
     texts = list(_sample_texts(backend))
     expected = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
     if [ids.tolist() for ids in encode(texts)] != expected:
-        logging.getLogger(__name__).warning("tokenizers makes the ids, as fastokens gives others for some texts")
+        logger.warning("tokenizers makes the ids, as fastokens gives others for some texts")
         return None
     return encode
 

@@ -66,13 +66,13 @@ class WindowShuffle:
 
 @dataclass(frozen=True)
 class WindowSlice:
-    """A lane's rows of a window: `read(first, last)` gives some of the `size`, the last not included.
+    """A lane's rows of a window, `size` of them, of which `read` gives a slice.
 
     after: the stream's mark after the window (None with random access).
     """
 
     size: int
-    read: Callable[[int, int], list[Document | Bad]]
+    read: Callable[[slice], list[Document | Bad]]
     after: Any = None
 
 
@@ -90,7 +90,7 @@ class IndexedWindows:
             return None
         order, shift = self.shuffle.permute(epoch, window, count)
         chosen = (self.shuffle.slice(order, shift, lane) + first).tolist()
-        return WindowSlice(len(chosen), lambda begin, end: self.rows.texts(chosen[begin:end]))
+        return WindowSlice(len(chosen), lambda part: self.rows.texts(chosen[part]))
 
 
 class StreamedWindows:
@@ -144,10 +144,7 @@ class StreamedWindows:
         waiting = [lane for lane, place in self._next.items() if place <= (epoch, window)]
         if waiting:
             order, shift = self.shuffle.permute(epoch, window, len(rows))
-            self._held[epoch, window] = {
-                lane: _hold([rows[i] for i in self.shuffle.slice(order, shift, lane)], after) for lane in waiting
-            }
-
-
-def _hold(rows: list[Document | Bad], after: Any) -> WindowSlice:
-    return WindowSlice(len(rows), lambda begin, end: rows[begin:end], after)
+            slices = self._held[epoch, window] = {}
+            for lane in waiting:
+                chosen = [rows[i] for i in self.shuffle.slice(order, shift, lane)]
+                slices[lane] = WindowSlice(len(chosen), chosen.__getitem__, after)

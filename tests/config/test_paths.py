@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from flame.config.paths import exists, is_local
+from flame.config.paths import ending, exists, is_local
 
 
 @pytest.fixture(autouse=True)
@@ -32,3 +32,8 @@ def test_a_name_that_no_file_can_have_does_not_exist(name):
 )
 def test_paths_and_hub_ids_are_told_apart(name, local):
     assert is_local(name) is local
+
+
+@pytest.mark.parametrize("file, last", [("a.jsonl", ".jsonl"), ("x/a.b.json.gz", ".json"), ("a.zst", ""), ("a", "")])
+def test_the_ending_of_a_compressed_file_is_that_of_its_content(file, last):
+    assert ending(file) == last

@@ -8,7 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from flame.data import jsonl
+from flame.data import files
 from flame.data.document import LONGEST, Bad, accept, allow_bad
 from tests.data.fakes import EOS, build, loader
 from tests.launch import SMALL, metrics, train
@@ -61,7 +61,7 @@ def test_a_lane_reads_past_bad_rows_and_the_loader_counts_and_names_them(file):
 
 
 def test_a_text_file_that_cannot_be_read_is_skipped_alone_and_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("flame.data.files.LONGEST", 100)
+    monkeypatch.setattr(files, "LONGEST", 100)
     contents = {"a": b"one", "b": b"\xff\xfe", "c": b"", "d": 500 * b"d", "e": "f\u00fcnf".encode()}
     for name, content in contents.items():
         (tmp_path / f"{name}.txt").write_bytes(content)
@@ -90,7 +90,7 @@ def test_a_document_that_is_too_long_is_bad_and_one_at_the_limit_is_not():
 
 
 def test_a_line_far_too_long_is_not_even_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(jsonl, "LONGEST", 10)
+    monkeypatch.setattr(files, "LONGEST", 10)
     (tmp_path / "l.jsonl").write_text(json.dumps({"text": "x" * 100}) + '\n{"text": "y"}\n')
     assert build(tmp_path / "l.jsonl")[0].rows.texts([0, 1]) == [
         Bad("a line of 113 bytes", f"{tmp_path}/l.jsonl:1"),
@@ -113,10 +113,10 @@ def test_an_index_is_made_anew_when_the_file_changes(tmp_path):
 
 
 def test_lines_across_the_chunks_in_which_a_file_is_read_are_found(tmp_path, monkeypatch):
-    monkeypatch.setattr(jsonl, "CHUNK", 7)
+    monkeypatch.setattr(files, "CHUNK", 7)
     path = tmp_path / "f.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in GOOD))
-    starts = jsonl._index(path)
+    starts = files._index(path)
     assert [path.read_bytes()[a:b].endswith(b"}\n") for a, b in pairwise(starts)] == [True] * 60
 
 

@@ -125,9 +125,9 @@ def test_comma_lists_are_aligned():
         ({"dataset": "a,"}, "dataset", "every item"),
         ({"dataset": "a,b", "dataset_name": "x"}, "dataset_name", "found 1 items, must be one item for each of 2"),
         ({"dataset": "a,b", "data_probs": "1,2,3"}, "data_probs", "found 3 items, must be one item for each of 2"),
-        ({"dataset": "a,b", "data_probs": "1,x"}, "data_probs", "found 'x', must be a number above 0"),
+        ({"dataset": "a,b", "data_probs": "1,x"}, "data_probs", "found 1,x, must be a number above 0"),
         ({"dataset": "a,b", "data_probs": "1,0"}, "data_probs", "found 0.0, must be a number above 0"),
-        ({"dataset": "a,b", "data_probs": "0.5,"}, "data_probs", "found '', must be a number above 0"),
+        ({"dataset": "a,b", "data_probs": "0.5,"}, "data_probs", "found 0.5,, must be a number above 0"),
         ({"dataset": "a,b", "data_probs": "0.5,0.4"}, "data_probs", "found a sum of 0.9, must be shares that sum to 1"),
     ],
 )

@@ -11,7 +11,7 @@ START = dict.fromkeys(range(8), Place())
 
 
 def read(part):
-    return part.read(0, part.size)
+    return part.read(slice(part.size))
 
 
 def epoch(windows, lane, number=0):
