@@ -1,1 +1,2 @@
-"""torchtitan's own models, trained and exported as those of Hugging Face are. Imports: models, parallel, checkpoint."""
+"""torchtitan's own models, trained and exported like those of Hugging Face.
+Imports: config, checkpoint, models, parallel."""
