@@ -1,13 +1,7 @@
-"""The elements of checkpoint tensors: torch's and safetensors' names of their dtypes, their bytes, and casts."""
+"""The dtypes of checkpoint tensors, by torch's and safetensors' names, and boxes of tensors."""
 
 import math
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-
-import numpy as np
-
-from flame.checkpoint.commit import report_unreadable
-from flame.errors import UserError
+from collections.abc import Iterator
 
 _ELEMENTS = {  # torch's name: safetensors' code, bytes
     "float64": ("F64", 8),
@@ -34,14 +28,9 @@ FLOATS = ("float64", "float32", "float16", "bfloat16")  # the dtypes that can be
 Box = tuple[tuple[int, int], ...]  # (start, stop) in each dimension
 
 
-def raw_dtype(dtype: str) -> np.dtype:
-    """The unsigned integer of the same size, for elements that are moved and not computed with."""
-    return np.dtype(f"u{SIZES[dtype]}")
-
-
-def as_bytes(block: np.ndarray) -> memoryview:
-    """The bytes of a contiguous array, as a view."""
-    return block.reshape(-1).view(np.uint8).data
+def slices(box: Box) -> tuple[slice, ...]:
+    """The index of a box in a tensor."""
+    return tuple(slice(start, stop) for start, stop in box)
 
 
 def split_box(whole: Box, limit: int) -> Iterator[Box]:
@@ -58,61 +47,3 @@ def split_box(whole: Box, limit: int) -> Iterator[Box]:
         return
     for i in range(start, stop, limit // row):
         yield ((i, min(i + limit // row, stop)), *inner)
-
-
-def is_contiguous(box: Sequence[tuple[int, int]], sizes: tuple[int, ...]) -> bool:
-    """Whether a box is contiguous in a row-major tensor: after its first range of several, all ranges are full."""
-    extents = [stop - start for start, stop in box]
-    first = next((i for i, extent in enumerate(extents) if extent > 1), len(extents))
-    return all(extent == size for extent, size in zip(extents[first + 1 :], sizes[first + 1 :], strict=True))
-
-
-def read_box(file: Path, start: int, dtype: str, sizes: tuple[int, ...], box: Sequence[tuple[int, int]]) -> np.ndarray:
-    """The raw elements of a box of a row-major tensor whose bytes begin at `start` of a file.
-
-    Raises EOFError if the file ends before them, and UserError if it cannot be read.
-    """
-    with report_unreadable(file):
-        if not is_contiguous(box, sizes):  # such as columns: reads the pages they lie in
-            return np.array(np.memmap(file, raw_dtype(dtype), "r", start, sizes)[tuple(slice(*each) for each in box)])
-        first = 0  # offset in elements
-        for (low, _), size in zip(box, sizes, strict=True):
-            first = first * size + low
-        block = np.empty([stop - low for low, stop in box], raw_dtype(dtype))
-        view, done = as_bytes(block), 0
-        with open(file, "rb", buffering=0) as stream:
-            stream.seek(start + first * block.itemsize)
-            while done < len(view):
-                if not (count := stream.readinto(view[done:])):
-                    raise EOFError
-                done += count
-        return block
-
-
-def cast(block: np.ndarray, source: str, target: str) -> np.ndarray:
-    """Cast raw elements from one floating dtype to another, rounding to nearest even as torch does.
-
-    Raises UserError if either dtype is not in FLOATS.
-    """
-    if source == target:
-        return block
-    if source not in FLOATS or target not in FLOATS:
-        raise UserError("--dtype", target, hint=f"{source} tensors cannot be cast, only {', '.join(FLOATS)}")
-    values = (block.astype(np.uint32) << 16).view(np.float32) if source == "bfloat16" else block.view(source)
-    with np.errstate(over="ignore", invalid="ignore"):  # a large value becomes infinite, as in torch
-        if target == "float64":
-            return values.astype(np.float64).view(np.uint64)
-        single = values.astype(np.float32, copy=False)  # torch casts 64 to 16 bits through 32
-        if target == "float16":
-            return single.astype(np.float16).view(np.uint16)
-    bits = single.view(np.uint32)
-    if target == "float32":
-        return bits
-    rounded = bits >> 16  # to nearest even, in place
-    rounded &= 1
-    rounded += 0x7FFF
-    rounded += bits
-    rounded >>= 16
-    if np.isnan(single.max(initial=0)):  # rounding may carry a NaN's payload into its sign
-        rounded[np.isnan(single)] = 0x7FC0
-    return rounded.astype(np.uint16)

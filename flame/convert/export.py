@@ -1,9 +1,9 @@
-"""A folder that `AutoModelForCausalLM.from_pretrained` loads, made from a DCP checkpoint in bounded memory."""
+"""A folder that `AutoModelForCausalLM.from_pretrained` loads, made from a DCP checkpoint a tensor at a time."""
 
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from hashlib import sha256
 from itertools import count
@@ -11,10 +11,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 
 from flame.checkpoint.commit import hash_file
-from flame.checkpoint.dtypes import FLOATS, READ_BYTES, SIZES, Box, cast
+from flame.checkpoint.dtypes import FLOATS, SIZES
 from flame.checkpoint.structure import STRUCTURE, PublishedTensor, main_dtype, whole
 from flame.convert.dcp_file import StoredTensor, read_tensors
 from flame.convert.hf_weights import specs_of
@@ -79,43 +79,41 @@ def convert_dcp_to_hf(
     """Write the tensors of a DCP checkpoint to `folder` as safetensors, with an index when there are several files.
 
     They are written as `published_as` says, or under their own names if it has none of them. Floating-point ones are
-    cast to `dtype` (torch's name) when given. `advance` is called with the bytes that were written, every few MiB.
+    cast to `dtype` (torch's name) when given. `advance` is called with the bytes of each tensor.
     Every file is read again after it is written. Returns {file name: sha256}.
     """
     parts = {name: part for name, part in (published_as or {}).items() if part.tensor in tensors}  # no further names
     parts = parts or {name: whole(name, tensor.shape) for name, tensor in tensors.items()}
     stored = {name: tensors[part.tensor].dtype for name, part in parts.items()}
     wanted = {name: (dtype if dtype and stored[name] in FLOATS else stored[name], p.shape) for name, p in parts.items()}
-    checked: set[str] = set()
+    names = sorted(parts, key=lambda name: (parts[name].tensor, parts[name].start))  # reads a chunk once
 
-    def pieces(name: str) -> Iterator[tuple[Box, np.ndarray]]:
+    def read(name: str) -> torch.Tensor:
         part = parts[name]
-        tensor = tensors[part.tensor]
-        if part.box != tensor.box and part.tensor not in checked:
-            tensor.check()
-            checked.add(part.tensor)
-        head_bytes = prod(part.shape) // part.heads * SIZES[tensor.dtype] if part.heads else READ_BYTES
-        for box, block in tensor.pieces(part.box, head_bytes):
-            if part.heads:  # a block is a head
-                block = np.concatenate([block[::2], block[1::2]])
-            written = cast(block, tensor.dtype, wanted[name][0])
-            yield box, written
-            advance(written.nbytes)
+        tensor = tensors[part.tensor].read(part.box).view(part.shape)
+        if part.heads:  # of each head the even rows come first, then the odd ones
+            tensor = tensor.unflatten(0, (part.heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+        tensor = tensor.to(getattr(torch, wanted[name][0]))
+        advance(tensor.nbytes)
+        return tensor
 
     nbytes = {name: prod(shape) * SIZES[kind] for name, (kind, shape) in wanted.items()}
-    shards = list(group_by_bytes(wanted, nbytes.__getitem__, shard_bytes))
-    digests: dict[str, Future[str]] = {}
+    shards = list(group_by_bytes(names, nbytes.__getitem__, shard_bytes))
+    digests: dict[str, str] = {}
+    checks: list[Future[None]] = []
     weight_map: dict[str, str] = {}
     with ThreadPoolExecutor(1) as checker:  # reads a file again while the next is written
         for number, names in enumerate(shards, start=1):
             file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            hashes = write_file(folder / file, {name: wanted[name] for name in names}, pieces)
-            digests[file] = checker.submit(check_file, folder / file, hashes)
+            digests[file] = write_file(folder / file, {name: wanted[name] for name in names}, read)
+            checks.append(checker.submit(check_file, folder / file, digests[file]))
             weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(nbytes.values())}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2))
-    return {file: digest.result() for file, digest in digests.items()}
+    for check in checks:
+        check.result()
+    return digests
 
 
 def _is_whole(folder: Path, report: Mapping[str, Any]) -> bool:

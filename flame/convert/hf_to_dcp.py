@@ -1,6 +1,7 @@
 """Hugging Face weights for DCP: a reader that `dcp.load` takes, and a conversion to a checkpoint, piece by piece."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,13 +27,14 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.futures import Future
 
-from flame.checkpoint.dtypes import Box, as_bytes, split_box
+from flame.checkpoint.dtypes import Box, slices, split_box
 from flame.checkpoint.structure import ConversionError
 from flame.checkpoint.writer import Writer
 from flame.convert.dcp_file import read_tensors
 from flame.convert.hf_weights import Weights
-from flame.convert.safetensors_file import TensorEntry, group_by_bytes, hash_pieces
+from flame.convert.safetensors_file import TensorEntry, group_by_bytes, hash_tensor
 
+MEAN_ELEMENTS = 1 << 20  # of rows that are summed at a time
 PIECE_BYTES = 64 << 20  # of a chunk and of a file: the writer keeps all tensors of the file that it writes in memory
 
 
@@ -47,27 +49,20 @@ class ChunkSource:
     is_mean: bool = False
     heads: int = 0
 
-    def read(self, box: Box, target: torch.Tensor) -> None:
-        """Copy a box of the chunk to a tensor of its shape, a few MiB at a time. Raises UserError if the file ends."""
+    def read(self, box: Box) -> torch.Tensor:
+        """A box of the chunk. Raises UserError if the file cannot be read."""
         if self.is_mean:
-            target.copy_(_mean_row(self.entry)[tuple(slice(*each) for each in box[1:])].expand_as(target))
-            return
-        for piece, tensor in self._read_heads(box) if self.heads else _read(self.entry, box):
-            inside = tuple(slice(a - low, b - low) for (a, b), (low, _) in zip(piece, box, strict=True))
-            target[inside].copy_(tensor)
-
-    def _read_heads(self, box: Box) -> Iterator[tuple[Box, torch.Tensor]]:
-        """The pieces of a box whose even rows are the first half of each head of the entry, its odd rows the second.
-
-        A head with any row in the box is read whole.
-        """
+            (start, stop), *inner = box
+            return _mean_row(self.entry)[slices(tuple(inner))].expand(stop - start, *[b - a for a, b in inner])
+        if not self.heads:
+            return self.entry.read(box)
+        # Its even rows are the first half of each head of the entry, its odd rows the second; heads are read whole.
         (start, stop), *inner = box
         size = self.entry.shape[0] // self.heads
-        for head in range(start // size * size, stop, size):
-            low, high = max(start, head), min(stop, head + size)
-            rows = torch.cat([tensor for _, tensor in _read(self.entry, ((head, head + size), *inner))])
-            rows = rows.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1)
-            yield ((low, high), *inner), rows[low - head : high - head]
+        first, last = start // size, -(-stop // size)
+        rows = self.entry.read(((first * size, last * size), *inner))
+        rows = rows.unflatten(0, (last - first, 2, -1)).transpose(1, 2).flatten(0, 2)
+        return rows[start - first * size : stop - first * size]
 
 
 class WeightReader(FileSystemReader):
@@ -104,23 +99,20 @@ class WeightReader(FileSystemReader):
         for item in plan.items:
             target = planner.resolve_tensor(item).detach()
             box = tuple((a, a + n) for a, n in zip(item.storage_offsets, item.lengths, strict=True))
-            self.storage_data[item.storage_index].read(box, target)
+            for piece in split_box(box, PIECE_BYTES // target.itemsize):
+                inside = tuple(slice(a - low, b - low) for (a, b), (low, _) in zip(piece, box, strict=True))
+                target[inside].copy_(self.storage_data[item.storage_index].read(piece))
             planner.commit_tensor(item, target)
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
 
-def _read(entry: TensorEntry, box: Box | None = None) -> Iterator[tuple[Box, torch.Tensor]]:
-    for piece, block in entry.pieces(box):
-        yield piece, torch.frombuffer(as_bytes(block), dtype=getattr(torch, entry.dtype)).view(block.shape)
-
-
 def _mean_row(entry: TensorEntry) -> torch.Tensor:
     """The mean of an entry's rows, in float64."""
     total = torch.zeros(entry.shape[1:], dtype=torch.float64)
-    for piece, tensor in _read(entry):
-        total[tuple(slice(*each) for each in piece[1:])] += tensor.double().sum(0)
+    for (start, stop), *_ in split_box(((0, entry.shape[0]),), max(1, MEAN_ELEMENTS // math.prod(entry.shape[1:]))):
+        total += entry.read(((start, stop), *((0, size) for size in entry.shape[1:]))).double().sum(0)
     return total / entry.shape[0]
 
 
@@ -155,9 +147,8 @@ def convert_hf_to_dcp(
 
     def resolve_data(item: WriteItem) -> torch.Tensor:
         assert item.tensor_data is not None
-        tensor = torch.empty(item.tensor_data.chunk.sizes, dtype=item.tensor_data.properties.dtype)
         source, box = sources[item.index]
-        source.read(box, tensor)
+        tensor = source.read(box).to(item.tensor_data.properties.dtype, copy=True)  # not a view of the mapped file
         advance(tensor.nbytes)
         return tensor
 
@@ -181,6 +172,6 @@ def _read_back(weights: Weights, folder: Path) -> None:
     for entry, published in weights.placed():
         assert not published.heads, "only models of torchtitan have their rows in another order"
         tensor = tensors[published.tensor]
-        found, expected = hash_pieces(tensor.pieces(published.box)), hash_pieces(entry.pieces())
+        found, expected = hash_tensor(tensor.read(published.box)), hash_tensor(entry.read())
         if (tensor.dtype, found) != (entry.dtype, expected):
             raise ConversionError(f"{folder}: {tensor.name} reads back as other bytes than {entry.file} holds")

@@ -4,14 +4,17 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flame.checkpoint.structure import PublishedTensor, Structure, TensorSpecs, find_mismatches
 from flame.config.paths import is_local
-from flame.convert.dcp_file import StoredTensor
-from flame.convert.safetensors_file import TensorEntry, find_files, hash_pieces, read_headers
+from flame.convert.safetensors_file import TensorEntry, find_files, hash_tensor, read_headers
 from flame.errors import UserError
 
-Tensors = Mapping[str, TensorEntry | StoredTensor]  # of files, by name
+if TYPE_CHECKING:
+    from flame.convert.dcp_file import StoredTensor
+
+Tensors = Mapping[str, "TensorEntry | StoredTensor"]  # of files, by name
 FLAG = "--checkpoint.initial_load_path"
 SHOWN = 3  # mismatches that fit into one line
 _FILES = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")  # no pickles, no second copies
@@ -86,8 +89,8 @@ def find_untied(tensors: Tensors, structure: Structure) -> str | None:
     return None
 
 
-def _content(tensor: TensorEntry | StoredTensor) -> tuple[str, tuple[int, ...], str]:
-    return tensor.dtype, tensor.shape, hash_pieces(tensor.pieces())
+def _content(tensor: "TensorEntry | StoredTensor") -> tuple[str, tuple[int, ...], str]:
+    return tensor.dtype, tensor.shape, hash_tensor(tensor.read())
 
 
 def check_tensors(

@@ -27,7 +27,7 @@ class IdentityAdapter(StateDictAdapter):
         self.hf_assets_path, self.fqn_to_index_mapping = hf_assets_path, None
 
     def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """The tensors that published weights have; they lack some, such as a bias that balances experts."""
+        """The tensors that the weights have: of all but those that are published nowhere."""
         published_as = self.read().structure.published_as
         names = {published.tensor for published in published_as.values()} or state_dict
         return {name: tensor for name, tensor in state_dict.items() if name in names}

@@ -1,77 +1,75 @@
-"""safetensors files, written and read a few MiB at a time: a length, a JSON header, then the tensors' bytes."""
+"""safetensors files, written and read a tensor at a time."""
 
 import hashlib
 import json
 import math
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
 import xxhash
+from safetensors import SafetensorError, safe_open
 
-from flame.checkpoint.dtypes import CODES, NAMES, READ_BYTES, SIZES, Box, as_bytes, read_box, split_box
+from flame.checkpoint.commit import hash_file
+from flame.checkpoint.dtypes import CODES, NAMES, SIZES, Box, slices
 from flame.checkpoint.structure import ConversionError, TensorSpecs
-from flame.errors import UserError
+from flame.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
-Pieces = Iterable[tuple[Box, np.ndarray]]  # of a tensor: raw elements and their place
-HEADER_BYTES = 100 << 20  # the limit of the safetensors library
 INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """A tensor of a safetensors file; dtype is torch's name for it, `start` the offset of its first byte."""
+    """The tensor `name` of a safetensors file; dtype is torch's name for it."""
 
     dtype: str
     shape: tuple[int, ...]
     file: Path
-    start: int
+    name: str
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * SIZES[self.dtype]
 
-    def pieces(self, box: Box | None = None) -> Iterator[tuple[Box, np.ndarray]]:
-        """The raw elements of a box, or of all, READ_BYTES at a time in row-major order, each with its own box.
+    def read(self, box: Box | None = None) -> "torch.Tensor":
+        """The tensor or a box of it, which may have leading dimensions of one element more than the file's tensor.
 
-        Raises UserError if the file ends early.
+        Raises UserError if the file cannot be read.
         """
-        box = box if box is not None else tuple((0, size) for size in self.shape)
-        if any(start == stop for start, stop in box):
-            return
-        for piece in split_box(box, READ_BYTES // SIZES[self.dtype]):
-            try:
-                yield piece, read_box(self.file, self.start, self.dtype, self.shape, piece)
-            except EOFError:
-                raise UserError(str(self.file), hint="ended while it was read") from None
+        with _open(self.file, "pt") as opened:
+            if box is None or not self.shape:
+                return opened.get_tensor(self.name).reshape(self.shape)
+            tensor = opened.get_slice(self.name)
+            inner = box[len(box) - len(tensor.get_shape()) :]
+            return tensor[slices(inner)].reshape([stop - start for start, stop in box])
+
+
+@contextmanager
+def _open(file: Path, framework: str) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework) as opened:
+            yield opened
+    except OSError as error:
+        raise UserError(str(file), hint=f"cannot be read ({error.strerror or error})") from None
+    except (SafetensorError, KeyError) as error:
+        raise UserError(str(file), first_line(error), "a whole safetensors file") from None
 
 
 def read_header(file: Path) -> dict[str, TensorEntry]:
     """The tensors of a file. Raises UserError if it is not a whole safetensors file."""
-    try:
-        size = file.stat().st_size
-        with open(file, "rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > min(HEADER_BYTES, size):
-                raise ValueError(f"a header of {length} bytes")
-            header = json.loads(stream.read(length))
-        entries = {}
-        for name, field in header.items():
-            if name != "__metadata__":
-                start, stop = field["data_offsets"]
-                entry = TensorEntry(NAMES[field["dtype"]], tuple(field["shape"]), file, 8 + length + start)
-                if start < 0 or stop - start != entry.nbytes or entry.start + entry.nbytes > size:
-                    raise ValueError(f"{name} has bytes {start} to {stop} of a file of {size}")
-                entries[name] = entry
-        return entries
-    except OSError as error:
-        raise UserError(str(file), hint=f"cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise UserError(str(file), f"{type(error).__name__}: {error}", "a whole safetensors file") from None
+    with _open(file, "np") as opened:  # without torch
+        tensors = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
+        return {
+            name: TensorEntry(NAMES[tensor.get_dtype()], tuple(tensor.get_shape()), file, name)
+            for name, tensor in tensors.items()
+        }
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, TensorEntry]:
@@ -101,12 +99,12 @@ def find_files(folder: Path) -> list[Path]:
     raise UserError(str(folder), ", ".join(found[:5]) or "no weights", allowed, "save_pretrained writes them")
 
 
-def write_file(file: Path, tensors: TensorSpecs, pieces: Callable[[str], Pieces]) -> dict[str, str]:
-    """Write a file of these tensors; returns their `hash_pieces`, {name: hash}, in the order of the file.
+def write_file(file: Path, tensors: TensorSpecs, read: Callable[[str], "torch.Tensor"]) -> str:
+    """Write a file of these tensors, {name: (dtype, shape)}, a tensor at a time; returns its sha256.
 
-    `pieces(name)` yields a tensor's raw elements in row-major order. Wide dtypes come first, which aligns all tensors.
+    The tensors of wide dtypes come first, which aligns all of them.
     """
-    names = sorted(tensors, key=lambda name: (-SIZES[tensors[name][0]], name))
+    names = sorted(tensors, key=lambda name: -SIZES[tensors[name][0]])
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:
@@ -115,32 +113,33 @@ def write_file(file: Path, tensors: TensorSpecs, pieces: Callable[[str], Pieces]
         header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(file, "xb") as stream:
-        stream.write(struct.pack("<Q", len(text)) + text)
-        hashes = {name: hash_pieces(pieces(name), stream.write) for name in names}
-        assert stream.tell() == 8 + len(text) + end
-    return hashes
-
-
-def check_file(file: Path, hashes: Mapping[str, str]) -> str:
-    """Read back a file that `write_file` wrote; returns its sha256. Raises ConversionError if it holds other bytes."""
-    entries = read_header(file)
     digest = hashlib.sha256()
-    with open(file, "rb") as stream:
-        digest.update(stream.read(min(entry.start for entry in entries.values())))  # the header
-    for name, expected in hashes.items():
-        if hash_pieces(entries[name].pieces(), digest.update) != expected:
-            raise ConversionError(f"{file}: {name} reads back as other bytes than were written")
+    with open(file, "xb") as stream:
+        stream.write(start_of_file := struct.pack("<Q", len(text)) + text)
+        digest.update(start_of_file)
+        for name in names:
+            stream.write(data := as_bytes(read(name)))
+            digest.update(data)
+        assert stream.tell() == 8 + len(text) + end
     return digest.hexdigest()
 
 
-def hash_pieces(pieces: Pieces, also: Callable[[memoryview], object] = lambda view: None) -> str:
-    """The xxh3_128, in hexadecimal, of a tensor's bytes; `also` is called with each piece of them."""
-    digest = xxhash.xxh3_128()
-    for _, block in pieces:
-        digest.update(view := as_bytes(block))
-        also(view)
-    return digest.hexdigest()
+def check_file(file: Path, digest: str) -> None:
+    """Read back a file that `write_file` wrote. Raises ConversionError if its sha256 is another."""
+    if hash_file(file, hashlib.sha256) != digest:
+        raise ConversionError(f"{file} reads back as other bytes than were written")
+
+
+def as_bytes(tensor: "torch.Tensor") -> memoryview:
+    """The bytes of a tensor."""
+    import torch  # here: preflight reads headers without it
+
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def hash_tensor(tensor: "torch.Tensor") -> str:
+    """The xxh3_128 of a tensor's bytes, in hexadecimal."""
+    return xxhash.xxh3_128_hexdigest(as_bytes(tensor))
 
 
 def group_by_bytes(items: Iterable[T], nbytes: Callable[[T], int], limit: int) -> Iterator[list[T]]:

@@ -1,2 +1,1 @@
-"""torchtitan's own models, trained and exported like those of Hugging Face.
-Imports: config, checkpoint, models, parallel."""
+"""torchtitan's own models, trained and exported as those of Hugging Face are. Imports: models, parallel, checkpoint."""

@@ -124,7 +124,7 @@ def test_a_changed_byte_is_found_in_a_tensor_that_is_published_in_parts(tmp_path
     data = bytearray(chunk.file.read_bytes())
     data[chunk.start + chunk.length // 2] ^= 1
     chunk.file.write_bytes(data)
-    with pytest.raises(CorruptedError, match=r"found checksum .*experts.gate_up_proj should be"):
+    with pytest.raises(CorruptedError, match=r"found a wrong checksum .*experts.gate_up_proj should be"):
         export(tmp_path, tmp_path / "hf", published_as=published_as)
     assert not (tmp_path / "hf").exists()
 
@@ -164,8 +164,8 @@ def test_tensors_that_the_config_does_not_have_keep_their_names(checkpoint, tmp_
     assert load_file(tmp_path / "hf" / "model.safetensors").keys() == MODEL.keys()
 
 
-def test_an_export_imports_neither_torch_nor_transformers():
-    imports = "import sys, flame.convert.export, flame.convert.verify"
+def test_weights_are_validated_before_a_launch_without_torch():
+    imports = "import sys, flame.convert.hf_weights"
     code = f"{imports}; print({{'torch', 'transformers'}} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stderr

@@ -3,12 +3,10 @@
 import json
 from hashlib import sha256
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from flame.checkpoint.commit import hash_file
 from flame.checkpoint.structure import ConversionError
 from flame.convert.safetensors_file import check_file, find_files, read_header, write_file
 from flame.errors import UserError
@@ -17,15 +15,20 @@ TABLE = torch.arange(32.0).view(8, 4)
 
 
 def test_a_written_file_is_read_back(tmp_path):
-    file, tensor = tmp_path / "model.safetensors", np.zeros(5000, np.uint32)
-    tensors = {"a": ("float32", (5000,)), "b": ("float32", (5000,))}
-    hashes = write_file(file, tensors, lambda name: [((), tensor[:1000]), ((), tensor[1000:])])
-    assert check_file(file, hashes) == hash_file(file, sha256)
+    file = tmp_path / "model.safetensors"
+    tensors = {"a": torch.arange(5), "b": torch.randn(50, 4, dtype=torch.bfloat16), "c": torch.tensor(2.0)}
+    specs = {name: (str(tensor.dtype)[6:], tuple(tensor.shape)) for name, tensor in tensors.items()}
+    digest = write_file(file, specs, tensors.__getitem__)
+    assert digest == sha256(file.read_bytes()).hexdigest()
+    check_file(file, digest)
+    assert {name: (entry.dtype, entry.shape) for name, entry in read_header(file).items()} == specs
+    assert all(torch.equal(entry.read(), tensors[name]) for name, entry in read_header(file).items())
+    assert torch.equal(read_header(file)["b"].read(((3, 9), (1, 2))), tensors["b"][3:9, 1:2])
     with open(file, "r+b") as stream:
-        stream.seek(read_header(file)["b"].start)
-        stream.write(b"spoiled")
-    with pytest.raises(ConversionError, match=r"model\.safetensors: b reads back as other bytes"):
-        check_file(file, hashes)
+        stream.seek(-3, 2)
+        stream.write(b"!")
+    with pytest.raises(ConversionError, match=r"model\.safetensors reads back as other bytes"):
+        check_file(file, digest)
 
 
 @pytest.mark.parametrize(

@@ -148,9 +148,7 @@ def biases(folder):
     """{block: what the balance adds to its router's scores} of the last checkpoint."""
     checkpoint = folder / "checkpoint" / "step-3"
     tensors = {name: tensor for name, tensor in read_tensors(checkpoint).items() if name.endswith("expert_bias")}
-    return {
-        name: [float(x) for _, block in tensor.pieces() for x in block.flatten()] for name, tensor in tensors.items()
-    }
+    return {name: tensor.read().tolist() for name, tensor in tensors.items()}
 
 
 def compare(root, name, layout, one="one"):
