@@ -1,13 +1,12 @@
 """`python -m flame.data show|verify|bench|pack`: what runs were fed, how fast, and from which files; see docs/."""
 
 import argparse
+import runpy
 import sys
 import warnings
 from pathlib import Path
 
-from flame.config.parser import parse
 from flame.config.schema import Data, Training
-from flame.data.bench import bench
 from flame.data.inspect import show
 from flame.data.ledger import verify
 from flame.data.megatron import encode_all, write
@@ -15,6 +14,7 @@ from flame.data.source import build_sources
 from flame.data.tokenize import build_tokenizer
 from flame.errors import UserError
 
+BENCHMARK = Path(__file__).parents[2] / "scripts/benchmark/stream.py"
 LISTS = ("dataset_name", "dataset_split", "data_dir", "data_files")
 
 
@@ -54,7 +54,8 @@ def main(argv: list[str]) -> int:
         elif given.command == "verify":
             same = verify(given.run, given.other)
         elif given.command == "bench":
-            bench(parse(["--job.config_file", given.job, *flags]))
+            benchmark = runpy.run_path(str(BENCHMARK))
+            return benchmark["main"]([given.job, *flags])
         else:
             lists = {name: getattr(given, name) for name in LISTS}
             training = Training(dataset=given.dataset, streaming=given.streaming, **lists)

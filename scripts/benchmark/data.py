@@ -110,7 +110,8 @@ def load(folder: Path, workers: int = 0) -> Any:
 
 def load_ceiling(folder: Path) -> Any:
     """The tokenizer alone on the same text, as a side of a comparison."""
-    from flame.data import bench
+    import stream as bench
+
     from flame.data.source import build_sources
     from flame.data.tokenize import build_tokenizer
 
@@ -127,7 +128,7 @@ def warm(side: Any) -> Any:
 
 def measure_flame(folder: Path, seconds: float) -> dict[str, float]:
     """The stream against the tokenizer alone, alternating; its state, and how often it is made while iterating."""
-    from flame.data import bench
+    import stream as bench
 
     loader, made = load(folder), []
     make = loader.state_dict
@@ -155,7 +156,7 @@ def measure_workers(folder: Path, seconds: float) -> dict[str, float]:
     Without fastokens: with it, one thread is so fast that a second adds nothing.
     """
     hide_fastokens()
-    from flame.data import bench
+    import stream as bench
 
     loaders = [load(folder, workers) for workers in (2, 0, 1)]
     two, none, one = (warm(bench.iterate(loader, loader.ahead)) for loader in loaders)
@@ -169,12 +170,11 @@ def measure_workers(folder: Path, seconds: float) -> dict[str, float]:
 
 def measure_titan(folder: Path, seconds: float) -> dict[str, float]:
     """torchtitan's HuggingFaceTextDataset in its loader, mixed and shuffled by `datasets`, against the tokenizer."""
+    import stream as bench
     from datasets import interleave_datasets, load_dataset
     from torchtitan.components.dataloader import ParallelAwareDataloader
     from torchtitan.components.tokenizer import HuggingFaceTokenizer
     from torchtitan.hf_datasets import DatasetConfig, text_datasets
-
-    from flame.data import bench
 
     def mix(path: str) -> Any:
         parts = [

@@ -7,9 +7,9 @@ import pytest
 
 from flame.config.parser import parse
 from flame.data.__main__ import main
-from flame.data.bench import Side, bench, compare, draw_texts, encode_repeatedly, iterate, weigh_state
 from flame.data.source import Source
 from flame.data.tokenize import build_tokenizer
+from scripts.benchmark.stream import Side, bench, compare, draw_texts, encode_repeatedly, iterate, weigh_state
 from tests.data.fakes import Tape, Texts, documents, loader, three
 
 

@@ -1,4 +1,6 @@
-"""How fast the data stream is, next to its tokenizer alone on the same text, and what it costs in memory and state."""
+"""The data stream of a job next to its tokenizer alone on the same text, and its cost in memory and state:
+python -m flame.data bench JOB.toml [flags of the job]
+"""
 
 import itertools
 import os
@@ -11,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+from flame.config.parser import parse
 from flame.config.schema import JobConfig
 from flame.data.loader import Loader, build_dataloader
 from flame.data.source import Source, build_sources
@@ -129,3 +132,17 @@ def _time(side: Side, seconds: float) -> Speed:
     speed = Speed(tokens / (time.perf_counter() - wall), tokens / max(1e-9, time.process_time() - cpu))
     time.sleep(0.3 if side.ahead else 0)
     return speed
+
+
+def main(argv: list[str]) -> int:
+    """Exit code: 0, or 2 for a mistake of the user, reported in one line."""
+    try:
+        bench(parse(["--job.config_file", *argv]))
+    except UserError as error:
+        print(f"flame: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
