@@ -109,13 +109,13 @@ def _own_heads(config: Any, parameter: torch.Tensor, rank: int, world_size: int)
 
 _NORM = "its output norm spans all heads"
 _SCAN = "its scan is not divided by heads"
-_RETNET = "the decay of each of its heads is by the head's number"
+_RETNET = "each head's decay depends on the head's number"
 _DECAYS = ("A_log", "dt_bias")
 # Their scans know no document boundaries and would silently ignore them.
 _STATE_SPACE: dict[str, Any] = {"norm": "norm_f", "packing": None}
 _HGRN: dict[str, Any] = {
     "constants": {"lower_bounds": 0.0},
-    "stages": "the bounds of its decays, which every block reads, would be one parameter of several stages",
+    "stages": "its stages would share one parameter, the bounds of its decays",
 }
 _GATED: dict[str, Any] = {
     "must_divide": ("num_heads", "num_v_heads"),
@@ -147,7 +147,7 @@ ROWS = (
     _family("lightnet", _hybrid(_lightnet), _NORM),  # https://arxiv.org/abs/2405.21022
     _family("rwkv6", _hybrid(_linear), "its token shift is not divided"),  # https://arxiv.org/abs/2404.05892
     # https://arxiv.org/abs/2503.14456
-    _family("rwkv7", _hybrid(_rwkv7), _RWKV7, stages="the values of its first block go to every other"),
+    _family("rwkv7", _hybrid(_rwkv7), _RWKV7, stages="every block reads the values of the first"),
     _family("mamba", _hybrid(_mamba), _SCAN, **_STATE_SPACE),  # https://arxiv.org/abs/2312.00752
     _family("mamba2", _hybrid(_mamba2), _NORM, **_STATE_SPACE),  # https://arxiv.org/abs/2405.21060
     _family("samba", _hybrid(_mamba), _SCAN, **_STATE_SPACE),  # https://arxiv.org/abs/2406.07522

@@ -24,7 +24,7 @@ from tests.layouts import LAYOUTS, MODELS, STEPS, differences, error_of, layout_
 from tests.models.small import OTHERS, SHIPPED, small
 
 HEADS = {  # models whose heads or columns, and whose blocks, cannot be divided, and the words that say why
-    "retnet": "by the head's number",
+    "retnet": "depends on the head's number",
     "gsa": "spans all heads",
     "hgrn2": "spans all heads",
     "mamba2": "spans all heads",
@@ -33,7 +33,7 @@ STAGES = dict.fromkeys(("tied", "falcon", "falcon_groups"), "tied") | {
     "granite": "has no row",
     "gemma2": "has no row",
     "hgrn2": "bounds of its decays",
-    "rwkv7": "first block",
+    "rwkv7": "values of the first",
 }
 # Too few key-value heads for four ranks.
 FOUR = ("falcon_groups", "llama", "tied", "mistral", "qwen3", "mixtral", "granite", "gemma2")
