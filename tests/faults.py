@@ -1,4 +1,4 @@
-"""Trainers whose data or gradients are made odd on purpose."""
+"""Trainers with faults: in gradients, data, clocks and disks."""
 
 import json
 import math
@@ -19,10 +19,10 @@ from flame.training.trainer import FlameTrainer, StepData
 
 
 class Poisoned(FlameTrainer):
-    """The last rank has NaN in what job.description names, "gradient|loss|weight|moment FIRST-LAST", in these steps.
+    """NaN on the last rank, in what job.description names and in these steps: "gradient|loss|weight|moment FIRST-LAST".
 
-    Checks that steps of such a gradient or loss, and no others, leave the weights and the optimizer as they were. What
-    stops the run becomes its status.
+    Checks that a step leaves weights and optimizer unchanged if its gradient or loss is NaN, and only then. The error
+    that stops the run becomes its status.
     """
 
     def __init__(self, job_config, context):
@@ -66,7 +66,7 @@ class Poisoned(FlameTrainer):
 
 
 class MaskedLabels(FlameTrainer):
-    """About a third of the labels do not count: those whose token id is a multiple of three."""
+    """Labels that are a multiple of three, about a third, are masked."""
 
     def _collect(self, data_iterator):
         data = super()._collect(data_iterator)
@@ -75,7 +75,7 @@ class MaskedLabels(FlameTrainer):
 
 
 class EndingData(FlameTrainer):
-    """The data of the last rank end in step 3, while the others have more."""
+    """The data of the last rank ends at step 3, while the others have more."""
 
     def _collect(self, data_iterator):
         if self.step == 3 and is_last_rank():
@@ -90,8 +90,8 @@ class SlowData(Stall):
 
 
 class Odd(FlameTrainer):
-    """What job.description names: "clock": that of the last rank alone says in step 2 that a save is due; "disk": the
-    first rank cannot write in step 2, and TensorBoard never again. Keeps the timeout of a collective after each step.
+    """By job.description: "clock": a save is due at step 2 by the clock of the last rank alone; "disk": the first rank
+    cannot write at step 2, and TensorBoard never again. Records the timeout of collectives after each step.
     """
 
     def train_step(self, data_iterator):
@@ -120,9 +120,9 @@ class Odd(FlameTrainer):
 
 
 class Asked(FlameTrainer):
-    """The last rank is asked to stop, or the first one's time ends, where job.description says: "STEP:CALL reason".
+    """The last rank gets a signal, or the first one's time limit passes, as job.description says: "STEP:CALL reason".
 
-    CALL counts the questions whether to go on in a step: before each microbatch, then before each batch of validation.
+    CALL counts the calls of raise_if_stopped in a step: before each microbatch, then before each batch of validation.
     """
 
     def __init__(self, job_config, context):

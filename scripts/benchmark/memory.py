@@ -62,11 +62,13 @@ def run_rank(flags: list[str]) -> None:
 
     from flame.config.parser import parse, world_size
     from flame.dry_run.memory import estimate, measure_modes
+    from flame.training.context import RunContext
     from flame.training.train_spec import register
     from flame.training.trainer import FlameTrainer
 
     config = parse(flags)
-    register(config)
+    context = RunContext(config)
+    register(config, context)
     parts = measure_modes(get_train_spec(config.model.name), config, world_size())[config.activation_checkpoint.mode]
     estimated = max(rank.peak for rank in estimate(parts, config, world_size()))
     peak = before = resident()
@@ -79,7 +81,7 @@ def run_rank(flags: list[str]) -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    trainer = FlameTrainer(config)
+    trainer = FlameTrainer(config, context)
     trainer.train()
     done.set()
     watcher.join()

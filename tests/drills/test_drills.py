@@ -82,7 +82,7 @@ def test_ctrl_c_ends_the_job_too_and_without_a_traceback(tmp_path):
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert said == f"flame: nan: interrupted; the runs are in {tmp_path}\n"
+    assert errors == f"flame: nan: interrupted; the runs are in {tmp_path}\n"
     assert not any(is_alive(int(path.name)) for path in pids.iterdir())
