@@ -15,7 +15,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from flame.checkpoint.commit import complete_steps, inspect_checkpoint
 from flame.checkpoint.dtypes import FLOATS, SIZES
-from flame.checkpoint.structure import ConversionError, Structure, check_structure, load_structure, save_structure
+from flame.checkpoint.structure import ConversionError, Structure, check_structure
 from flame.convert.dcp_file import CorruptedError, read_tensors
 from flame.convert.export import export_checkpoint
 from flame.convert.hf_structure import read_trained_structure
@@ -178,7 +178,7 @@ def convert(given: argparse.Namespace) -> str:
         assets = Path(folder, "assets")
         if not any(asked.values()):
             shutil.copytree(recorded, assets)
-        structure = load_structure(assets) or build_structure(given, run, assets)
+        structure = build_structure(given, run, assets)
         if structure and not given.no_verify:
             check_structure(tensors, structure)
         export_checkpoint(
@@ -190,9 +190,6 @@ def convert(given: argparse.Namespace) -> str:
             verify=partial(verify, given, run, checkpoint, tensors),
             advance=bar.update,
         )
-        if structure and not any(asked.values()):
-            with suppress(OSError):  # the run may be read-only; the next conversion then builds the model again
-                save_structure(structure, recorded)
     return f"{output}: {len(tensors)} tensors, {total:,} bytes; checks in {REPORT}"
 
 

@@ -23,7 +23,6 @@ _ELEMENTS = {  # torch's name: safetensors' code, bytes
 CODES = {name: code for name, (code, _) in _ELEMENTS.items()}
 NAMES = {code: name for name, code in CODES.items()}
 SIZES = {name: size for name, (_, size) in _ELEMENTS.items()}
-READ_BYTES = 4 << 20  # of a tensor that are read at a time
 FLOATS = ("float64", "float32", "float16", "bfloat16")  # the dtypes that can be cast
 Box = tuple[tuple[int, int], ...]  # (start, stop) in each dimension
 

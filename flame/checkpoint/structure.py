@@ -1,21 +1,16 @@
 """The tensors that a config's model has, and a comparison with the tensors found in a checkpoint."""
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
-from hashlib import sha256
-from importlib.metadata import version
+from dataclasses import dataclass, field, replace
 from math import prod
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from flame.checkpoint.dtypes import FLOATS, Box
 
 TensorSpec = tuple[str, tuple[int, ...]]  # (dtype, shape)
 TensorSpecs = Mapping[str, TensorSpec]  # by name
-STRUCTURE = "structure.json"  # beside a config.json: the tensors of its model
 SHOWN = 20  # mismatches in an error
 
 
@@ -111,33 +106,6 @@ def name_tensors(model: Any) -> NamedTensors:
         else:
             found.tied[name] = found.names[id(tensor)]
     return found
-
-
-def save_structure(structure: Structure, folder: Path) -> None:
-    """Store the structure beside the folder's config.json, so that no reader has to build the model."""
-    fields = asdict(structure)
-    fields["parts"] = fields.pop("published_as")  # its name in the file
-    (folder / STRUCTURE).write_text(json.dumps({"of": _identity(folder), "structure": fields}))
-
-
-def load_structure(folder: Path) -> Structure | None:
-    """What `save_structure` stored; None if config.json or the installed transformers changed since."""
-    try:
-        known = json.loads((folder / STRUCTURE).read_text())
-        if known["of"] != _identity(folder):
-            return None
-        fields = known["structure"]
-        published_as = {
-            name: PublishedTensor(**{**part, "start": tuple(part["start"]), "shape": tuple(part["shape"])})
-            for name, part in fields.pop("parts").items()
-        }
-        return Structure(**fields, published_as=published_as)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # missing, cut short, or of another version
-        return None
-
-
-def _identity(folder: Path) -> list[str]:
-    return [sha256((folder / "config.json").read_bytes()).hexdigest(), version("transformers")]
 
 
 def main_dtype(found: TensorSpecs) -> str:

@@ -15,7 +15,7 @@ import torch
 
 from flame.checkpoint.commit import hash_file
 from flame.checkpoint.dtypes import FLOATS, SIZES
-from flame.checkpoint.structure import STRUCTURE, PublishedTensor, main_dtype, whole
+from flame.checkpoint.structure import PublishedTensor, main_dtype, whole
 from flame.convert.dcp_file import StoredTensor, read_tensors
 from flame.convert.hf_weights import specs_of
 from flame.convert.output import new_folder, read_report, write_report
@@ -50,7 +50,9 @@ def export_checkpoint(
     found = specs_of(tensors)
     with new_folder(folder) as temporary:
         digests = convert_dcp_to_hf(tensors, temporary, dtype, published_as, advance=advance)
-        shutil.copytree(assets, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns(STRUCTURE))
+        shutil.copytree(
+            assets, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns("structure.json")
+        )  # of 0.1.0
         _set_dtype(temporary / "config.json", dtype or main_dtype(found))
         write_report(
             temporary,

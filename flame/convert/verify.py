@@ -5,7 +5,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from flame.checkpoint.structure import ConversionError, TensorSpecs, check_structure, save_structure
+from flame.checkpoint.structure import ConversionError, TensorSpecs, check_structure
 from flame.convert.export import export_checkpoint
 from flame.convert.hf_structure import read_structure, read_trained_structure
 from flame.convert.hf_weights import specs_of
@@ -21,8 +21,7 @@ HOLDS = "the tensors have the names, shapes and types of the config's model"
 def export_and_verify(checkpoint: Path, assets: Path, folder: Path, dtype: str | None = None) -> bool:
     """`export_checkpoint` with `verify_export`; `assets` is the folder in which the run recorded its model."""
     try:
-        save_structure(structure := read_trained_structure(assets), assets)
-        published_as = structure.published_as
+        published_as = read_trained_structure(assets).published_as
     except UserError:  # `verify_export` reports it
         published_as = {}
     verify = partial(verify_export, checkpoint, dtype)

@@ -18,6 +18,7 @@ from flame.config.schema import JobConfig
 from flame.data.document import Bad
 from flame.data.source import Source, build_sources
 from flame.dry_run.memory import ADAM_STATES, Memory, estimate, measure_modes, stage_modules
+from flame.models.listing import align
 from flame.parallel.layout import dp_degree
 from flame.parallel.pipeline_schedule import stage_rank
 from flame.training.lr_schedule import build_lr_schedule
@@ -203,9 +204,4 @@ def _gib(size: float) -> str:
 
 def _table(rows: Sequence[Row], title: str, left: int = 1) -> str:
     """A title above rows in aligned columns; the first `left` are aligned left, the rest right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = (
-        "  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
-    )
-    return "\n".join([title, *(f"  {line}".rstrip() for line in lines)])
+    return "\n".join([title, *(f"  {line}" for line in align(rows, range(left, len(rows[0]))))])

@@ -1,6 +1,6 @@
 """`python -m flame.models list`: model configs with their sizes, counted on the meta device."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,9 +41,14 @@ def table(paths: Iterable[Path], seq_len: int) -> str:
         numbers = f"{parameters:,}", f"{inner:,}", f"{flops / 1e9:,.2f}"
         compiled, varlen = "fullgraph" if family.fullgraph else "breaks", "no" if family.packing is None else "yes"
         rows.append((path.stem, config.model_type, *numbers, " ".join(layouts(family)), compiled, varlen))
+    return "\n".join(align(rows, range(2, 5)))
+
+
+def align(rows: Sequence[Sequence[str]], right: range) -> list[str]:
+    """Rows as lines of aligned columns, those in `right` to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = (
-        "  ".join(c.rjust(w) if 2 <= i < 5 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+    cells = (
+        (c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
         for row in rows
     )
-    return "\n".join(line.rstrip() for line in lines)
+    return ["  ".join(row).rstrip() for row in cells]

@@ -99,15 +99,6 @@ class TiedHead(nn.Module):
         return linear_cross_entropy(hidden, self.embedding_weight(), labels, l2warp=self.l2warp, gather=self.gather)
 
 
-class SummedLoss:
-    """torchtitan's loss: passes a summed loss through, and sums the cross entropy of logits; times `scale`."""
-
-    scale: float | Tensor = 1.0
-
-    def __call__(self, prediction: Tensor, labels: Tensor) -> Tensor:
-        return (prediction if prediction.ndim == 0 else cross_entropy(prediction, labels)) * self.scale
-
-
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Sum over tokens of the cross entropy of logits (batch, seq, vocab), in fp32; labels of -100 do not count."""
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")

@@ -1,28 +1,22 @@
 """What all ranks agree on about a step's data, and what is counted of each source."""
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torchtitan.tools.logging import logger
 
-from flame.config.schema import Data
 from flame.data.document import Bad, allow_bad
 from flame.data.loader import Loader
 from flame.errors import UserError
+from flame.training.context import RunContext
 
 
 class DataAccounting:
-    """Sums over the data-parallel ranks, None of them or a mesh; `logs` is whether this rank logs.
+    """Sums over the data-parallel ranks, `mesh`, if there are any. All ranks make every call, in the same order."""
 
-    Every call is made by all ranks of the mesh, in the same order.
-    """
-
-    def __init__(
-        self, loader: Loader, mesh: DeviceMesh | None, device: torch.device, settings: Data, *, logs: bool
-    ) -> None:
-        self._loader, self._mesh, self._device, self._settings, self._logs = loader, mesh, device, settings, logs
+    def __init__(self, loader: Loader, mesh: DeviceMesh | None, device: torch.device, context: RunContext) -> None:
+        self._loader, self._mesh, self._device, self._context = loader, mesh, device, context
+        self._settings, self._logs = context.job_config.data, context.run.writes
         self._bad_rows: dict[str, int] = {}
         self._reported: set[tuple[str, Bad]] = set()
         self._epochs: dict[str, int] = {}  # completed epochs of each source, as far as they were logged
@@ -61,7 +55,8 @@ class DataAccounting:
         if bad_rows == self._bad_rows or not any(bad_rows.values()):
             return
         self._bad_rows = bad_rows
-        noted = [(name, row) for rank in self._gather(self._loader.noted()) for name in rank for row in rank[name]]
+        ranks = self._context.consensus.gather(self._loader.noted())
+        noted = list(dict.fromkeys((name, row) for rank in ranks for name in rank for row in rank[name]))
         for name, row in noted:
             if self._logs and (name, row) not in self._reported:
                 logger.warning(f"source {name}: {row.place} is skipped: {row.reason}")
@@ -83,13 +78,6 @@ class DataAccounting:
         values = values.to(self._device)
         if self._mesh is not None:
             dist.all_reduce(values, group=self._mesh.get_group())
-        return values
-
-    def _gather(self, value: Any) -> list[Any]:
-        if self._mesh is None:
-            return [value]
-        values = [value] * self._mesh.size()
-        dist.all_gather_object(values, value, group=self._mesh.get_group())
         return values
 
 

@@ -9,7 +9,6 @@ from torchtitan.tools.logging import logger
 
 from flame.checkpoint.commit import complete_steps
 from flame.checkpoint.structure import ConversionError
-from flame.config.schema import JobConfig
 from flame.convert.dcp_file import CorruptedError
 from flame.convert.verify import export_and_verify
 from flame.errors import EXHAUSTED, PREEMPTED, SaveError, UserError
@@ -29,7 +28,8 @@ def run_job(trainer_class: type[FlameTrainer], context: RunContext) -> int:
     try:
         trainer = trainer_class(job_config, context)
         signals.again = partial(_abandon, trainer)
-        _log_ignored(job_config)
+        if job_config.training.context_len is not None and not job_config.training.varlen:
+            logger.warning("--training.context_len has no effect: it cuts documents that --training.varlen keeps apart")
         if job_config.checkpoint.create_seed_checkpoint:
             trainer.start()
             trainer.checkpointer.save(curr_step=0, last_step=True)
@@ -83,12 +83,6 @@ def _log_stopped(trainer: FlameTrainer) -> None:
     recorded = shlex.quote(str(run.folder / "config.toml"))
     reason = run.read_status()["reason"]
     logger.info(f"preempted at step {step} ({reason}), {last}; go on: bash train.sh --job.config_file {recorded}")
-
-
-def _log_ignored(job_config: JobConfig) -> None:
-    """Log which settings were given and have no effect."""
-    if job_config.training.context_len is not None and not job_config.training.varlen:
-        logger.warning("--training.context_len has no effect: it cuts documents that --training.varlen keeps apart")
 
 
 def _finish(trainer: FlameTrainer, signals: stop.Signals) -> None:

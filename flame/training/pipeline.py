@@ -5,7 +5,14 @@ from typing import Any
 
 import torch
 
-from flame.models.loss import SummedLoss
+
+class ScaledLoss:
+    """torchtitan's loss of a pipeline: what the head of the last stage returns, times `scale`."""
+
+    scale: float | torch.Tensor = 1.0
+
+    def __call__(self, loss: torch.Tensor, _target: torch.Tensor) -> torch.Tensor:
+        return loss * self.scale
 
 
 @dataclass(frozen=True)
@@ -15,7 +22,7 @@ class Pipeline:
     schedule: Any  # torch.distributed.pipelining's
     first: bool
     last: bool
-    loss: SummedLoss
+    loss: ScaledLoss
 
     def sum_losses(
         self,

@@ -22,7 +22,6 @@ from flame.data.tokenize import Tokenizer, build_tokenizer
 from flame.errors import UserError
 from flame.models.causal_lm import CausalLM, ModelArgs
 from flame.models.hf import build_on_meta, choose_attention, import_models, load_hf_config, validate_seq_len
-from flame.models.loss import SummedLoss
 from flame.parallel import layout
 from flame.parallel.apply import parallelize
 from flame.parallel.pipeline import pipeline
@@ -32,6 +31,7 @@ from flame.training import quantize
 from flame.training.context import RunContext
 from flame.training.lr_schedule import build_lr_schedule
 from flame.training.metrics import Metrics
+from flame.training.pipeline import ScaledLoss
 from flame.training.validation import Validator
 
 _NEEDS_GPU = {
@@ -78,7 +78,7 @@ def register(job_config: JobConfig, context: RunContext | None = None) -> None:
         build_lr_schedulers_fn=build_lr_schedule,
         build_dataloader_fn=partial(build_dataloader, sources=sources),
         build_tokenizer_fn=lambda _job_config: tokenizer,
-        build_loss_fn=lambda *_, **__: SummedLoss(),
+        build_loss_fn=lambda *_, **__: ScaledLoss(),
         build_metrics_processor_fn=partial(Metrics, context),
         build_validator_fn=partial(Validator, context, held_out_sources),
     )

@@ -62,9 +62,7 @@ class FlameTrainer(torchtitan.train.Trainer):
         self.stopped = ""  # the reason, once the run is stopped
         self.skips = nonfinite.SkippedSteps(training, updates_in_backward=job_config.optimizer.early_step_in_backward)
         batch_mesh = self.parallel_dims.get_mesh("batch") if self.parallel_dims.dp_enabled else None
-        self.accounting = DataAccounting(
-            self.dataloader, batch_mesh, self.device, job_config.data, logs=self.run.writes
-        )
+        self.accounting = DataAccounting(self.dataloader, batch_mesh, self.device, context)
         self.pipeline = (
             Pipeline(self.pp_schedule, self.pp_has_first_stage, self.pp_has_last_stage, self.loss_fn)
             if self.parallel_dims.pp_enabled
@@ -97,8 +95,16 @@ class FlameTrainer(torchtitan.train.Trainer):
                 self.checkpointer.save_full(self.step)
                 self.run.set_status("preempted", step=self.step, tokens=self.tokens, reason=self.stopped)
             return
+        if self.step == 0 < steps:
+            data = self.job_config.data
+            found = f"{data.epochs}, and the data does not fill one step"
+            hint = f"use fewer --data.lanes than {data.lanes}, a shorter --training.seq_len or more epochs"
+            raise UserError("--data.epochs", found, hint=hint)
         if self.step < steps:
-            self._finish_early()
+            self.exhausted = True
+            if self.step != self.resumed_at:
+                self.checkpointer.save(self.step, last_step=True)
+            self.run.set_status("data_exhausted", step=self.step, tokens=self.tokens)
             return
         if self.resumed_at is not None and self.resumed_at >= steps:
             logger.info(f"This job is complete: step {self.step} of {steps} is done; nothing was trained.")
@@ -115,7 +121,9 @@ class FlameTrainer(torchtitan.train.Trainer):
         trains = self.step < self.job_config.training.steps  # else the records of the finished run stay
         if trains:
             self.run.rewind(self.step)
-            self.run.start(to_toml(recorded(self.job_config)), self._device())
+            monitor = self.metrics_processor.device_memory_monitor
+            device = {"name": monitor.device_name, "memory_gib": monitor.device_capacity_gib}
+            self.run.start(to_toml(recorded(self.job_config)), {**device, "ranks": dist.get_world_size()})
         self.run.set_status("running", start=self.checkpointer.origin)
         if trains or not (self.run.folder / "model").exists():
             self.model_parts[0].save_assets(self.run.folder / "model", self.tokenizer.hf)
@@ -149,20 +157,6 @@ class FlameTrainer(torchtitan.train.Trainer):
                     self.validator.validate(self.model_parts, self.step)
                 for each in filter(None, (profiler, memory_profiler)):
                     each.step()
-
-    def _finish_early(self) -> None:
-        """The data ended before the last step. Raises UserError if they did not fill one step."""
-        if self.step == 0:
-            data = self.job_config.data
-            raise UserError(
-                "--data.epochs",
-                f"{data.epochs}, and the data does not fill one step",
-                hint=f"use fewer --data.lanes than {data.lanes}, a shorter --training.seq_len or more epochs",
-            )
-        self.exhausted = True
-        if self.step != self.resumed_at:
-            self.checkpointer.save(self.step, last_step=True)
-        self.run.set_status("data_exhausted", step=self.step, tokens=self.tokens)
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
@@ -317,12 +311,8 @@ class FlameTrainer(torchtitan.train.Trainer):
     # -- what a checkpoint holds of the trainer -----------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "step": self.step,
-            "tokens": self.tokens,
-            "skipped_steps": self.skips.total,
-            "data_digest": self.data_digest,
-        }
+        counted = {"step": self.step, "tokens": self.tokens, "skipped_steps": self.skips.total}
+        return {**counted, "data_digest": self.data_digest}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         counted = {"skipped_steps": 0, **state_dict}
@@ -330,10 +320,6 @@ class FlameTrainer(torchtitan.train.Trainer):
         for name, value in counted.items():
             setattr(self, name, value)
         self.resumed_at = self.step
-
-    def _device(self) -> dict[str, Any]:
-        monitor = self.metrics_processor.device_memory_monitor
-        return {"name": monitor.device_name, "memory_gib": monitor.device_capacity_gib, "ranks": dist.get_world_size()}
 
 
 def use_our_checkpoint_manager() -> None:

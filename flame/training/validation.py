@@ -23,10 +23,9 @@ from flame.data.loader import Loader
 from flame.data.source import Source
 from flame.data.tokenize import Tokenizer
 from flame.errors import UserError
-from flame.models.loss import SummedLoss
 from flame.training.context import RunContext
 from flame.training.metrics import Metrics
-from flame.training.pipeline import Pipeline
+from flame.training.pipeline import Pipeline, ScaledLoss
 from flame.training.trainer import autocast_for
 
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
@@ -48,7 +47,7 @@ class Validator(BaseValidator):
         dp_rank: int,
         tokenizer: Tokenizer,
         parallel_dims: ParallelDims,
-        loss_fn: SummedLoss,
+        loss_fn: ScaledLoss,
         validation_context: Callable[[], AbstractContextManager],
         maybe_enable_amp: AbstractContextManager,
         metrics_processor: Metrics,

@@ -101,13 +101,12 @@ def compare(folder: Path, parameters: float, rounds: int, without_torch: bool) -
     this, converter = [sys.executable, __file__], [sys.executable, str(SCRIPTS / "convert_dcp_to_hf.py")]
     subprocess.run([*this, "make", str(run), str(bare), str(parameters)], check=True)
     flame, of_bare = ([*converter, f"--path={path}", f"--output={output}"] for path in (run, bare))
-    for command in (flame, of_bare):  # the first conversion of a run takes longer
+    for command in (flame, of_bare):
         measure(command)
         nbytes = sum(file.stat().st_size for file in output.glob("*.safetensors"))
         shutil.rmtree(output)
     commands = {
         "read and write the same bytes": [*this, "copy", str(run), str(output), str(nbytes)],
-        "flame, first, of an interrupted run": flame,
         "flame": flame,
         f"flame{BARE}": of_bare,
         "flame, not verified": [*flame, "--no_verify"],
@@ -119,8 +118,6 @@ def compare(folder: Path, parameters: float, rounds: int, without_torch: bool) -
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
     for number in range(rounds):
         for name, command in list(commands.items())[:: -1 if number % 2 else 1]:
-            if "first" in name:
-                (run / "model" / "structure.json").unlink()  # or flame knows the model without building it
             found[name].append(measure(command))
             shutil.rmtree(output)
     print(f"output {nbytes / 2**20:,.0f} MiB in float32, load {os.getloadavg()[0]:.1f}, {os.cpu_count()} cores")

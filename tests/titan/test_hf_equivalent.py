@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torchtitan.protocols import train_spec
 from transformers import AutoModelForCausalLM
 
-from flame.checkpoint.structure import ConversionError, load_structure
+from flame.checkpoint.structure import ConversionError
 from flame.config.parser import parse
 from flame.convert.export import export_checkpoint
 from flame.convert.hf_structure import model_structure, read_trained_structure
@@ -71,7 +71,7 @@ def test_an_export_has_the_logits_of_torchtitans_model_and_comes_back_bit_for_bi
     assert checks["logits"]["max_abs_difference"] < 1e-6 * checks["logits"]["largest"]
     assert (found.logits - expected).abs().max() < 1e-6 * expected.abs().max()
 
-    weights = read_weights(find_files(tmp_path / "hf"), load_structure(tmp_path / "model"))
+    weights = read_weights(find_files(tmp_path / "hf"), read_trained_structure(tmp_path / "model"))
     fresh = save(tmp_path / "fresh", name)
     assert not torch.equal(fresh.tok_embeddings.weight, trained.tok_embeddings.weight)
     dcp.load(
@@ -98,7 +98,7 @@ def test_rows_of_heads_are_reordered_or_the_logits_differ(tmp_path):
 def test_any_rows_of_heads_are_read(start, stop, tmp_path):
     trained = save(tmp_path, "llama3")
     export_and_verify(tmp_path / "checkpoint" / "step-1", tmp_path / "model", tmp_path / "hf")
-    reader = WeightReader(read_weights(find_files(tmp_path / "hf"), load_structure(tmp_path / "model")))
+    reader = WeightReader(read_weights(find_files(tmp_path / "hf"), read_trained_structure(tmp_path / "model")))
     reader.set_up_storage_reader(reader.read_metadata(), True)
     shard = torch.zeros(stop - start, 64)
     index = MetadataIndex("layers.1.attention.wq.weight", (0, 0))
