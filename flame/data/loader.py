@@ -3,7 +3,7 @@
 import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from itertools import cycle, islice
+from itertools import count, islice, repeat
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +27,15 @@ from flame.errors import UserError
 
 SAMPLE = 16  # documents of a source whose lengths set the phases of the lanes
 AHEAD = 1 << 19  # tokens in rows read ahead, up to 4 rows per lane: a document of a megabyte delays no other lane
+
+
+class Sample(NamedTuple):
+    """A lane's row, its labels, int32 (seq_len,), and its digest, None if it is skipped."""
+
+    lane: int
+    row: Row
+    labels: np.ndarray
+    digest: int | None
 
 
 class Position(NamedTuple):
@@ -88,23 +97,42 @@ class Loader(BaseDataLoader):
         own = list(self._states)  # the rank's lanes; its j-th row comes from own[j % len(own)]
         first = self._sequence // self._dp_degree % len(own)
         turns = own[first:] + own[:first]
-        lanes, turn = self._open_lanes(), cycle(turns)
-        handed_out = 0  # sequences since then, on all ranks
-        with closing(read_in_turn([iter(lanes[lane]) for lane in turns], self._workers, self._ahead)) as stream:
-            while len(rows := list(islice(stream, self._batch_size))) == self._batch_size:
+        lanes = self._open_lanes()
+        parts = [
+            self._read(lane, lanes[lane], islice(self._indices(self._sequence), place, None, len(own)))
+            for place, lane in enumerate(turns)
+        ]
+        with closing(read_in_turn(parts, self._workers, self._ahead)) as stream:
+            while len(samples := list(islice(stream, self._batch_size))) == self._batch_size:
                 if self._iteration is not iteration:
                     raise RuntimeError("stale iterator: the loader was iterated anew or given another state since")
-                self._states.update((next(turn), row.state) for row in rows)
-                skipped = self._order.skips(self._sequence)
+                self._states.update((sample.lane, sample.row.state) for sample in samples)
                 self._sequence += self._batch_size * self._dp_degree
-                if skipped:
+                digests = [sample.digest for sample in samples if sample.digest is not None]
+                if not digests:
                     for steps in self._order.skipped_just_before(self._sequence):
                         logger.info(f"--data.skip: the data of steps {steps} is not trained on")
                     continue
-                self.rows = rows
-                batch = self._collate(rows, handed_out % self._order.step + self._dp_rank)
-                handed_out += self._batch_size * self._dp_degree
-                yield batch
+                self.rows = [sample.row for sample in samples]
+                self.digest = sum(digests) % 2**64
+                yield self._collate(samples)
+
+    def _indices(self, sequence: int) -> Iterator[int | None]:
+        """The index in its step of each of the rank's rows from a sequence on; None for those of skipped steps."""
+        batch, handed_out = self._batch_size * self._dp_degree, 0  # sequences on all ranks
+        for first in count(sequence, batch):
+            if self._order.skips(first):
+                yield from repeat(None, self._batch_size)
+                continue
+            index = handed_out % self._order.step + self._dp_rank
+            yield from range(index, index + batch, self._dp_degree)
+            handed_out += batch
+
+    def _read(self, lane: int, rows: Lane, indices: Iterator[int | None]) -> Iterator[Sample]:
+        for index, row in zip(indices, rows, strict=False):
+            labels = pack.label(row.tokens, row.starts if self._varlen else ())
+            digest = None if index is None else digest_batch(row.tokens[None, :-1], labels[None], [index])
+            yield Sample(lane, row, labels, digest)
 
     def _open_lanes(self) -> dict[int, Lane]:
         windows = [
@@ -126,15 +154,14 @@ class Loader(BaseDataLoader):
             for lane, state in self._states.items()
         }
 
-    def _collate(self, rows: Sequence[Row], index: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """A batch of rows; index: that of the first of them in the step."""
-        inputs, labels = pack.shift([row.tokens for row in rows])
+    def _collate(self, samples: Sequence[Sample]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        inputs = np.stack([sample.row.tokens[:-1] for sample in samples]).astype(np.int64)
         batch = {"input": torch.from_numpy(inputs)}
         if self._varlen:
-            labels, positions, cu_seqlens = pack.mark_documents(labels, [row.starts for row in rows], self._context_len)
+            starts = [sample.row.starts for sample in samples]
+            positions, cu_seqlens = pack.find_pieces(starts, self._seq_len, self._context_len)
             batch |= {"positions": torch.from_numpy(positions), "cu_seqlens": torch.from_numpy(cu_seqlens)}
-        self.digest = digest_batch(inputs, labels, [index + i * self._dp_degree for i in range(len(rows))])
-        return batch, torch.from_numpy(labels)
+        return batch, torch.from_numpy(np.stack([sample.labels for sample in samples]).astype(np.int64))
 
     @property
     def ahead(self) -> int:

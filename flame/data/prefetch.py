@@ -4,9 +4,9 @@ import atexit
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future
-from itertools import count
+from itertools import count, cycle
 from queue import PriorityQueue
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 END = object()
@@ -20,10 +20,20 @@ def read_in_turn(parts: Sequence[Iterator[Item]], workers: int = 0, ahead: int =
     the part that is due first of those that no other thread is at, so that one slow item holds up its own part alone.
     An error of a part is raised at its turn, after the items before it. Closing the iterator ends the threads.
     """
-    # Turn t is the next item of part t % len(parts). It is due once the part's turn before it is made.
+    if workers:
+        yield from _read_ahead(parts, workers, ahead)
+        return
+    for part in cycle(parts):
+        item = next(part, END)
+        if item is END:
+            return
+        yield item  # type: ignore[misc]
+
+
+def _read_ahead(parts: Sequence[Iterator[Any]], workers: int, ahead: int) -> Generator[Any, None, None]:
+    """Turn t is the next item of part t % len(parts): due once turn t - len(parts) is made and t is within `ahead`."""
     items: dict[int, Future] = {}  # of the turns from the reader's on
     due: PriorityQueue[int] = PriorityQueue()
-    ahead = ahead if workers else 1
 
     def allow(turn: int) -> None:
         items[turn] = Future()
@@ -33,15 +43,12 @@ def read_in_turn(parts: Sequence[Iterator[Item]], workers: int = 0, ahead: int =
         else:
             before.add_done_callback(lambda _: due.put(turn))
 
-    def make(turn: int) -> None:
-        try:
-            items[turn].set_result(next(parts[turn % len(parts)], END))
-        except BaseException as error:  # it is the reader's to raise
-            items[turn].set_exception(error)
-
     def work() -> None:
         while (turn := due.get()) != STOP:
-            make(turn)
+            try:
+                items[turn].set_result(next(parts[turn % len(parts)], END))
+            except BaseException as error:  # it is the reader's to raise
+                items[turn].set_exception(error)
 
     def end() -> None:
         for _ in threads:
@@ -57,8 +64,6 @@ def read_in_turn(parts: Sequence[Iterator[Item]], workers: int = 0, ahead: int =
         for turn in range(ahead):
             allow(turn)
         for turn in count():
-            if not threads:
-                make(due.get())
             item = items[turn].result()
             allow(turn + ahead)
             del items[turn]

@@ -98,7 +98,7 @@ def test_a_line_far_too_long_is_not_even_read(tmp_path, monkeypatch):
     ]
 
 
-def test_token_ids_are_taken_as_they_are_and_what_is_none_is_not():
+def test_token_ids_are_accepted_and_other_numbers_are_not():
     assert accept([3, 1], "row 0").tolist() == [3, 1] and accept([3, 1], "row 0").dtype == np.int32
     for value in ([], [1.5], [None], [True], [-1], [2**40], np.array([0.5])):
         assert isinstance(accept(value, "row 0"), Bad), value

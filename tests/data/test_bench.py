@@ -23,7 +23,7 @@ def test_the_table_has_a_line_for_each_number_of_workers_and_the_costs(tmp_path,
     assert [line.split(":")[0] for line in lines[5:]] == ["tokenizer alone", "state", "peak memory"]
 
 
-def test_sources_without_text_are_refused_in_one_line(tmp_path, capsys):
+def test_sources_without_text_are_rejected_in_one_line(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text('{"input_ids": [1, 2, 3]}\n' * 20)
     (tmp_path / "job.toml").write_text(f'[training]\ndataset = "{tmp_path}/a.jsonl"\n')
     assert main(["bench", str(tmp_path / "job.toml"), "--data.lanes", "8"]) == 2

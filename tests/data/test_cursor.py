@@ -33,7 +33,7 @@ def walk(cursor):
 
 @pytest.mark.parametrize("kind", [Texts, Tape])
 @pytest.mark.parametrize("size", [16, 32, 200])
-def test_a_cursor_put_at_any_place_goes_on_with_the_same_documents_and_counts(kind, size):
+def test_a_cursor_started_at_any_place_continues_with_the_same_documents_and_counts(kind, size):
     whole = cursor(kind=kind, size=size)
     walked = list(walk(whole))
     texts = [text for _, text in walked]

@@ -61,7 +61,7 @@ def test_every_document_is_read_so_many_times_but_for_the_tail_that_fills_no_row
     assert epochs - 2 / 300 < read <= epochs
 
 
-def test_the_others_go_on_with_shares_of_their_own_when_a_source_is_through():
+def test_the_other_sources_share_the_tokens_when_one_is_exhausted():
     sources = [
         Source("short", 0.5, Texts(documents("s", 40, 20))),
         Source("m", 0.3, Texts(documents("m", 4000, 20))),
@@ -95,7 +95,7 @@ def test_a_restart_just_before_or_at_the_end_ends_alike(kind, sources):
 
 
 @pytest.mark.parametrize("kind", [Texts, Tape])
-def test_a_restart_with_more_epochs_goes_on_as_if_there_had_been_no_end(kind):
+def test_a_restart_with_more_epochs_continues_as_if_there_had_been_no_end(kind):
     endless = loader(one(kind), batch=8)
     running = iter(endless)
     first, end, _ = steps(one(kind), epochs=2)
@@ -115,7 +115,7 @@ def test_fewer_epochs_than_were_read_end_at_once():
 
 
 @pytest.mark.slow
-def test_a_run_ends_with_its_data_on_two_ranks_and_goes_on_on_one_with_more_epochs(tmp_path):
+def test_a_run_ends_with_its_data_on_two_ranks_and_continues_on_one_with_more_epochs(tmp_path):
     for name, count in (("a", 100), ("b", 60)):
         lines = [json.dumps({"text": text}) + "\n" for text in documents(name, count, 300)]
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
@@ -166,7 +166,7 @@ def test_the_exit_code_of_ended_data_waits_for_the_export(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_source_that_begins_anew_is_said_once_an_epoch_and_data_for_no_step_are_refused(tmp_path):
+def test_a_new_epoch_of_a_source_is_logged_once_and_data_that_fill_no_step_are_rejected(tmp_path):
     (tmp_path / "few.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in documents("f", 40, 200)))
     job = [
         *(*SMALL, f"--model.config={write_config(tmp_path, 'llama')}", f"--training.dataset={tmp_path / 'few.jsonl'}"),

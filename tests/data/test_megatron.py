@@ -33,7 +33,7 @@ def read(path):
     return [row if isinstance(row, Bad) else row.tolist() for row in source.rows.texts(range(len(source.rows)))]
 
 
-def test_what_is_written_has_the_formats_bytes(tmp_path):
+def test_the_written_files_have_the_bytes_of_the_format(tmp_path):
     documents = [np.array(ids, np.int32) for ids in ([1, 2, 3], [300], [5, 6])]
     assert write(tmp_path / "new" / "x", documents, 301) == (3, 6)
     assert (tmp_path / "new" / "x.bin").read_bytes() == BIN
