@@ -74,7 +74,7 @@ def _estimate_rank(
     weights = size * parameters
     saved = sum(part.saved for part in flat)
     microbatches = pipeline_schedule.num_microbatches(job_config) if pipeline > 1 else 1
-    in_flight = (_in_flight(layout, rank, microbatches, len(own)) - 1) * saved // len(own)  # but for the last
+    in_flight = (_in_flight(layout, rank, microbatches, len(own)) - 1) * saved // len(own)  # but for the last one
     fixed = weights if shards == 1 and layout.data_parallel_replicate_degree > 1 else 0  # DDP's buckets
     if pipeline > 1:  # a stage's buffers for the hidden states of each microbatch, and for their gradients
         ends = sum(part is parts.embedding or part is parts.head for part in flat)

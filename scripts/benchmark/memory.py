@@ -25,7 +25,7 @@ _LLAMA = {
 }
 _GLA = {"model_type": "gla", "hidden_size": 512, "num_hidden_layers": 6, "num_heads": 4, "vocab_size": 8192}
 _TP = "--parallelism.tensor_parallel_degree=2"
-CASES = {  # name: (ranks, transformers' or fla's config, flags)
+CASES = {  # name: (world_size, transformers' or fla's config, flags)
     "llama, 1 rank": (1, _LLAMA, ["--training.local_batch_size=4"]),
     "gla, 1 rank": (1, _GLA, ["--training.local_batch_size=1"]),
     "llama, FSDP2 on 2 ranks, full AC": (
@@ -89,7 +89,7 @@ def run_rank(flags: list[str]) -> None:
     print("MEASURED", json.dumps([estimated, peak - before]))
 
 
-def compare(ranks: int, model: dict | None, flags: list[str]) -> tuple[int, int]:
+def compare(world_size: int, model: dict | None, flags: list[str]) -> tuple[int, int]:
     """Estimated and measured bytes of a case."""
     with tempfile.TemporaryDirectory() as folder:
         if model:
@@ -97,13 +97,13 @@ def compare(ranks: int, model: dict | None, flags: list[str]) -> tuple[int, int]
             config.write_text(json.dumps(model))
             flags = [f"--model.config={config}", *flags]
         job = [f"--job.dump_folder={folder}/run", *_COMMON, *flags]
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}",
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world_size}",
                    "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", __file__, *job]  # fmt: skip
         # Freed blocks return to the system at once, so that only memory in use is measured.
         env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     found = [json.loads(line.split("MEASURED ")[1]) for line in done.stdout.splitlines() if "MEASURED " in line]
-    assert len(found) == ranks, done.stdout[-3000:] + done.stderr[-3000:]
+    assert len(found) == world_size, done.stdout[-3000:] + done.stderr[-3000:]
     return found[0][0], max(measured for _, measured in found)
 
 
