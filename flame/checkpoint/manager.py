@@ -315,9 +315,7 @@ class CheckpointManager(TitanCheckpointManager):
         if mode == "resume" and self.exclude_from_loading:
             logger.info("--checkpoint.exclude_from_loading is for --checkpoint.initial_load_path: all was restored")
         if mode == "resume" and self.config.load_step not in (-1, trainer.step):
-            logger.info(
-                f"--checkpoint.load_step {self.config.load_step}: the job went back to it earlier and continues"
-            )
+            logger.info(f"--checkpoint.load_step {self.config.load_step}: the job went back to it earlier")
         if mode == "resume" or (mode == "init" and not self.initial_load_in_hf):
             marker = commit.read_marker(Path(source))
             if not marker:

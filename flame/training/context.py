@@ -30,15 +30,17 @@ class RunContext:
         return RankConsensus(VERIFY_TIMEOUT)
 
     @cached_property
-    def plan(self) -> StartPlan:
-        """How the job starts; asked on rank 0 alone, which reads every checkpoint for it. Raises UserError."""
-        assert self.is_first
-        return plan_start(self.job_config)
+    def plan(self) -> StartPlan | None:
+        """How the job starts, on rank 0, which reads every checkpoint for it; None on the others. Raises UserError.
+
+        Asked once the model is loaded: a job that went back to a step is recognized by its whole config.
+        """
+        return plan_start(self.job_config) if self.is_first else None
 
     @cached_property
     def start(self) -> StartPlan:
         """The plan of rank 0, on all ranks. Raises UserError on all of them."""
-        return self.consensus.first(lambda: self.plan)
+        return self.consensus.first(lambda: self.plan or plan_start(self.job_config))
 
     def raise_if_stopped(self) -> None:
         """Raise Stopped on all ranks if one of them received a signal or the time limit of rank 0 has passed."""

@@ -11,7 +11,6 @@ from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_type
 
-from flame.checkpoint.start import StartPlan
 from flame.config.parser import world_size
 from flame.config.schema import JobConfig
 from flame.convert.hf_structure import model_structure
@@ -57,7 +56,6 @@ def register(job_config: JobConfig, context: RunContext | None = None) -> None:
     holds, on the first rank alone. Raises UserError.
     """
     context, model = context or RunContext(job_config), job_config.model
-    plan = context.plan if context.is_first else None
     if device_type == "cpu" and (flag := next((f for f, asked in _NEEDS_GPU.items() if asked(job_config)), None)):
         raise UserError(f"--{flag}", hint="needs a GPU, and none is visible")
     quantize.check(job_config)
@@ -66,8 +64,8 @@ def register(job_config: JobConfig, context: RunContext | None = None) -> None:
     if job_config.experimental.custom_import:
         import_models(job_config.experimental.custom_import)
     tokenizer = build_tokenizer(model.tokenizer_path, model.trust_remote_code, model.add_tokens)
-    fields, flag, description = (_load_hf if model.name == "auto" else _load_titan)(job_config, tokenizer, plan)
-    if plan and not all(status.corruption for status in plan.checkpoints.values()):
+    fields, flag, description = (_load_hf if model.name == "auto" else _load_titan)(job_config, tokenizer, context)
+    if (plan := context.plan) and not all(status.corruption for status in plan.checkpoints.values()):
         _check_same_model(flag, description, tokenizer, context.run.folder)
     sources, held_out_sources = build_sources(job_config.training, job_config.data), []
     if job_config.validation.enable:
@@ -85,7 +83,7 @@ def register(job_config: JobConfig, context: RunContext | None = None) -> None:
     register_train_spec(model.name, spec)
 
 
-def _load_titan(job_config: JobConfig, tokenizer: Tokenizer, plan: StartPlan | None) -> Loaded:
+def _load_titan(job_config: JobConfig, tokenizer: Tokenizer, context: RunContext) -> Loaded:
     """torchtitan's own model."""
     model, checkpoint = job_config.model, job_config.checkpoint
     fields = titan_model.load(job_config, tokenizer)
@@ -99,11 +97,11 @@ def _load_titan(job_config: JobConfig, tokenizer: Tokenizer, plan: StartPlan | N
     elif checkpoint.initial_load_path:
         theirs = model_structure(build_on_meta(published, f"{model.name} {model.flavor}")).published
         structure = titan_structure(theirs, model.name, fields["model_args"][model.flavor])
-        adapter = build_adapter(job_config, structure, plan)
+        adapter = build_adapter(job_config, structure, context.plan)
     return {**fields, "state_dict_adapter": adapter}, "--model.flavor", fields["model_cls"].description
 
 
-def _load_hf(job_config: JobConfig, tokenizer: Tokenizer, plan: StartPlan | None) -> Loaded:
+def _load_hf(job_config: JobConfig, tokenizer: Tokenizer, context: RunContext) -> Loaded:
     """A model of transformers or fla."""
     model = job_config.model
     assert model.config is not None
@@ -125,7 +123,7 @@ def _load_hf(job_config: JobConfig, tokenizer: Tokenizer, plan: StartPlan | None
         "parallelize_fn": parallelize,
         "pipelining_fn": pipeline,
         "build_optimizers_fn": build_optimizers,
-        "state_dict_adapter": build_adapter(job_config, model_structure(hf_model), plan),
+        "state_dict_adapter": build_adapter(job_config, model_structure(hf_model), context.plan),
     }
     return fields, "--model.config", json.loads(hf_config.to_json_string(use_diff=False))
 

@@ -51,9 +51,8 @@ class FlameTrainer(torchtitan.train.Trainer):
         super().__init__(job_config)
         self.maybe_enable_amp = autocast_for(job_config, self.maybe_enable_amp)
         training, (_, dp_degree) = job_config.training, self._batch_rank()
-        self.step_tokens = (  # of the whole job
-            self.gradient_accumulation_steps * training.local_batch_size * dp_degree * training.seq_len
-        )
+        sequences = self.gradient_accumulation_steps * training.local_batch_size * dp_degree
+        self.step_tokens = sequences * training.seq_len  # of the whole job
         self.tokens = 0
         self.data_digest = ""
         self.resumed_at: int | None = None
@@ -63,15 +62,11 @@ class FlameTrainer(torchtitan.train.Trainer):
         self.skips = nonfinite.SkippedSteps(training, updates_in_backward=job_config.optimizer.early_step_in_backward)
         batch_mesh = self.parallel_dims.get_mesh("batch") if self.parallel_dims.dp_enabled else None
         self.accounting = DataAccounting(self.dataloader, batch_mesh, self.device, context)
-        self.pipeline = (
-            Pipeline(self.pp_schedule, self.pp_has_first_stage, self.pp_has_last_stage, self.loss_fn)
-            if self.parallel_dims.pp_enabled
-            else None
-        )
+        self.pipeline: Pipeline | None = None
+        if self.parallel_dims.pp_enabled:
+            self.pipeline = Pipeline(self.pp_schedule, self.pp_has_first_stage, self.pp_has_last_stage, self.loss_fn)
         if job_config.optimizer.early_step_in_backward:
-            logger.warning(
-                "--optimizer.early_step_in_backward: gradients are neither clipped nor checked; weights are, when saved"
-            )
+            logger.warning("--optimizer.early_step_in_backward: gradients are neither clipped nor checked for NaN")
 
     def init_distributed(self) -> ParallelDims:
         dims = super().init_distributed()

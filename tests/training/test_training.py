@@ -96,7 +96,7 @@ def test_a_run_whose_checkpoints_are_all_broken_stops_instead_of_starting_anew(r
     for step in (2, 4):
         (root / "torn" / "checkpoint" / f"step-{step}").mkdir(parents=True)
     done = train(*job("torn"))
-    assert "flame: --checkpoint.folder: no complete checkpoint" in done.stderr
+    assert "flame: --checkpoint.folder: found no complete checkpoint" in done.stderr
     assert done.returncode != 0
     assert not (root / "torn" / "metrics.jsonl").exists()
 
