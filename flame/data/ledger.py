@@ -18,13 +18,10 @@ def digest_batch(inputs: ArrayLike, labels: ArrayLike, indices: ArrayLike) -> in
     hashed one by one and the hashes added modulo 2^64, so that the sum over ranks (an int64 all-reduce, which wraps)
     does not depend on how the rows were laid out.
     """
-    inputs, labels = np.asarray(inputs), np.asarray(labels)
-    places = np.asarray(indices, dtype="<i8").reshape(-1)
-    assert inputs.shape == labels.shape and len(places) == len(inputs), (inputs.shape, labels.shape, places.shape)
+    places, inputs, labels = np.asarray(indices, "<i8"), np.asarray(inputs), np.asarray(labels)
+    assert inputs.shape == labels.shape and places.shape == inputs.shape[:1], (inputs.shape, labels.shape, places.shape)
     total = 0
-    for place, row, targets in zip(
-        places, inputs.astype("<i4", copy=False), labels.astype("<i4", copy=False), strict=True
-    ):
+    for place, row, targets in zip(places, inputs.astype("<i4"), labels.astype("<i4"), strict=True):
         row_hash = blake2b(place.tobytes() + row.tobytes() + targets.tobytes(), digest_size=8)
         total += int.from_bytes(row_hash.digest(), "little")
     return (total + 2**63) % 2**64 - 2**63

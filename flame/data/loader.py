@@ -3,7 +3,7 @@
 import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from itertools import count, islice, repeat
+from itertools import count, islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -99,8 +99,8 @@ class Loader(BaseDataLoader):
         turns = own[first:] + own[:first]
         lanes = self._open_lanes()
         parts = [
-            self._read(lane, lanes[lane], islice(self._indices(self._sequence), place, None, len(own)))
-            for place, lane in enumerate(turns)
+            self._read(lane, lanes[lane], self._indices(self._sequence, row, len(own)))
+            for row, lane in enumerate(turns)
         ]
         with closing(read_in_turn(parts, self._workers, self._ahead)) as stream:
             while len(samples := list(islice(stream, self._batch_size))) == self._batch_size:
@@ -117,16 +117,19 @@ class Loader(BaseDataLoader):
                 self.digest = sum(digests) % 2**64
                 yield self._collate(samples)
 
-    def _indices(self, sequence: int) -> Iterator[int | None]:
-        """The index in its step of each of the rank's rows from a sequence on; None for those of skipped steps."""
+    def _indices(self, sequence: int, row: int, stride: int) -> Iterator[int | None]:
+        """The indices in their steps of a lane's rows: of the rank's rows from a sequence on one, and every stride-th.
+
+        None for those of skipped steps.
+        """
         batch, handed_out = self._batch_size * self._dp_degree, 0  # sequences on all ranks
         for first in count(sequence, batch):
-            if self._order.skips(first):
-                yield from repeat(None, self._batch_size)
-                continue
-            index = handed_out % self._order.step + self._dp_rank
-            yield from range(index, index + batch, self._dp_degree)
-            handed_out += batch
+            skipped = self._order.skips(first)
+            while row < self._batch_size:
+                yield None if skipped else handed_out % self._order.step + row * self._dp_degree + self._dp_rank
+                row += stride
+            row -= self._batch_size
+            handed_out += 0 if skipped else batch
 
     def _read(self, lane: int, rows: Lane, indices: Iterator[int | None]) -> Iterator[Sample]:
         for index, row in zip(indices, rows, strict=False):
