@@ -4,6 +4,7 @@ import math
 import os
 import time
 from functools import cached_property
+from typing import cast
 
 from flame.checkpoint.start import StartPlan, plan_start
 from flame.checkpoint.verification import VERIFY_TIMEOUT
@@ -40,7 +41,7 @@ class RunContext:
     @cached_property
     def start(self) -> StartPlan:
         """The plan of rank 0, on all ranks. Raises UserError on all of them."""
-        return self.consensus.first(lambda: self.plan or plan_start(self.job_config))
+        return cast(StartPlan, self.consensus.first(lambda: self.plan))
 
     def raise_if_stopped(self) -> None:
         """Raise Stopped on all ranks if one of them received a signal or the time limit of rank 0 has passed."""
