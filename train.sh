@@ -10,6 +10,7 @@
 #
 # torchrun keeps the whole output of every rank in a folder torchelastic_* in $TMPDIR; PET_LOG_DIR names another.
 set -euo pipefail
+trap 'exit 130' INT
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 reject() {
@@ -40,12 +41,16 @@ export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} # this checkout's flame, from
 [[ -n ${PYTORCH_CUDA_ALLOC_CONF:-} ]] || export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 [[ -t 1 ]] || export NO_COLOR=${NO_COLOR:-1}
 
+start=(env -u WORLD_SIZE) # ranks read it; other launchers leave it
+if env --block-signal=INT true 2>/dev/null; then
+  start+=(--block-signal=INT) # until Python handles it: Ctrl-C in its first tenth of a second would be a traceback
+fi
 status=0
-env -u WORLD_SIZE "$python" -m flame.preflight "$@" || status=$? # ranks read WORLD_SIZE; other launchers leave it
+"${start[@]}" "$python" -m flame.preflight "$@" || status=$?
 case $status in
   0) ;;
   64) exit 0 ;; # the help was printed
-  65) exec env -u WORLD_SIZE "$python" -m flame.train "$@" ;; # a dry run: one process reports for all ranks
+  65) exec "${start[@]}" "$python" -m flame.train "$@" ;; # a dry run: one process reports for all ranks
   *) exit "$status" ;;
 esac
 
@@ -54,13 +59,14 @@ port=0
 if ((NNODE > 1)); then
   port=$((29500 + ${SLURM_JOB_ID:-0} % 10000)) # the same on all nodes, and another for each Slurm job
   if [[ -z ${MASTER_ADDR:-} ]]; then
-    [[ -n ${SLURM_JOB_NODELIST:-} ]] || reject "MASTER_ADDR: found nothing, must be the first of NNODE=$NNODE nodes"
-    read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    # Slurm's own command; a container may lack it
+    [[ -n ${SLURM_JOB_NODELIST:-} ]] && read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST" 2>&-) ||
+      reject "MASTER_ADDR: found nothing, must be the first of NNODE=$NNODE nodes"
     # Set rather than guessed: torchrun recognizes its own host by name, which fails where names are aliases.
     rendezvous+=(--rdzv_conf "is_host=$((${SLURM_NODEID:-0} == 0))")
   fi
 fi
 
-exec "$python" -m flame.runtime.launch --nnodes "$NNODE" --nproc_per_node "$NGPU" "${rendezvous[@]}" \
+exec "${start[@]}" "$python" -m flame.runtime.launch --nnodes "$NNODE" --nproc_per_node "$NGPU" "${rendezvous[@]}" \
   --rdzv_endpoint "${MASTER_ADDR:-localhost}:${MASTER_PORT:-$port}" \
   --local-ranks-filter "${LOG_RANK:-0}" --role rank --tee 3 -m flame.train "$@"

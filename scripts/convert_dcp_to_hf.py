@@ -1,4 +1,4 @@
-"""DCP -> Hugging Face: python scripts/convert_dcp_to_hf.py --path RUN [--step N] [--config C] [--tokenizer T]
+"""DCP -> Hugging Face: bash scripts/flame.sh export --path RUN [--step N] [--config C] [--tokenizer T]
 
 Streams tensor after tensor, so that memory does not grow with the model, and checks what it wrote; the findings are in
 conversion_report.json. Exit code 2: a mistake, in one line; 1: the tensors are not those of the config's model, or the
@@ -17,9 +17,15 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from typing import Any
+
+if find_spec("torchtitan") is None:  # another Python than the one that scripts/setup.sh finds or makes
+    command = f"bash {Path(__file__).resolve().with_name('flame.sh')} export ..."
+    print(f"flame: {sys.executable} has no torchtitan; with the Python that has it: {command}", file=sys.stderr)
+    sys.exit(2)
 
 import tomli
 from tqdm import tqdm

@@ -1,4 +1,4 @@
-"""Hugging Face -> DCP: python scripts/convert_hf_to_dcp.py --model FOLDER --checkpoint RUN/checkpoint/step-0
+"""Hugging Face -> DCP: bash scripts/flame.sh import --model FOLDER --checkpoint RUN/checkpoint/step-0
 
 Writes the weights of safetensors files as a checkpoint of a model alone, piece by piece, and reads it again. A run in
 RUN starts from it; so does any other with --checkpoint.initial_load_path. Exit code 2: a mistake, in one line; 1: the
@@ -8,7 +8,13 @@ tensors are not those of the folder's config, or the disk is full.
 import argparse
 import sys
 from hashlib import sha256
+from importlib.util import find_spec
 from pathlib import Path
+
+if find_spec("torchtitan") is None:  # another Python than the one that scripts/setup.sh finds or makes
+    command = f"bash {Path(__file__).resolve().with_name('flame.sh')} import ..."
+    print(f"flame: {sys.executable} has no torchtitan; with the Python that has it: {command}", file=sys.stderr)
+    sys.exit(2)
 
 from tqdm import tqdm
 

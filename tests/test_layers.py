@@ -22,6 +22,7 @@ ROOMS = {  # lowest first; a room imports itself, `errors`, and the rooms named 
     "dry_run": "config data models parallel titan training",
     "train": "config runtime preflight training dry_run",
     "drills": "checkpoint training train",
+    "__main__": "",
 }
 FILES = sorted(path.relative_to(FLAME).as_posix() for path in FLAME.rglob("*.py"))
 

@@ -2,11 +2,15 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+
+from flame.errors import PREEMPTED
 
 ROOT = Path(__file__).parents[1]
 PREFLIGHT, LAUNCH = ["-m", "flame.preflight"], ["-m", "flame.runtime.launch"]
@@ -137,6 +141,10 @@ def test_slurm_supplies_the_layout_the_first_node_and_the_run_id(shell, node, is
 def test_several_nodes_without_a_first_node_are_rejected(shell):
     done = shell.train("--x", NNODE="2")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "MASTER_ADDR" in done.stderr
+    for scontrol in ("exit 127", "exit 0", "echo broken >&2; exit 1"):  # a container lacks it, or cannot ask
+        write_program(shell.bin / "scontrol", f"#!/bin/bash\n{scontrol}\n")
+        slurm = shell.train("--x", SLURM_NNODES="2", SLURM_JOB_NODELIST="n[5-6]")
+        assert (slurm.returncode, slurm.stderr) == (2, done.stderr)
     assert LAUNCH not in [call["args"][:2] for call in shell.calls]
 
 
@@ -165,6 +173,53 @@ def test_the_help_lists_flags_and_makes_nothing_even_beside_a_folder_named_flame
     assert done.returncode == 0, done.stderr
     assert "--training.steps" in done.stdout and "--model.config" in done.stdout
     assert [p.name for p in shell.cwd.rglob("*")] == ["flame"]
+
+
+@pytest.mark.parametrize("after", [0.0, 0.05, 0.2, 0.5])
+def test_ctrl_c_before_the_launch_ends_the_command_in_silence(shell, after):
+    started = subprocess.Popen(
+        ["bash", str(ROOT / "train.sh"), "--model.config", f"{ROOT}/configs/gla_debug.json"],
+        cwd=shell.cwd,
+        env=shell.env | {"FLAME_PYTHON": sys.executable},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: (os.setsid(), signal.signal(signal.SIGINT, signal.SIG_DFL)),
+    )
+    time.sleep(0.02 + after)
+    os.killpg(started.pid, signal.SIGINT)  # as the terminal does
+    said, _ = started.communicate(timeout=60)
+    assert started.returncode in (130, -signal.SIGINT, PREEMPTED)
+    assert "Traceback" not in said and said.count("\n") <= 1
+
+
+def test_the_other_commands_run_from_any_folder(shell):
+    shell.run(ROOT / "scripts/flame.sh", "data", "show", "a run", "--step", "3")
+    (call,) = shell.calls
+    assert call["args"] == ["-m", "flame", "data", "show", "a run", "--step", "3"]
+    assert call["cwd"] == str(shell.cwd)
+    done = shell.run(ROOT / "scripts/flame.sh", "drills", "nope", FLAME_PYTHON=sys.executable)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and done.stderr.startswith("flame: drill:")
+    unknown = shell.run(ROOT / "scripts/flame.sh", "trian", FLAME_PYTHON=sys.executable)
+    assert (unknown.returncode, unknown.stderr.count("\n")) == (2, 1) and "trian" in unknown.stderr
+
+
+@pytest.mark.parametrize(
+    "words, command",
+    [
+        (["-m", "flame.data", "show", "a run"], "scripts/flame.sh data show 'a run'"),
+        (["-m", "flame.drills"], "scripts/flame.sh drills"),
+        (["-m", "flame"], "scripts/flame.sh"),
+        (["-m", "flame.train", "--x"], "train.sh --x"),
+        ([str(ROOT / "scripts/convert_dcp_to_hf.py"), "--path", "run"], "scripts/flame.sh export ..."),
+        ([str(ROOT / "scripts/convert_hf_to_dcp.py")], "scripts/flame.sh import ..."),
+    ],
+)
+def test_a_python_without_the_packages_names_the_command_that_works(words, command):
+    bare = [sys.executable, "-S", *words]  # without site-packages
+    done = subprocess.run(bare, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"bash {ROOT}/{command}" in done.stderr
 
 
 # scripts/setup.sh, in a checkout of its own whose .venv holds the stand-in

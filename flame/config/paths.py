@@ -1,15 +1,23 @@
 """Tells paths on this machine from hub ids. Imports neither torch nor numpy."""
 
 import os
+import shlex
 from glob import glob
 from pathlib import Path
 
 from flame.errors import UserError
 
+CHECKOUT = Path(__file__).parents[2]
 KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".arrow": "arrow", ".txt": "text"}  # of `datasets`
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 PATTERN = frozenset("*?[")  # characters of a glob pattern
 _ENDINGS = (*KINDS, *COMPRESSED, ".toml", ".bin", ".idx")
+
+
+def command(script: str, *words: str | Path) -> str:
+    """A command line with a script of this checkout that can be pasted in any folder; a Path is made absolute."""
+    plain = [os.path.abspath(word) if isinstance(word, Path) else word for word in (CHECKOUT / script, *words)]
+    return shlex.join(["bash", *plain])
 
 
 def ending(file: str) -> str:

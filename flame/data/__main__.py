@@ -1,4 +1,4 @@
-"""`python -m flame.data show|verify|bench|pack`: what runs were fed, how fast, and from which files; see docs/."""
+"""`flame.sh data show|verify|bench|pack`: what runs were fed, how fast, and from which files; see docs/."""
 
 import argparse
 import runpy
@@ -20,7 +20,7 @@ LISTS = ("dataset_name", "dataset_split", "data_dir", "data_files")
 
 def main(argv: list[str]) -> int:
     """Exit code: 0 fine, 1 the data differ, 2 a mistake of the user, reported in one line."""
-    parser = argparse.ArgumentParser(prog="python -m flame.data", description="What runs were fed, and how fast.")
+    parser = argparse.ArgumentParser(prog="flame data", description="What runs were fed, and how fast.")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("show", help="decode what a step was fed, and compare it with the run's ledger")
     command.add_argument("run", type=Path, help="run folder")

@@ -1,4 +1,4 @@
-"""`python -m flame.drills [NAME ...] [--nproc N] [--keep FOLDER] [--flags FLAGS ...]`.
+"""`flame.sh drills [NAME ...] [--nproc N] [--keep FOLDER] [--flags FLAGS ...]`.
 
 Exit code: 0, 1 if a check fails, 2 for a usage error, 130 after Ctrl-C.
 """
@@ -19,7 +19,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """The command line; argparse exits with code 2 if it is wrong."""
     lines = [f"  {name:<14}{drill.__doc__}" for name, drill in DRILLS.items()]
     parser = argparse.ArgumentParser(
-        prog="python -m flame.drills",
+        prog="flame drills",
         description="Make a tiny job fail on purpose, and check that nothing is lost. Drills:\n" + "\n".join(lines),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,4 +1,4 @@
-"""`python -m flame.models list|audit`: which models there are, and whether one is what its config means; see docs/."""
+"""`flame.sh models list|audit`: which models there are, and whether one is what its config means; see docs/."""
 
 import argparse
 import logging
@@ -13,7 +13,7 @@ from flame.runtime import device
 
 def main(argv: list[str]) -> int:
     """Exit code: 0 success, 1 a failed check, 2 a UserError, printed as one line."""
-    parser = argparse.ArgumentParser(prog="python -m flame.models", description="List model configs, or check one.")
+    parser = argparse.ArgumentParser(prog="flame models", description="List model configs, or check one.")
     commands = parser.add_subparsers(dest="command", required=True)
     listing = commands.add_parser("list", help="the configs of configs/, or those given, with their sizes")
     listing.add_argument("configs", nargs="*", type=Path, metavar="CONFIG.json")

@@ -1,4 +1,4 @@
-"""`python -m flame.models audit`: checks that flame trains the model that its Hugging Face config means.
+"""`flame.sh models audit`: checks that flame trains the model that its Hugging Face config means.
 
 Each check is a line with its figure. It compares the model as the trainer runs it with transformers' own.
 """

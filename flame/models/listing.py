@@ -1,4 +1,4 @@
-"""`python -m flame.models list`: model configs with their sizes, counted on the meta device."""
+"""`flame.sh models list`: model configs with their sizes, counted on the meta device."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path

@@ -1,6 +1,5 @@
 """One job from start to export: what surrounds the training loop, and what happens when it fails."""
 
-import shlex
 import signal
 from functools import partial
 
@@ -9,6 +8,7 @@ from torchtitan.tools.logging import logger
 
 from flame.checkpoint.commit import complete_steps
 from flame.checkpoint.structure import ConversionError
+from flame.config.paths import command
 from flame.convert.dcp_file import CorruptedError
 from flame.convert.verify import export_and_verify
 from flame.errors import EXHAUSTED, PREEMPTED, SaveError, UserError
@@ -80,9 +80,9 @@ def _log_stopped(trainer: FlameTrainer) -> None:
         return
     saved = [s for s in complete_steps(run.folder / config.folder) if s <= step] if config.enable else []
     last = f"the last checkpoint is {run.folder / config.folder}/step-{saved[-1]}" if saved else "nothing is saved"
-    recorded = shlex.quote(str(run.folder / "config.toml"))
     reason = run.read_status()["reason"]
-    logger.info(f"preempted at step {step} ({reason}), {last}; go on: bash train.sh --job.config_file {recorded}")
+    go_on = command("train.sh", "--job.config_file", run.folder / "config.toml")
+    logger.info(f"preempted at step {step} ({reason}), {last}; go on: {go_on}")
 
 
 def _finish(trainer: FlameTrainer, signals: stop.Signals) -> None:
@@ -108,6 +108,6 @@ def _finish(trainer: FlameTrainer, signals: stop.Signals) -> None:
             lines.append(f"model        {export}  (Hugging Face format)")
     if later := [other for other in steps if other > step]:
         lines.append(f"note         step {later[-1]} is there as well, and is what a resume takes")
-    recorded = shlex.quote(str(run.folder / "config.toml"))
-    lines.append(f"go on        bash train.sh --job.config_file {recorded} --training.steps N")
+    go_on = command("train.sh", "--job.config_file", run.folder / "config.toml", "--training.steps", "N")
+    lines.append(f"go on        {go_on}")
     logger.info("\n  ".join([f"{run.read_status()['status']} at step {step}", *lines]))

@@ -1,7 +1,6 @@
 """torchtitan's Trainer with a step that is right in every layout, a provable data stream, and a run folder."""
 
 import math
-import shlex
 from collections.abc import Iterator
 from contextlib import nullcontext
 from datetime import timedelta
@@ -19,6 +18,7 @@ from torchtitan.tools.profiling import maybe_enable_memory_snapshot, maybe_enabl
 
 from flame.checkpoint.manager import CheckpointManager
 from flame.config.parser import recorded, to_toml
+from flame.config.paths import command
 from flame.config.schema import JobConfig
 from flame.data.ledger import roll
 from flame.errors import NonFiniteError, UserError
@@ -273,8 +273,8 @@ class FlameTrainer(torchtitan.train.Trainer):
             )
 
     def _show_data(self) -> str:
-        folder = shlex.quote(str(self.run.folder))
-        return f"its data, of digest {self.data_digest}: python -m flame.data show {folder} --step {self.step}"
+        shown = command("scripts/flame.sh", "data", "show", self.run.folder, "--step", str(self.step))
+        return f"its data, of digest {self.data_digest}: {shown}"
 
     def _log(self, loss: torch.Tensor, local_tokens: int, global_tokens: int, grad_norm: float, lr: float) -> None:
         dims = self.parallel_dims

@@ -1,5 +1,5 @@
 """The data stream of a job next to its tokenizer alone on the same text, and its cost in memory and state:
-python -m flame.data bench JOB.toml [flags of the job]
+bash scripts/flame.sh data bench JOB.toml [flags of the job]
 """
 
 import itertools

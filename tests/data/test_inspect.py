@@ -72,7 +72,7 @@ def run(made, tmp_path):
 
 
 def said(capsys, *argv):
-    """Exit code and output of `python -m flame.data`."""
+    """Exit code and output of `flame.sh data`."""
     code = main([str(word) for word in argv])
     captured = capsys.readouterr()
     return code, captured.out + captured.err

@@ -11,7 +11,7 @@ from flame.config.schema import Training
 from flame.data.inspect import show
 from flame.errors import NonFiniteError
 from flame.training.nonfinite import SkippedSteps, find
-from tests.launch import SMALL, metrics, train_each
+from tests.launch import REPO, SMALL, metrics, train_each
 from tests.tiny import write_config
 
 BAD = "model.layers.0.self_attn.k_proj.weight"  # the parameter that tests.faults.Poisoned spoils
@@ -77,7 +77,8 @@ def test_the_report_names_the_step_and_what_is_bad_and_the_last_good_checkpoint_
 def test_the_data_of_the_bad_step_can_be_shown_and_are_those_of_its_digest(name, root, capsys):
     status, last = json.loads((root / name / "status.json").read_text()), metrics(root / name)[-1]
     assert last["step"] == 3
-    assert f"of digest {last['data_digest']}: python -m flame.data show {root}/{name} --step 3" in status["reason"]
+    shown = f"bash {REPO}/scripts/flame.sh data show {root}/{name} --step 3"
+    assert f"of digest {last['data_digest']}: {shown}" in status["reason"]
     assert show(root / name, 3, rank=None, ranks=None, full=False)
     assert f"digest {last['data_digest']}: as logged at step 3" in capsys.readouterr().out
 
