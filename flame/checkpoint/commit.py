@@ -43,13 +43,17 @@ class Status:
     """What the names and sizes of a checkpoint's files tell.
 
     corruption: what is wrong, naming the file; None if the checkpoint is complete. resumable: it is complete and holds
-    more than the model, which is all that last_save_model_only saves. unfinished: its save never ended, as it has
-    neither marker nor metadata.
+    more than the model, which is all that last_save_model_only saves. unfinished: its save never ended, as it has no
+    marker, and no metadata or such as expects one.
     """
 
     corruption: str | None = None
     resumable: bool = False
     unfinished: bool = False
+
+
+class _MarkerMissingError(ValueError):
+    """A save ended between the metadata and the marker that they announce."""
 
 
 def write_marker(checkpoint: Path, files: Iterable[SavedFile], facts: Mapping[str, Any]) -> None:
@@ -85,6 +89,7 @@ def inspect_checkpoint(checkpoint: Path) -> Status:
 
     Raises UserError if a file is there and cannot be read: it may be intact.
     """
+    unfinished = False
     try:
         with report_unreadable(checkpoint):
             if marker := read_marker(checkpoint):
@@ -97,13 +102,16 @@ def inspect_checkpoint(checkpoint: Path) -> Status:
                     raise ValueError(f"{name} has {found:,} bytes, must have {size:,}")
     except (FileNotFoundError, NotADirectoryError) as error:
         corruption = f"{Path(error.filename).name} is missing"
+        unfinished = not any((checkpoint / name).exists() for name in (MARKER, METADATA))
     except UserError:
         raise
+    except _MarkerMissingError as error:
+        corruption, unfinished = str(error), True
     except ValueError as error:
         corruption = str(error)
     else:
         return Status(resumable=resumable)
-    return Status(corruption, unfinished=not any((checkpoint / name).exists() for name in (MARKER, METADATA)))
+    return Status(corruption, unfinished=unfinished)
 
 
 def verify_hashes(checkpoint: Path, rank: int = 0, world_size: int = 1) -> list[str]:
@@ -222,7 +230,10 @@ def _unreadable(path: Path, error: OSError) -> UserError:
 
 @lru_cache(maxsize=4)  # that of a large model takes seconds, and is parsed more than once at a start
 def _parse_metadata(data: bytes) -> tuple[dict[str, int], bool]:
-    """({file: bytes in use}, resumable) by .metadata. Raises ValueError if it is corrupted or expects a marker."""
+    """({file: bytes in use}, resumable) by .metadata.
+
+    Raises ValueError if it is corrupted, and _MarkerMissingError if it expects a marker.
+    """
     try:
         fields = read_pickle(data).state
         origin, places = fields.get("storage_meta"), [place.state for place in fields["storage_data"].values()]
@@ -235,7 +246,7 @@ def _parse_metadata(data: bytes) -> tuple[dict[str, int], bool]:
     except Exception as error:  # a foreign or corrupted pickle may raise anything
         raise ValueError(f"{METADATA} is corrupted ({type(error).__name__}: {error})") from None
     if expects_marker:
-        raise ValueError(f"{MARKER} is missing")
+        raise _MarkerMissingError(f"{MARKER} is missing")
     return sizes, resumable
 
 

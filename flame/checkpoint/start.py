@@ -2,19 +2,22 @@
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import tomli
 
-from flame.checkpoint.commit import Status, find_checkpoints, inspect_checkpoint, scan_checkpoints
+from flame.checkpoint.commit import Status, inspect_checkpoint, read_marker, scan_checkpoints
 from flame.config.parser import recorded, to_toml
 from flame.config.schema import Checkpoint, JobConfig
 from flame.errors import UserError
 
 _NAMES = ("job.dump_folder", "job.config_file", "job.description", "checkpoint.folder")  # nothing of what is trained
+_RECORDED = {"folder": str, "interval": int, "interval_type": str}
 _ONLY_AT_FIRST = "checkpoint.initial_load_"
 
 
@@ -60,7 +63,7 @@ def plan_start(job_config: JobConfig) -> StartPlan:
             raise UserError("--checkpoint.start", asked, "auto or resume", hint)
         steps = [step for step in steps if step > 0]
         if not steps:
-            _check_restartable(config, folder, found)
+            _check_restartable(job_config, folder, found)
             if 0 not in found:
                 return StartPlan(_choose_beginning(config, folder), checkpoints=found)
             steps = [0]  # a model to begin with
@@ -86,15 +89,24 @@ def check_orphaned_checkpoints(config: Checkpoint, run: Path) -> None:
 
     The run's records would give way to those of another run.
     """
-    try:
-        before = tomli.loads((run / "config.toml").read_text())
-    except (OSError, ValueError):  # no run folder as yet, or not one of ours
+    if not (before := _read_recorded(run)):
         return
-    folder = run / before.get("checkpoint", {}).get("folder", config.folder)
-    if steps := find_checkpoints(folder):
+    folder = Path(run, before.get("folder") or config.folder)
+    if config.enable and os.path.realpath(folder) == os.path.realpath(run / config.folder):
+        return  # `plan_start` has decided
+    if steps := [step for step, status in scan_checkpoints(folder).items() if not status.unfinished]:
         name, found = ("folder", config.folder) if config.enable else ("enable", "false")
         hint = f"the run has checkpoints, {folder}/step-{max(steps)}, and would begin anew"
         raise UserError(f"--checkpoint.{name}", found, hint=f"{hint}; give another --job.dump_folder")
+
+
+def _read_recorded(run: Path) -> dict[str, Any]:
+    """The settings of checkpoints that a run folder's config.toml holds; {} without one that a run wrote."""
+    try:
+        known = tomli.loads((run / "config.toml").read_text())["checkpoint"]
+        return {name: known[name] for name, kind in _RECORDED.items() if isinstance(known.get(name), kind)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
 
 
 def step_of(checkpoint: Path) -> int:
@@ -116,9 +128,9 @@ def _already_rewound(job_config: JobConfig) -> bool:
     run = Path(job_config.job.dump_folder)
     try:
         start = json.loads((run / "status.json").read_bytes())["start"]
-        same = (run / "config.toml").read_text() == to_toml(recorded(job_config))
-        return same and start["load_step"] == job_config.checkpoint.load_step
-    except (OSError, ValueError, KeyError, TypeError):  # no run folder as yet, or a broken one
+        was, now = tomli.loads((run / "config.toml").read_text()), tomli.loads(to_toml(recorded(job_config)))
+        return not any(changed_settings(was, now)) and start["load_step"] == job_config.checkpoint.load_step
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # no run folder as yet, or a broken one
         return False
 
 
@@ -133,14 +145,26 @@ def _check_load_step(config: Checkpoint, folder: Path, found: Mapping[int, Statu
     return step
 
 
-def _check_restartable(config: Checkpoint, folder: Path, found: Mapping[int, Status]) -> None:
+def _check_restartable(job_config: JobConfig, folder: Path, found: Mapping[int, Status]) -> None:
     """Raises UserError if a corrupted checkpoint is more than the first save cut short: its run may be worth saving."""
     corrupted = {step: status for step, status in found.items() if status.corruption}
-    first_save = config.interval if config.interval_type == "steps" else math.inf
-    if len(corrupted) > 1 or not all(0 < step <= first_save and s.unfinished for step, s in corrupted.items()):
+    latest = _latest_first_save(job_config)
+    if len(corrupted) > 1 or not all(0 < step <= latest and status.unfinished for step, status in corrupted.items()):
         reasons = "; ".join(f"step-{step}: {status.corruption}" for step, status in corrupted.items())
         found_there = f"no complete checkpoint in {folder} ({reasons})"
         raise UserError("--checkpoint.folder", found_there, hint="move it away to start anew")
+
+
+def _latest_first_save(job_config: JobConfig) -> float:
+    """The last step at which the run can have saved first, with today's interval or the one it was started with."""
+    config, begin = job_config.checkpoint, 0
+    if config.initial_load_path and not config.initial_load_model_only:  # goes on counting from there
+        with suppress(ValueError, UserError):
+            begin = read_marker(Path(config.initial_load_path)).get("step", 0)
+    before = _read_recorded(Path(job_config.job.dump_folder))
+    if "seconds" in (config.interval_type, before.get("interval_type")):
+        return math.inf
+    return begin + max(config.interval, before.get("interval", 0))
 
 
 def _choose_beginning(config: Checkpoint, folder: Path) -> Literal["init", "scratch"]:

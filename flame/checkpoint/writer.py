@@ -31,7 +31,8 @@ class Writer(_FileSystemWriter):
         """Runs on the coordinator before any rank writes; an error here is raised on all of them."""
         if self.overwrite:  # the marker goes first; the old data may be of more ranks
             folder = Path(self.path)
-            for file in (folder / MARKER, folder / METADATA, *folder.glob("__*.distcp")):
+            left = (*folder.glob("__*.distcp"), *folder.glob(f"{MARKER}.*.tmp"))
+            for file in (folder / MARKER, folder / METADATA, *left):
                 file.unlink(missing_ok=True)
         return super().prepare_global_plan(plans)
 

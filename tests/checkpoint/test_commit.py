@@ -134,6 +134,7 @@ def test_a_checkpoint_without_a_marker_is_checked_against_its_metadata(name, dam
 def test_overwriting_a_checkpoint_leaves_no_old_file(tmp_path):
     checkpoint = save(tmp_path / "step-3", step=3)
     (checkpoint / "__7_0.distcp").write_bytes(b"of a rank that there is no longer")
+    (checkpoint / f"{MARKER}.4242.tmp").write_bytes(b"of a save that was killed")
     save(checkpoint, step=4)
     assert {path.name for path in checkpoint.iterdir()} == {MARKER, METADATA, DATA}
     assert read_marker(checkpoint)["step"] == 4 and found(checkpoint) is None

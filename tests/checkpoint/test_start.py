@@ -7,8 +7,9 @@ import shutil
 import pytest
 import torch
 
-from flame.checkpoint.commit import METADATA, SavedFile, write_marker
+from flame.checkpoint.commit import MARKER, METADATA, SavedFile, write_marker
 from flame.checkpoint.start import changed_settings, check_orphaned_checkpoints, plan_start
+from flame.config.parser import to_toml
 from flame.config.schema import Checkpoint, JobConfig
 from flame.errors import UserError
 from tests.checkpoint.managed import Job
@@ -20,6 +21,10 @@ TABLE = {  # state of the folder: what each of MODES does without an initial che
     "absent": (["scratch", REJECTED, REJECTED, "scratch"], ["init", REJECTED, "init", REJECTED]),
     "empty": (["scratch", REJECTED, REJECTED, "scratch"], ["init", REJECTED, "init", REJECTED]),
     "first save cut short": (["scratch", REJECTED, REJECTED, "scratch"], ["init", REJECTED, "init", REJECTED]),
+    "first save without its marker": (
+        ["scratch", REJECTED, REJECTED, "scratch"],
+        ["init", REJECTED, "init", REJECTED],
+    ),
     "newest cut short": (["resume 2", "resume 2", REJECTED, REJECTED], ["resume 2", "resume 2", REJECTED, REJECTED]),
     "newest corrupted": (["resume 2", "resume 2", REJECTED, REJECTED], ["resume 2", "resume 2", REJECTED, REJECTED]),
     "newest truncated": (["resume 2", "resume 2", REJECTED, REJECTED], ["resume 2", "resume 2", REJECTED, REJECTED]),
@@ -50,8 +55,14 @@ def prepare(folder, state, done):
         return
     if state == "first save cut short":
         (checkpoints / "step-2").mkdir()
+        (folder / "config.toml").write_text(to_toml(JobConfig()))
         return
     shutil.copytree(done, folder, dirs_exist_ok=True)
+    if state == "first save without its marker":
+        (folder / "config.toml").write_text(to_toml(JobConfig()))
+        shutil.rmtree(checkpoints / "step-4")
+        (checkpoints / "step-2" / MARKER).unlink()
+        return
     if state == "newest cut short":
         (checkpoints / "step-6").mkdir()
         (checkpoints / "step-4").rename(checkpoints / "gone")
@@ -80,6 +91,7 @@ def test_a_job_starts_as_the_table_says_or_not_at_all(state, mode, with_path, do
     caplog.set_level(logging.INFO)
     prepare(tmp_path, state, done)
     before, expected = everything(tmp_path), TABLE[state][with_path][MODES.index(mode)]
+    check_orphaned_checkpoints(Checkpoint(), tmp_path)
     job = Job(tmp_path, start=mode, **({"initial_load_path": str(donor)} if with_path else {}))
     torch.nn.init.constant_(job.model.weight, -1)  # in place of random weights
     caplog.clear()
@@ -158,6 +170,35 @@ def test_a_run_does_not_start_anew_if_a_later_save_was_cut_short(tmp_path):
     assert planned(tmp_path, interval=8).mode == "scratch"
     assert planned(tmp_path, interval=4, interval_type="seconds").mode == "scratch"
     assert "no complete checkpoint" in rejected(tmp_path, interval=4).found
+
+
+def test_the_first_save_is_known_by_the_interval_that_the_run_had_and_by_the_step_it_began_at(tmp_path):
+    (tmp_path / "checkpoint" / "step-8").mkdir(parents=True)
+    folder = tmp_path / "checkpoint"
+    assert "no complete checkpoint" in rejected(folder, interval=4).found
+    config = JobConfig(checkpoint=Checkpoint(interval=8))
+    (tmp_path / "config.toml").write_text(to_toml(config))
+    assert planned(folder, interval=4).mode == "scratch"
+    (tmp_path / "config.toml").unlink()
+    donor = tmp_path / "donor" / "step-7"
+    donor.mkdir(parents=True)
+    write_marker(donor, [], {"resumable": True, "step": 7})
+    assert planned(folder, interval=4, initial_load_path=str(donor), initial_load_model_only=False).mode == "init"
+    assert "no complete checkpoint" in rejected(folder, interval=4, initial_load_path=str(donor)).found
+
+
+@pytest.mark.parametrize("content", ["checkpoint = 5", "[checkpoint]\nfolder = 5", "a = " + "[" * 5000, "\udcff"])
+def test_a_config_that_no_run_wrote_says_nothing_of_a_start(content, tmp_path):
+    (tmp_path / "config.toml").write_text(content, errors="surrogateescape")
+    check_orphaned_checkpoints(Checkpoint(), tmp_path)
+    assert planned(tmp_path / "checkpoint", interval=4).mode == "scratch"
+
+
+def test_a_save_cut_short_in_another_folder_or_without_checkpoints_is_not_left_out(tmp_path):
+    (tmp_path / "config.toml").write_text('[checkpoint]\nfolder = "saved"\n')
+    (tmp_path / "saved" / "step-2").mkdir(parents=True)
+    for config in (Checkpoint(folder="./saved/"), Checkpoint(folder="other"), Checkpoint(enable=False)):
+        check_orphaned_checkpoints(config, tmp_path)
 
 
 def test_a_seed_checkpoint_is_started_from_only_while_there_is_no_later_one(tmp_path):
