@@ -35,7 +35,7 @@ export NNODE=${NNODE:-${SLURM_NNODES:-1}} NGPU=${NGPU:-$(visible_gpus)}
 [[ $NNODE =~ ^[1-9][0-9]*$ ]] || reject "NNODE: found '$NNODE', must be an integer of 1 or more"
 [[ $NGPU =~ ^[1-9][0-9]*$ ]] || reject "NGPU: found '$NGPU', must be an integer of 1 or more"
 [[ ${LOG_RANK:-0} =~ ^[0-9]+(,[0-9]+)*$ ]] || reject "LOG_RANK: found '$LOG_RANK', must be a list of ranks such as 0,3"
-[[ ${MASTER_PORT:-0} =~ ^[0-9]{1,5}$ ]] || reject "MASTER_PORT: found '$MASTER_PORT', must be a port, at most 65535"
+[[ ${MASTER_PORT:-0} =~ ^[0-9]{1,5}$ ]] && ((10#${MASTER_PORT:-0} <= 65535)) || reject "MASTER_PORT: found '$MASTER_PORT', must be a port, at most 65535"
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} # this checkout's flame, from any folder
 ((NGPU == 1)) || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # as torchrun would, without its warning
 [[ -n ${PYTORCH_CUDA_ALLOC_CONF:-} ]] || export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}

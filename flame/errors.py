@@ -28,7 +28,7 @@ class UserError(ValueError):
             if given != ""
         )
         reason = "; ".join(filter(None, (rule, self.hint)))
-        return f"{self.setting}: {reason}" if reason else self.setting
+        return as_line(f"{self.setting}: {reason}" if reason else str(self.setting))
 
     def at(self, setting: str) -> "UserError":
         """The same mistake under another setting."""
@@ -41,6 +41,12 @@ class SaveError(RuntimeError):
 
 class NonFiniteError(RuntimeError):
     """The loss, a gradient or the state of a run is NaN or infinite, and it may not go on. Exit code 1."""
+
+
+def as_line(text: str) -> str:
+    """A text as one line that any terminal can print; at most 2,000 characters, the middle left out."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return line if len(line) <= 2000 else f"{line[:1000]} ... {line[-900:]}"
 
 
 def near_multiples(value: int, step: int) -> str:

@@ -20,6 +20,11 @@ def test_a_sentence_names_the_setting_what_was_found_and_what_is_allowed(parts, 
     assert str(UserError(*parts)) == sentence
 
 
+def test_a_mistake_is_one_line_of_bounded_length_whatever_was_found():
+    assert str(UserError("--x\ny", "a\x1b[31m", "caf\udce9")) == r"--x\ny: found a\x1b[31m, must be caf\udce9"
+    assert len(str(UserError("--data.skip", "9" * 5000))) < 2000
+
+
 def test_an_error_keeps_its_parts_on_another_rank_and_under_another_setting():
     error = pickle.loads(pickle.dumps(UserError("--training.steps", 0, "1 or more", "as in 100")))
     assert (error.setting, error.found, error.allowed, error.hint) == ("--training.steps", 0, "1 or more", "as in 100")

@@ -148,6 +148,14 @@ def test_several_nodes_without_a_first_node_are_rejected(shell):
     assert LAUNCH not in [call["args"][:2] for call in shell.calls]
 
 
+@pytest.mark.parametrize("port", ["65536", "99999", "-1", "http"])
+def test_a_port_that_no_machine_has_is_rejected_in_one_line(shell, port):
+    done = shell.train("--x", MASTER_PORT=port)
+    line = f"flame: MASTER_PORT: found '{port}', must be a port, at most 65535\n"
+    assert (done.returncode, done.stderr, shell.calls) == (2, line, [])
+    assert shell.train("--x", MASTER_PORT="08080").returncode == 0
+
+
 @pytest.mark.parametrize("name", ["NNODE", "NGPU"])
 @pytest.mark.parametrize("value", ["0", "two", "1:4", "-1"])
 def test_a_layout_that_is_not_a_number_is_rejected_in_one_line(shell, name, value):

@@ -89,12 +89,12 @@ def _model_parts(points: list[str]) -> dict[str, Any]:
 
 def _layer_count(model_config: str | None) -> int:
     """The number of blocks that a local model JSON describes. Raises UserError if it cannot be read there."""
-    path = Path(model_config or "").expanduser()
+    path = Path(os.path.expanduser(model_config or ""))
     path = path / "config.json" if os.path.isdir(path) else path
     try:
-        described = json.loads(path.read_text())
+        described = json.loads(path.read_bytes())
         return int(described.get("num_hidden_layers") or described["n_layer"])
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         hint = f"needs model.config to be a local model JSON with a number of layers, found {model_config}"
         raise UserError("", hint=hint) from None
 

@@ -58,6 +58,10 @@ def parse(argv: list[str]) -> JobConfig:
         config.model.hf_assets_path = config.model.tokenizer_path
     if config.training.varlen and config.training.context_len is None:
         config.training.context_len = min(2048, config.training.seq_len)
+    if config.validation.enable:
+        for name in ("local_batch_size", "seq_len"):
+            if getattr(config.validation, name) is None:
+                setattr(config.validation, name, getattr(config.training, name))
     _check_sections(config)
     return config
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import math
+import os
 import sys
 import types
 from collections.abc import Container, Iterable
@@ -64,12 +65,14 @@ def read_flags(argv: list[str]) -> list[Setting]:
 def read_toml(file: str) -> list[Setting]:
     """The settings of a TOML file. Raises UserError if it cannot be read or is not valid TOML, with the line."""
     try:
-        tables = tomllib.loads(Path(file).expanduser().read_text(encoding="utf-8"))
+        # utf-8-sig: some editors begin a file with a byte-order mark
+        tables = tomllib.loads(Path(os.path.expanduser(file)).read_text(encoding="utf-8-sig"))
+        repr(tables)  # fails for integers of thousands of digits
     except FileNotFoundError:
         raise UserError("--job.config_file", f"no file {file}") from None
     except (OSError, UnicodeDecodeError) as e:
         raise UserError("--job.config_file", hint=f"cannot read {file}: {e}") from None
-    except tomllib.TOMLDecodeError as e:
+    except (ValueError, RecursionError) as e:  # RecursionError: tables in tables by the thousand
         raise UserError(file, hint=f"not valid TOML: {e}") from None
     return list(_flatten(tables, "", file))
 
@@ -110,7 +113,11 @@ def typed(setting: Setting, kind: Any) -> Any:
         try:
             converted = _convert(arm, value, setting.layer is Layer.FLAGS)
             return not converted if setting.negated else converted
-        except (ValueError, OverflowError):
+        except OverflowError:
+            raise UserError(setting.where, "a number beyond 64 bits", describe(kind)) from None
+        except UnicodeError:
+            raise UserError(setting.where, repr(value), "text in UTF-8 without null characters") from None
+        except ValueError:
             continue
     raise UserError(setting.where, repr(value), describe(kind))
 
@@ -129,13 +136,13 @@ def _convert(kind: Any, value: Any, from_flag: bool) -> Any:
     if kind in (int, float) and not isinstance(value, bool) and (from_flag or isinstance(value, int | float)):
         return _number(kind, value)
     if kind is str and isinstance(value, str):
-        return value
+        return _text(value)
     if get_origin(kind) is Literal and value in get_args(kind):
         return value
     if kind == list[str] and isinstance(value, str):
-        return [item.strip() for item in value.split(",") if item.strip()]
+        return [item.strip() for item in _text(value).split(",") if item.strip()]
     if kind == list[str] and isinstance(value, list) and all(isinstance(v, str) for v in value):
-        return value
+        return [_text(v) for v in value]
     if kind == list[list[str]] and isinstance(value, list):
         return [_convert(list[str], v, from_flag) for v in value]
     raise ValueError(value)
@@ -161,14 +168,25 @@ def _fill(table: Any, row: dict[str, Any], where: str) -> Any:
     return table(**{key: typed(Setting(key, f"{where}.{key}", value), fields[key].type) for key, value in row.items()})
 
 
+def _text(value: str) -> str:
+    """The same text. Raises UnicodeError if config.toml cannot record it, or no file could have it as its name."""
+    value.encode()  # a word of the command line that is not UTF-8 has lone surrogates
+    if "\0" in value:
+        raise UnicodeError(value)
+    return value
+
+
 def _number(kind: Any, value: Any) -> int | float:
-    if kind is int and not isinstance(value, float):
-        with contextlib.suppress(ValueError):
-            return int(value)
     number = float(value)
     if math.isnan(number) or (kind is int and not number.is_integer()):
         raise ValueError(value)
-    return int(number) if kind is int else number
+    if kind is float:
+        return number
+    if abs(number) >= 2**63:
+        raise OverflowError(value)
+    with contextlib.suppress(ValueError):
+        return int(value)  # 1e4 is a number that int() does not read
+    return int(number)
 
 
 def describe(kind: Any) -> str:

@@ -110,7 +110,7 @@ class Loader(BaseDataLoader):
                 self._sequence += self._batch_size * self._dp_degree
                 digests = [sample.digest for sample in samples if sample.digest is not None]
                 if not digests:
-                    for steps in self._order.skipped_just_before(self._sequence):
+                    for steps in self._order.skipped_from(self._sequence - self._batch_size * self._dp_degree):
                         logger.info(f"--data.skip: the data of steps {steps} is not trained on")
                     continue
                 self.rows = [sample.row for sample in samples]

@@ -23,9 +23,9 @@ class Order:
         """Whether a sequence of the run is part of a skipped step."""
         return any(first <= sequence // self.step + 1 <= last for first, last in self.skip)
 
-    def skipped_just_before(self, sequence: int) -> list[str]:
-        """The ranges of steps that end at a sequence."""
-        return [f"{first}-{last}" for first, last in self.skip if last * self.step == sequence]
+    def skipped_from(self, sequence: int) -> list[str]:
+        """The ranges of steps that begin at a sequence."""
+        return [f"{first}-{last}" for first, last in self.skip if (first - 1) * self.step == sequence]
 
     def dump(self, sequence: int) -> str:
         """As JSON, for a checkpoint at a sequence."""

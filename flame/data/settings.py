@@ -18,6 +18,9 @@ _LISTS = {  # field of a source: the comma list of it in [training]
 }
 
 
+LANES = 2**17  # each has a state in memory and in every checkpoint
+
+
 def parse_sources(section: Training | Validation, data: Data) -> list[DataSource]:
     """The sources of a section, each with its name, split and column; a weight is a share of the sum of all weights.
 
@@ -101,9 +104,9 @@ def _choose_name(source: DataSource, taken: Collection[str]) -> str:
 
 def check_lanes(data: Data, dp_degree: int) -> None:
     """Raise UserError for lanes or a window below 1, and for lanes that the data-parallel ranks do not divide."""
-    for field, value in (("lanes", data.lanes), ("window", data.window)):
-        if not 1 <= value < 2**62:
-            raise UserError(f"--data.{field}", value, "1 or more, and below 2^62")
+    for field, value, most in (("lanes", data.lanes, LANES), ("window", data.window, 2**62 - 1)):
+        if not 1 <= value <= most:
+            raise UserError(f"--data.{field}", value, f"1 or more, and at most {most}")
     if data.lanes % dp_degree:
         working = near_multiples(data.lanes, dp_degree)
         allowed = f"a multiple of the {dp_degree} data-parallel ranks: {working} would work"
@@ -117,10 +120,10 @@ def parse_skip(text: str | None) -> list[tuple[int, int]]:
     """
     ranges: list[tuple[int, int]] = []
     for item in text.split(",") if text else ():
-        match = re.fullmatch(r"\s*([1-9]\d*)\s*(?:-\s*([1-9]\d*)\s*)?", item)
+        match = re.fullmatch(r"\s*([1-9]\d{0,17})\s*(?:-\s*([1-9]\d{0,17})\s*)?", item)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last:
-            raise UserError("--data.skip", f"{item.strip()!r} in {text!r}", "steps such as 120-135,400")
+            raise UserError("--data.skip", f"{item.strip()!r} in {text!r}", "steps such as 120-135,400, below 10^18")
         ranges.append((first, last))
     merged: list[tuple[int, int]] = []
     for first, last in sorted(ranges):

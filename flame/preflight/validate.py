@@ -15,25 +15,38 @@ from flame.parallel import pipeline_schedule
 from flame.preflight.inputs import check_data, check_model
 from flame.runtime import stop
 
+TOKENS = 2**28  # of a rank in a step, which it holds in memory at once
 # What holds for a value, in words too, and the settings whose value it must hold for, unless that is None.
 _RANGES: tuple[tuple[Callable[[float], bool], str, tuple[str, ...]], ...] = (
     (
         lambda v: 1 <= v < 2**62,
         "1 or more, and below 2^62",
         (
-            *("training.steps", "training.local_batch_size", "training.seq_len", "training.context_len"),
-            *("training.gc_freq", "training.dataloader.prefetch_factor", "metrics.log_freq", "checkpoint.interval"),
-            *("validation.local_batch_size", "validation.seq_len", "validation.freq", "lr_scheduler.total_steps"),
-            *("profiling.profile_freq", "comm.init_timeout_seconds", "comm.train_timeout_seconds"),
+            *("training.steps", "training.local_batch_size", "training.context_len", "training.gc_freq"),
+            *("validation.local_batch_size", "validation.freq", "lr_scheduler.total_steps", "checkpoint.interval"),
+            *("metrics.log_freq", "profiling.profile_freq", "profiling.profiler_active"),
         ),
     ),
+    (lambda v: 1 <= v <= TOKENS, f"1 or more, and at most {TOKENS}", ("training.seq_len", "validation.seq_len")),
+    (
+        lambda v: 1 <= v <= 10**9,  # torch counts a timeout in nanoseconds of 64 bits
+        "1 or more, and at most 10^9",
+        ("comm.init_timeout_seconds", "comm.train_timeout_seconds"),
+    ),
+    (lambda v: 1 <= v <= 1024, "1 or more, and at most 1024", ("training.dataloader.prefetch_factor",)),
+    (
+        lambda v: 0 <= v <= 1024,  # threads
+        "0 or more, and at most 1024",
+        ("training.dataloader.num_workers", "validation.dataloader.num_workers"),
+    ),
+    (lambda v: 0 <= v < 2**31, "0 or more, and below 2^31", ("comm.trace_buf_size",)),  # torch reads it so
     (
         lambda v: 0 <= v < 2**62,
         "0 or more, and below 2^62",
         (
-            *("data.epochs", "data.max_bad_rows", "training.max_skipped_steps", "training.dataloader.num_workers"),
-            *("lr_scheduler.warmup_steps", "checkpoint.keep_latest_k", "checkpoint.keep_every"),
-            *("comm.trace_buf_size", "optimizer.weight_decay", "debug.seed"),
+            *("data.epochs", "data.max_bad_rows", "training.max_skipped_steps", "lr_scheduler.warmup_steps"),
+            *("checkpoint.keep_latest_k", "checkpoint.keep_every", "profiling.profiler_warmup"),
+            *("optimizer.weight_decay", "debug.seed"),
         ),
     ),
     (lambda v: 0 <= v < 1, "0 or more and below 1", ("optimizer.beta1", "optimizer.beta2")),
@@ -188,12 +201,20 @@ def _check_microbatches(config: JobConfig) -> None:
 
 def _check_batch(config: JobConfig, dp_degree: int) -> None:
     check_lanes(config.data, dp_degree)
-    batch, local = config.training.global_batch_size, config.training.local_batch_size
+    batch, local, seq_len = (getattr(config.training, n) for n in ("global_batch_size", "local_batch_size", "seq_len"))
     step = local * dp_degree
+    _check_tokens("training.local_batch_size", local, seq_len)
     if batch != -1 and (batch < 1 or batch % step):
         product = f"training.local_batch_size {local} x {dp_degree} data-parallel ranks"
         allowed = f"a multiple of {product}: {near_multiples(batch, step)} would work"
         raise UserError("--training.global_batch_size", batch, allowed)
+    _check_tokens("training.global_batch_size", batch, seq_len, dp_degree)
+
+
+def _check_tokens(name: str, rows: int, seq_len: int, ranks: int = 1) -> None:
+    if rows * seq_len > TOKENS * ranks:
+        allowed = f"at most {TOKENS * ranks // seq_len} at seq_len {seq_len}"
+        raise UserError(f"--{name}", rows, allowed, "a rank holds the tokens of a step in memory")
 
 
 def _check_validation(config: JobConfig) -> None:
@@ -203,6 +224,8 @@ def _check_validation(config: JobConfig) -> None:
     if not validation.dataset:
         raise UserError("--validation.dataset", "nothing", "a local path or a hub id, or a comma list of them")
     check_data(validation, config.data)
+    assert validation.local_batch_size and validation.seq_len, "parse sets them"
+    _check_tokens("validation.local_batch_size", validation.local_batch_size, validation.seq_len)
     for name in ("local_batch_size", "seq_len"):
         found, needed = getattr(validation, name), getattr(training, name)
         if config.parallelism.pipeline_parallel_degree > 1 and found != needed:
@@ -215,6 +238,10 @@ def _check_folders(config: JobConfig) -> None:
     for flag, path in (("job.dump_folder", dump_folder), ("checkpoint.folder", config.checkpoint.folder)):
         if not path or "://" in path:
             raise UserError(f"--{flag}", path or "nothing", "a folder of this machine's file system")
+    try:
+        (absolute := os.path.abspath(dump_folder)).encode()
+    except UnicodeError:
+        raise UserError("--job.dump_folder", repr(absolute), "a path in UTF-8, as config.toml records it") from None
     existing = next(folder for folder in (Path(dump_folder), *Path(dump_folder).parents) if os.path.exists(folder))
     if not os.path.isdir(existing):
         raise UserError("--job.dump_folder", f"the file {existing}", "a folder")

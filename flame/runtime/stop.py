@@ -82,15 +82,15 @@ def ignore() -> None:
 def seconds(duration: str | int) -> int:
     """Seconds of a duration such as 3h30m, 45s or 2d, or of a number of seconds.
 
-    Raises UserError, which names --training.max_wall_time, for any other text and for 0.
+    Raises UserError, which names --training.max_wall_time, for any other text, for 0 and for more than 9 digits.
     """
     text = str(duration)
-    pattern = "".join(rf"(?:(\d+){unit})?" for unit in _UNITS)
+    pattern = "".join(rf"(?:(\d{{1,9}}){unit})?" for unit in _UNITS)
     parts = re.fullmatch(pattern, f"{text}s" if text.isdecimal() else text)
     counts = [int(count or 0) for count in parts.groups()] if parts else []
     total = sum(count * unit for count, unit in zip(counts, _UNITS.values(), strict=False))
     if total == 0:
-        allowed = "a time such as 3h30m, 90m, 2d or a number of seconds, above 0"
+        allowed = "a time such as 3h30m, 90m, 2d or a number of seconds, above 0 and of at most 9 digits"
         raise UserError("--training.max_wall_time", repr(duration), allowed)
     return total
 

@@ -40,6 +40,11 @@ class StepData(NamedTuple):
     exhausted: bool
 
 
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of a rank in a step: 64 bits, as torch takes no more. The primes keep seeds, steps and ranks apart."""
+    return ((seed * 1_000_003 + step) * 65_537 + rank) % 2**64
+
+
 class FlameTrainer(torchtitan.train.Trainer):
     """Differs from torchtitan's Trainer in its loop, its step (`train_step`) and what a save does."""
 
@@ -196,12 +201,11 @@ class FlameTrainer(torchtitan.train.Trainer):
 
     def _seed(self) -> None:
         # Dropout draws from (seed, step, rank), so that a resumed run draws what an uninterrupted one does. Ranks that
-        # share a sequence draw alike: they drop out the same embeddings, and parts of the same sums. The two primes
-        # keep the products of seeds, steps and ranks apart.
+        # share a sequence draw alike: they drop out the same embeddings, and parts of the same sums.
         seed, (rank, dp_degree) = self.job_config.debug.seed or 0, self._batch_rank()
         if self.parallel_dims.pp_enabled:
             rank += dp_degree * self.parallel_dims.get_mesh("pp").get_local_rank()
-        torch.manual_seed((seed * 1_000_003 + self.step) * 65_537 + rank)
+        torch.manual_seed(step_seed(seed, self.step, rank))
 
     def _collect(self, data_iterator: Iterator[Batch]) -> StepData:
         microbatches: list[Batch] = []

@@ -80,6 +80,9 @@ def test_nested_sections_and_empty_ones_of_a_toml_are_read():
         (["--training.steps=7"], "training.steps", 7),
         (["--training.local-batch-size=7"], "training.local_batch_size", 7),
         (["--training.steps", "1e4"], "training.steps", 10000),
+        (["--validation.enable", "--training.seq_len=96"], "validation.seq_len", 96),
+        (["--validation.enable", "--training.batch_size=3"], "validation.local_batch_size", 3),
+        (["--validation.enable", "--training.seq_len=96", "--validation.seq_len=64"], "validation.seq_len", 64),
         (["--training.steps", "20480.0"], "training.steps", 20480),
         (["--training.steps", "3", "--training.steps", "4"], "training.steps", 4),
         (["--debug.seed", str(2**60 + 1)], "debug.seed", 2**60 + 1),
@@ -203,6 +206,11 @@ def test_two_spellings_of_one_setting_that_disagree_are_rejected_with_both_names
     assert parse([*toml(text), "--training.local_batch_size=2"]).training.local_batch_size == 2
     same = ["--training.batch_size=3", "--training.local_batch_size=4", "--training.batch_size=4"]
     assert rejection(same)[1].startswith("3 and 4, equal")
+
+
+def test_a_toml_may_begin_with_a_byte_order_mark_and_have_the_line_ends_of_windows():
+    Path("job.toml").write_bytes(b"\xef\xbb\xbf[training]\r\nsteps = 3\r\n")
+    assert parse(["--job.config_file", "job.toml"]).training.steps == 3
 
 
 def test_a_toml_that_is_not_text_is_rejected():

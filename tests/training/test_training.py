@@ -5,8 +5,10 @@ import math
 import shutil
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from flame.training.trainer import step_seed
 from tests.launch import SMALL, metrics, train, train_each, trajectory
 from tests.tiny import write_config
 
@@ -250,3 +252,10 @@ def test_the_run_folder_says_what_happened_and_its_config_runs_again_as_it_is(ro
     shutil.copy(folder / "config.toml", root / "again.toml")
     train_each([[f"--job.config_file={root}/again.toml", f"--job.dump_folder={root}/again"]])
     assert trajectory(root / "again") == trajectory(folder)
+
+
+def test_torch_takes_the_seed_of_every_step_and_the_seeds_of_shorter_runs_stay():
+    assert step_seed(42, 3, 1) == (42 * 1_000_003 + 3) * 65_537 + 1
+    for seed in (281_469_838, 2**32 - 1, 2**62 - 1):
+        assert torch.manual_seed(step_seed(seed, 10**9, 10**5)).initial_seed() == step_seed(seed, 10**9, 10**5)
+    assert len({step_seed(2**62 - 1, step, rank) for step in range(50) for rank in range(50)}) == 2500

@@ -1,0 +1,139 @@
+"""What people type wrongly, and the setting and the rule that the one line for it names."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from flame.config.parser import parse
+from flame.errors import UserError
+from flame.preflight.validate import check
+
+LLAMA = {"model_type": "llama", "vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.fixture(autouse=True)
+def a_folder_with_a_model_and_data(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name in ("WORLD_SIZE", "NNODE", "NGPU"):
+        monkeypatch.delenv(name, raising=False)
+    Path("model.json").write_text(json.dumps(LLAMA))
+    Path("data.jsonl").write_text('{"text": "hello"}\n')
+
+
+def rejected(argv: list[str]) -> UserError:
+    """The error of a command line, which is one line and comes before anything is written."""
+    before = sorted(os.listdir())
+    with pytest.raises(UserError) as caught:
+        config = parse(argv if "--model.config" in argv else [*argv, "--model.config=model.json"])
+        check(config, 1)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 2100 and sorted(os.listdir()) == before
+    return caught.value
+
+
+def holds(error: UserError, setting: str, rule: str) -> bool:
+    return error.setting == setting and rule in f"{error.found}, {error.allowed}; {error.hint}"
+
+
+FLAGS = [  # what was typed, the setting that the line names, the rule
+    ("--training.stesp 10", "--training.stesp", "did you mean --training.steps?"),
+    ("--lr 3e-4", "--lr", "did you mean --optimizer.lr?"),
+    ("--steps 10", "--steps", "did you mean --training.steps?"),
+    ("training.steps 10", "'training.steps'", "flags start with --"),
+    ("-training.steps 10", "'-training.steps'", "flags start with --"),
+    ("--training.steps", "--training.steps", "no value, an integer"),
+    ("--training.steps 10k", "--training.steps", "'10k', an integer"),
+    ("--training.steps 0", "--training.steps", "1 or more"),
+    ("--training.steps 1e30", "--training.steps", "beyond 64 bits"),
+    ("--training.steps " + "9" * 5000, "--training.steps", "an integer"),
+    ("--training.streaming yep", "--training.streaming", "true or false"),
+    ("--training.seq_len 1e12", "--training.seq_len", "at most 268435456"),
+    ("--training.local_batch_size 1e12", "--training.local_batch_size", "at most 131072 at seq_len 2048"),
+    ("--training.global_batch_size 8e12", "--training.global_batch_size", "at most 131072 at seq_len 2048"),
+    ("--training.global_batch_size 12", "--training.global_batch_size", "8 or 16 would work"),
+    ("--training.max_wall_time tomorrow", "--training.max_wall_time", "a time such as 3h30m"),
+    ("--training.max_wall_time " + "1" * 400 + "d", "--training.max_wall_time", "at most 9 digits"),
+    ("--training.max_wall_time " + "1" * 5000, "--training.max_wall_time", "at most 9 digits"),
+    ("--training.num_workers 1e9", "--training.dataloader.num_workers", "at most 1024"),
+    ("--training.prefetch_factor 1e9", "--training.dataloader.prefetch_factor", "at most 1024"),
+    ("--optimizer.lr 0", "--optimizer.lr", "more than 0"),
+    ("--optimizer.lr 1e-4,", "--optimizer.lr", "a number"),
+    ("--optimizer.name adamw", "--optimizer.name", "Adam or AdamW"),
+    ("--optimizer.name SGD", "--optimizer.name", "Adam or AdamW"),
+    ("--lr_scheduler.decay_type exponential", "--lr_scheduler.decay_type", "linear, sqrt, cosine"),
+    ("--training.mixed_precision_param fp16", "--training.mixed_precision_param", "bfloat16, float32"),
+    ("--debug.seed -1", "--debug.seed", "0 or more"),
+    ("--comm.init_timeout_seconds 4611686018427387903", "--comm.init_timeout_seconds", "at most 10^9"),
+    ("--comm.train_timeout_seconds 1e15", "--comm.train_timeout_seconds", "at most 10^9"),
+    ("--comm.trace_buf_size 4611686018427387903", "--comm.trace_buf_size", "below 2^31"),
+    ("--profiling.enable_profiling --profiling.profiler_active 0", "--profiling.profiler_active", "1 or more"),
+    ("--profiling.enable_profiling --profiling.profiler_active -5", "--profiling.profiler_active", "1 or more"),
+    ("--profiling.profiler_warmup -1", "--profiling.profiler_warmup", "0 or more"),
+    ("--data.lanes 1e8", "--data.lanes", "at most 131072"),
+    ("--data.skip " + "9" * 5000, "--data.skip", "below 10^18"),
+    ("--data.skip 1-4611686018427387904", "--data.skip", "below 10^18"),
+    ("--data.skip 30-20", "--data.skip", "steps such as 120-135"),
+    ("--job.config_file ~nosuch/x.toml", "--job.config_file", "no file ~nosuch/x.toml"),
+    ("--job.dump_folder caf\udce9", "--job.dump_folder", "text in UTF-8"),
+    ("--job.description caf\udce9", "--job.description", "text in UTF-8"),
+    ("--model.add_tokens <caf\udce9>", "--model.add_tokens", "text in UTF-8"),
+    ("--validation.enable", "--validation.dataset", "nothing"),
+    (
+        "--validation.enable --validation.dataset data.jsonl --validation.num_workers -1",
+        "--validation.num_workers",
+        "did you mean --validation.dataloader.num_workers?",
+    ),
+    (
+        "--validation.enable --validation.dataset data.jsonl --validation.dataloader.num_workers -1",
+        "--validation.dataloader.num_workers",
+        "0 or more",
+    ),
+]
+
+
+@pytest.mark.parametrize("typed, setting, rule", FLAGS)
+def test_a_mistake_in_a_flag(typed, setting, rule):
+    assert holds(error := rejected(typed.split()), setting, rule), error
+
+
+def test_a_value_with_line_breaks_is_still_one_line():
+    assert "'a\\nb'" in str(rejected(["--training.steps", "a\nb"]))
+    assert holds(rejected(["--training.steps", "\n", "["]), "--training.steps", "one value")
+    assert holds(rejected(["--x\ny", "1"]), "--x\ny", "not a setting")
+
+
+def test_a_working_folder_whose_name_is_not_utf8(tmp_path, monkeypatch):
+    os.mkdir(folder := os.fsencode(tmp_path) + b"/caf\xe9")
+    monkeypatch.chdir(os.fsdecode(folder))
+    flags = ["--model.config", str(tmp_path / "model.json"), "--job.dump_folder", "out"]
+    assert holds(rejected(flags), "--job.dump_folder", "a path in UTF-8")
+
+
+TOMLS = [
+    ("[training]\nstesp = 10", "job.toml: training.stesp", "did you mean training.steps?"),
+    ("[training\nsteps = 10", "job.toml", "not valid TOML"),
+    ("[training]\nsteps = 10\nsteps = 20", "job.toml", "not valid TOML"),
+    ("training:\n  steps: 10", "job.toml", "not valid TOML"),
+    ('{"training": {"steps": 10}}', "job.toml", "not valid TOML"),
+    ('[training]\nsteps = "10"', "job.toml: training.steps", "an integer"),
+    ("[training]\nsteps = 0x" + "f" * 5000, "job.toml", "not valid TOML"),
+    ("[training]\nsteps = " + "9" * 5000, "job.toml", "not valid TOML"),
+    ("[training]\nsteps = 99999999999999999999", "job.toml: training.steps", "beyond 64 bits"),
+    ("x = " + "[" * 50_000, "job.toml", "not valid TOML"),
+    ("[optimizer]\nlr = 0xffff" + "f" * 1000, "job.toml: optimizer.lr", "beyond 64 bits"),
+    ('[checkpoint]\nfolder = "a\\u0000b"', "job.toml: checkpoint.folder", "without null characters"),
+    ('[job]\ndump_folder = "a\\u0000b"', "job.toml: job.dump_folder", "without null characters"),
+    ('[model]\nadd_tokens = ["a\\u0000b"]', "job.toml: model.add_tokens", "without null characters"),
+    ('[[data.sources]]\npath = "a\\u0000b"', "job.toml: data.sources[0].path", "without null characters"),
+    ("[[data.sources]]\nweight = 1", "job.toml: data.sources[0].path", "no value"),
+    ('[[data.sources]]\npath = "data.jsonl"\nwieght = 1', "job.toml: data.sources[0].wieght", "did you mean weight?"),
+    ('[[data.sources]]\npath = "data.jsonl"\nweight = 0', "data.sources[0].weight", "above 0"),
+    ("[training]\nlearning_rate = 1", "job.toml: training.learning_rate", "not a setting"),
+]
+
+
+@pytest.mark.parametrize("text, setting, rule", TOMLS)
+def test_a_mistake_in_a_toml(text, setting, rule):
+    Path("job.toml").write_text(text)
+    assert holds(error := rejected(["--job.config_file", "job.toml"]), setting, rule), error
