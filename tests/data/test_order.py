@@ -19,9 +19,9 @@ def rejected(order, saved, sequence):
 def test_the_sequences_of_skipped_steps_are_known():
     made = order([(2, 3), (5, 5)])
     assert [sequence for sequence in range(24) if made.skips(sequence)] == [*range(4, 12), *range(16, 20)]
-    assert {sequence: names for sequence in range(24) if (names := made.skipped_just_before(sequence))} == {
-        12: ["2-3"],
-        20: ["5-5"],
+    assert {sequence: names for sequence in range(24) if (names := made.skipped_from(sequence))} == {
+        4: ["2-3"],
+        16: ["5-5"],
     }
 
 
