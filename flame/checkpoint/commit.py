@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,12 +19,13 @@ from typing import Any
 
 import xxhash
 
-from flame.checkpoint.safe_pickle import read_pickle
+from flame.checkpoint.metadata import METADATA, Metadata, is_plain, parse_metadata
+from flame.config.files import read_bytes, read_json, regular
 from flame.errors import UserError
 from flame.runtime.atomic import write_atomically
 from flame.runtime.environment import versions
 
-MARKER, METADATA = "complete.json", ".metadata"
+MARKER = "complete.json"
 EXPECTS_MARKER = f"+{MARKER}"  # how the save id in .metadata ends when a marker was to be written
 BLOCK_BYTES = 8 << 20
 DELETING = ".deleting-"  # before the name of a checkpoint that is being deleted
@@ -67,20 +69,24 @@ def write_marker(checkpoint: Path, files: Iterable[SavedFile], facts: Mapping[st
 def read_marker(checkpoint: Path) -> dict[str, Any]:
     """The content of a checkpoint's marker, {} if it has none.
 
-    Raises ValueError if the marker is corrupted, and UserError if it cannot be read.
+    Raises ValueError if the marker is corrupted, and UserError if it cannot be read or another program wrote it.
     """
+    path = checkpoint / MARKER
     try:
-        with report_unreadable(checkpoint / MARKER):
-            content = json.loads((checkpoint / MARKER).read_bytes())
-        expected = content.pop("xxh3_128")
+        with report_unreadable(path):
+            content = read_json(path)
+        expected, found = content.pop("xxh3_128"), _hash_json(content)
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except UserError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, RecursionError) as error:
         raise ValueError(f"{MARKER} is corrupted ({type(error).__name__}: {error})") from None
-    if (found := _hash_json(content)) != expected:
+    if found != expected:
         raise ValueError(f"{MARKER} is corrupted (its hash is {found}, must be {expected})")
+    if wrong := _wrong_fields(content):
+        hint = "another version of flame may have written it, and know what it means; move it away to do without"
+        raise UserError(str(path), wrong, "as this version of flame writes it", hint)
     return content
 
 
@@ -95,9 +101,12 @@ def inspect_checkpoint(checkpoint: Path) -> Status:
             if marker := read_marker(checkpoint):
                 sizes, resumable = {name: file["size"] for name, file in marker["files"].items()}, marker["resumable"]
             else:
-                sizes, resumable = _parse_metadata((checkpoint / METADATA).read_bytes())
+                sizes, resumable = _sizes_by_metadata(read_bytes(checkpoint / METADATA))
             for name, size in sizes.items():
-                found = (checkpoint / name).stat().st_size
+                status = (checkpoint / name).stat()
+                if not stat.S_ISREG(status.st_mode):
+                    raise ValueError(f"{name} is not a file")
+                found = status.st_size
                 if found != size and (marker or found < size):  # without a marker only the last byte in use is known
                     raise ValueError(f"{name} has {found:,} bytes, must have {size:,}")
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -112,6 +121,20 @@ def inspect_checkpoint(checkpoint: Path) -> Status:
     else:
         return Status(resumable=resumable)
     return Status(corruption, unfinished=unfinished)
+
+
+def read_metadata(checkpoint: Path) -> Metadata:
+    """The metadata of a checkpoint. Raises UserError if it has none, or another file in its place."""
+    path = checkpoint / METADATA
+    try:
+        with report_unreadable(path):
+            return parse_metadata(read_bytes(path))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(str(checkpoint), f"no {METADATA}", "a complete DCP checkpoint") from None
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(str(path), error, "the metadata of a DCP checkpoint") from None
 
 
 def verify_hashes(checkpoint: Path, rank: int = 0, world_size: int = 1) -> list[str]:
@@ -135,7 +158,7 @@ def verify_hashes(checkpoint: Path, rank: int = 0, world_size: int = 1) -> list[
 def hash_file(path: Path, algorithm: Callable[[], Any] = xxhash.xxh3_128) -> str:
     """The hash of a file's bytes, in hexadecimal; `algorithm` is as in hashlib. Raises OSError."""
     digest, buffer = algorithm(), memoryview(bytearray(BLOCK_BYTES))
-    with open(path, "rb", buffering=0) as file:
+    with open(path, "rb", buffering=0, opener=regular) as file:
         while size := file.readinto(buffer):
             digest.update(buffer[:size])
     return digest.hexdigest()
@@ -229,25 +252,31 @@ def _unreadable(path: Path, error: OSError) -> UserError:
 
 
 @lru_cache(maxsize=4)  # that of a large model takes seconds, and is parsed more than once at a start
-def _parse_metadata(data: bytes) -> tuple[dict[str, int], bool]:
+def _sizes_by_metadata(data: bytes) -> tuple[dict[str, int], bool]:
     """({file: bytes in use}, resumable) by .metadata.
 
     Raises ValueError if it is corrupted, and _MarkerMissingError if it expects a marker.
     """
-    try:
-        fields = read_pickle(data).state
-        origin, places = fields.get("storage_meta"), [place.state for place in fields["storage_data"].values()]
-        expects_marker = origin is not None and str(origin.state["save_id"]).endswith(EXPECTS_MARKER)
-        resumable = "train_state.step" in fields["state_dict_metadata"]
-        sizes = {METADATA: len(data)}
-        for place in places:
-            end = place["offset"] + place["length"]
-            sizes[place["relative_path"]] = max(end, sizes.get(place["relative_path"], 0))
-    except Exception as error:  # a foreign or corrupted pickle may raise anything
-        raise ValueError(f"{METADATA} is corrupted ({type(error).__name__}: {error})") from None
-    if expects_marker:
+    metadata, sizes = parse_metadata(data), {METADATA: len(data)}
+    if metadata.save_id.endswith(EXPECTS_MARKER):
         raise _MarkerMissingError(f"{MARKER} is missing")
-    return sizes, resumable
+    for place in metadata.places.values():
+        sizes[place.file] = max(place.start + place.length, sizes.get(place.file, 0))
+    return sizes, "train_state.step" in metadata.tensors
+
+
+def _wrong_fields(marker: Mapping[str, Any]) -> str:
+    """What of a marker this version cannot read; "" if nothing."""
+    optional = {"tokens": int, "data_digest": str, "config": dict}
+    kinds = {"files": dict, "resumable": bool, **{name: kind for name, kind in optional.items() if name in marker}}
+    for name, kind in kinds.items():
+        if not isinstance(value := marker.get(name), kind):
+            return f"{name} {str(value)[:40]}"
+    for name, file in marker["files"].items():
+        known = isinstance(file, dict) and isinstance(file.get("size"), int) and isinstance(file.get("xxh3_128"), str)
+        if not known or not is_plain(name):
+            return f"the file {name[:40]!r}, {str(file)[:60]}"
+    return ""
 
 
 def _hash_json(content: Mapping[str, Any]) -> str:

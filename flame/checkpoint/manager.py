@@ -17,6 +17,7 @@ from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import GarbageCollection
 
 from flame.checkpoint import commit
+from flame.checkpoint.reader import load
 from flame.checkpoint.start import StartPlan, changed_settings, check_resumable, step_of
 from flame.checkpoint.verification import find_intact
 from flame.checkpoint.writer import Writer
@@ -287,10 +288,14 @@ class CheckpointManager(TitanCheckpointManager):
         checkpoint = find_intact(self.consensus, [Path(self.initial_load_path)], "--checkpoint.initial_load_path")
         return self._load(checkpoint, self.initial_load_model_only, self.exclude_from_loading)
 
-    def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, *args: Any, **kwargs: Any) -> None:
-        """torchtitan's method. Raises UserError for the checkpoint of another model."""
+    def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool) -> None:
+        """torchtitan's method with our reader. Raises UserError for the checkpoint of another model, or of code."""
         try:
-            super().dcp_load(state_dict, checkpoint_id, *args, **kwargs)
+            if from_hf:
+                super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
+            else:
+                load(state_dict, Path(checkpoint_id))
+                self.states[MODEL].load_state_dict(state_dict)
         except CheckpointException as error:
             failure, _ = next(iter(error.failures.values()))
             if not str(failure).startswith(_ANOTHER_MODEL):

@@ -13,7 +13,8 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.futures import Future
 
-from flame.checkpoint.commit import EXPECTS_MARKER, MARKER, METADATA, SavedFile, write_marker
+from flame.checkpoint.commit import EXPECTS_MARKER, MARKER, SavedFile, write_marker
+from flame.checkpoint.metadata import METADATA
 
 
 class Writer(_FileSystemWriter):

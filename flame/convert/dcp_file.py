@@ -1,12 +1,13 @@
 """Reads the model in a DCP checkpoint, a tensor or a box of it at a time, from any number of ranks in any layout.
 
 A chunk of a tensor is a file of `torch.save` inside a rank's file. Nothing in a checkpoint is unpickled but what
-`read_pickle` and torch's `weights_only` allow.
+`parse_metadata` and torch's `weights_only` allow.
 """
 
 import io
 import pickle
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,9 +15,10 @@ from typing import Any
 
 import torch
 
-from flame.checkpoint.commit import report_unreadable
+from flame.checkpoint.commit import read_metadata, report_unreadable
 from flame.checkpoint.dtypes import CODES, Box, slices
-from flame.checkpoint.safe_pickle import read_pickle
+from flame.checkpoint.metadata import Place, TensorInfo
+from flame.config.files import regular
 from flame.errors import UserError, first_line
 
 _NOT_MODEL = ("optimizer.", "lr_scheduler.", "dataloader.", "train_state.")  # torchtitan's; the model has no prefix
@@ -87,51 +89,36 @@ class StoredTensor:
 
 def read_tensors(checkpoint: Path) -> dict[str, StoredTensor]:
     """The model's tensors, sorted by name. Raises UserError if this is not a complete checkpoint or holds no model."""
-    path = checkpoint / ".metadata"
-    if not path.is_file():
-        raise UserError(str(checkpoint), "no .metadata", "a complete DCP checkpoint")
-    with report_unreadable(path):
-        data = path.read_bytes()
-    try:
-        fields = read_pickle(data).state
-        places = {
-            (key.state["fqn"], key.state.get("offset")): place.state for key, place in fields["storage_data"].items()
-        }
-        tensors = {
-            name: _tensor(checkpoint, name, entry.state, places)
-            for name, entry in sorted(fields["state_dict_metadata"].items())
-            if not name.startswith(_NOT_MODEL) and entry.state  # bytes, which are not a tensor, have no state
-        }
-    except UserError:
-        raise
-    except Exception as error:  # a foreign or corrupted pickle fails in any way
-        raise UserError(str(path), f"{type(error).__name__}: {error}", "the metadata of a DCP checkpoint") from None
+    metadata = read_metadata(checkpoint)
+    tensors = {
+        name: _tensor(checkpoint, name, info, metadata.places)
+        for name, info in sorted(metadata.tensors.items())
+        if info and not name.startswith(_NOT_MODEL)
+    }
     if not tensors:
         raise UserError(str(checkpoint), "no model", "a checkpoint with one")
     return tensors
 
 
-def _tensor(checkpoint: Path, name: str, entry: dict[str, Any], places: dict[Any, dict[str, Any]]) -> StoredTensor:
-    dtype, chunks = entry["properties"].state[0], []
-    if dtype not in CODES:
-        raise UserError(f"{checkpoint}: {name}", f"dtype {dtype}", f"one of {', '.join(CODES)}")
-    for chunk in entry["chunks"]:
-        offsets, sizes = chunk.state["offsets"], chunk.state["sizes"]
+def _tensor(checkpoint: Path, name: str, info: TensorInfo, places: Mapping[Any, Place]) -> StoredTensor:
+    if info.dtype not in CODES:
+        raise UserError(f"{checkpoint}: {name}", f"dtype {info.dtype}", f"one of {', '.join(CODES)}")
+    chunks = []
+    for offsets, sizes in info.chunks:
         if 0 in sizes:  # the share of a rank that has none
             continue
-        place = places[name, offsets]
-        if transforms := place.get("transform_descriptors"):
-            raise UserError(f"{checkpoint}: {name}", f"stored by {transforms}", "uncompressed")
-        file = checkpoint / place["relative_path"]
-        chunks.append(Chunk(name, offsets, sizes, file, place["offset"], place["length"]))
-    return StoredTensor(name, dtype, entry["size"], tuple(chunks))
+        if (place := places.get((name, offsets))) is None or not len(offsets) == len(sizes) == len(info.shape):
+            found = f"a chunk of sizes {sizes} at {offsets} of shape {info.shape}"
+            raise UserError(f"{checkpoint}: {name}", found, "a chunk of the tensor, with a place in a file")
+        chunks.append(Chunk(name, offsets, sizes, checkpoint / place.file, place.start, place.length))
+    return StoredTensor(name, info.dtype, info.shape, tuple(chunks))
 
 
 @lru_cache(maxsize=1)  # the boxes of a tensor, such as experts, are read one after the other
 def _read_chunk(chunk: Chunk, modified: int) -> torch.Tensor:
     """A chunk, whose checksums are verified; modified: of its file, so that the cache is not stale."""
     try:
-        with report_unreadable(chunk.file), open(chunk.file, "rb") as stream:
+        with report_unreadable(chunk.file), open(chunk.file, "rb", opener=regular) as stream:
             stream.seek(chunk.start)
             data = stream.read(chunk.length)
         with zipfile.ZipFile(io.BytesIO(data)) as archive:

@@ -60,15 +60,15 @@ def check_logits(checkpoint: Path, dtype: str | None, folder: Path) -> dict[str,
 def compare_logits(checkpoint: Path, dtype: str | None, folder: Path) -> dict[str, float]:
     """The training forward of a DCP checkpoint against `from_pretrained` of its export, in float32 on the CPU.
 
-    The first has the checkpoint's weights as torch's own reader loads them, rounded to `dtype` as the export's are;
+    The first has the checkpoint's weights as a resume loads them, rounded to `dtype` as the export's are;
     `change_by_the_cast` is what that rounding alone does. Both are fed the same fixed tokens. Raises ConversionError if
     the logits differ or the export does not load, and UserError for a model that does not run on a CPU.
     """
     import torch
-    import torch.distributed.checkpoint as dcp
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
+    from flame.checkpoint.reader import load
     from flame.models import reference
     from flame.models.causal_lm import CausalLM, ModelArgs
     from flame.models.hf import read_config, read_fields
@@ -88,7 +88,7 @@ def compare_logits(checkpoint: Path, dtype: str | None, folder: Path) -> dict[st
             model: Any = titan_model.build(*recorded) if recorded else CausalLM(ModelArgs().bind(family, config))
         model.to_empty(device="cpu")
         model.init_weights()  # for the buffers that no checkpoint has
-        dcp.load(model.state_dict(), checkpoint_id=str(checkpoint), no_dist=True)
+        load(model.state_dict(), checkpoint, no_dist=True)
         model.eval()
         expected = trained = model(tokens)
         if rounded:

@@ -8,9 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch.distributed.checkpoint as dcp
-
-from flame.checkpoint.commit import complete_steps
+from flame.checkpoint.commit import complete_steps, read_metadata
+from flame.checkpoint.reader import load
 from flame.config.parser import JobConfig, parse
 from flame.data.lane import Row
 from flame.data.ledger import read_ledger, roll
@@ -56,12 +55,12 @@ def read_config(folder: Path) -> JobConfig:
 def read_start(folder: Path, step: int) -> Start:
     """The newest complete checkpoint before a step that holds the data position; the start of the run if none does."""
     for before in reversed([s for s in complete_steps(folder) if s < step]):
-        reader = dcp.FileSystemReader(folder / f"step-{before}")
-        keys = reader.read_metadata().state_dict_metadata
+        checkpoint = folder / f"step-{before}"
+        keys = read_metadata(checkpoint).tensors
         state: dict[str, Any] = {key: None for key in keys if key.startswith(("dataloader.", "train_state."))}
-        if "dataloader.sequence" not in state:
+        if not state.keys() >= {"dataloader.sequence", "train_state.tokens", "train_state.data_digest"}:
             continue  # of the model only
-        dcp.load(state, storage_reader=reader, no_dist=True)
+        load(state, checkpoint, no_dist=True)
         loader = {key.removeprefix("dataloader."): state[key] for key in state if key.startswith("dataloader.")}
         return Start(before, state["train_state.tokens"], state["train_state.data_digest"], loader)
     return Start()

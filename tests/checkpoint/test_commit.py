@@ -1,6 +1,7 @@
 """A checkpoint is complete when its marker says so and its files are what the marker says, and not before."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ from safetensors.torch import save_file
 
 from flame.checkpoint.commit import (
     MARKER,
-    METADATA,
     Status,
+    _hash_json,
     archive,
     complete_steps,
     inspect_checkpoint,
@@ -18,9 +19,11 @@ from flame.checkpoint.commit import (
     scan_checkpoints,
     verify_hashes,
 )
+from flame.checkpoint.metadata import METADATA
 from flame.checkpoint.writer import Writer
 from flame.convert.hf_to_dcp import convert_hf_to_dcp
 from flame.convert.hf_weights import read_weights
+from flame.errors import UserError
 
 DATA = "__0_0.distcp"
 
@@ -162,3 +165,56 @@ def test_a_checkpoint_made_of_safetensors_is_complete_and_cannot_be_resumed(tmp_
     checkpoint = tmp_path / "step-0"
     assert found(checkpoint) is None and not inspect_checkpoint(checkpoint).resumable
     assert len(read_marker(checkpoint)["files"]) == 5  # four pieces and .metadata
+
+
+def sign_marker(checkpoint, fields):
+    """Sign a marker again with other fields; None takes one out."""
+    marker = json.loads((checkpoint / MARKER).read_text()) | fields
+    content = {name: value for name, value in marker.items() if value is not None and name != "xxh3_128"}
+    (checkpoint / MARKER).write_text(json.dumps({**content, "xxh3_128": _hash_json(content)}))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"files": None},
+        {"files": []},
+        {"files": {DATA: 7}},
+        {"files": {DATA: {"size": [1], "xxh3_128": "a"}}},
+        {"files": {DATA: {"size": 1}}},
+        {"files": {"../step-2/.metadata": {"size": 1, "xxh3_128": "a"}}},
+        {"files": {"/dev/zero": {"size": 0, "xxh3_128": "a"}}},
+        {"resumable": None},
+        {"resumable": "yes"},
+        {"tokens": [1]},
+        {"config": 5},
+    ],
+)
+def test_a_whole_marker_with_other_fields_may_be_of_another_version_and_is_not_called_corrupted(fields, tmp_path):
+    checkpoint = save(tmp_path / "step-3")
+    sign_marker(checkpoint, fields)
+    for look in (inspect_checkpoint, verify_hashes, read_marker):
+        with pytest.raises(UserError) as error:
+            look(checkpoint)
+        assert error.value.setting == str(checkpoint / MARKER) and "move it away" in error.value.hint
+
+
+@pytest.mark.parametrize(
+    "content", ["[" * 100_000, '{"a":' * 100_000, '{"xxh3_128": "", "a": ' + "[" * 900 + "]" * 900 + "}"]
+)
+def test_a_marker_that_is_nested_too_deep_is_corrupted(content, tmp_path):
+    checkpoint = save(tmp_path / "step-3")
+    (checkpoint / MARKER).write_text(content)
+    assert f"{MARKER} is corrupted" in inspect_checkpoint(checkpoint).corruption
+
+
+@pytest.mark.parametrize("name", [MARKER, METADATA, DATA])
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(name, marked, tmp_path):
+    checkpoint = (save if marked else save_unmarked)(tmp_path / "step-3")
+    (checkpoint / name).unlink(missing_ok=True)
+    os.mkfifo(checkpoint / name)
+    try:
+        assert f"{name} is not a file" in inspect_checkpoint(checkpoint).corruption
+    except UserError as error:
+        assert error.setting == str(checkpoint / name)

@@ -14,13 +14,13 @@ from torchtitan.components.checkpoint import AsyncMode
 from flame.checkpoint.commit import (
     DELETING,
     MARKER,
-    METADATA,
     complete_steps,
     inspect_checkpoint,
     read_marker,
     scan_checkpoints,
     verify_hashes,
 )
+from flame.checkpoint.metadata import METADATA
 from flame.errors import SaveError, UserError
 from tests.checkpoint.managed import Job
 from tests.checkpoint.test_commit import DATA, delete, flip, truncate

@@ -7,7 +7,8 @@ import shutil
 import pytest
 import torch
 
-from flame.checkpoint.commit import MARKER, METADATA, SavedFile, write_marker
+from flame.checkpoint.commit import MARKER, SavedFile, write_marker
+from flame.checkpoint.metadata import METADATA
 from flame.checkpoint.start import changed_settings, check_orphaned_checkpoints, plan_start
 from flame.config.parser import to_toml
 from flame.config.schema import Checkpoint, JobConfig
