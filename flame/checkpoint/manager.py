@@ -1,5 +1,6 @@
 """torchtitan's CheckpointManager, which saves a whole checkpoint or none and loads a verified one or none."""
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,6 +73,7 @@ class CheckpointManager(TitanCheckpointManager):
         self.every_seconds = checkpoint_config.interval_type == "seconds"
         self.last_save = time.monotonic()  # for intervals in seconds
         self.saving = ""  # the checkpoint that was begun last
+        self.replaced_after: float = math.inf  # the step after which checkpoints are replaced
         self.origin: dict[str, Any] = {"mode": "scratch"}  # what `load` did
 
     # -- saving -------------------------------------------------------------------------------------------------------
@@ -232,17 +234,13 @@ class CheckpointManager(TitanCheckpointManager):
             if self.sd_adapter is not None:  # torchtitan's own models may have none
                 self.consensus.first(lambda: self.sd_adapter.check(flag, path, ties=number == 0))
             source, restored = str(path), self._resume(path, number)
-            if number < last_step:
-                self.consensus.first(lambda: self._archive(folder, number))
+            self.replaced_after = number if number < last_step else math.inf
         elif self.enable:
-            self.consensus.first(lambda: self._archive(folder))
+            self.replaced_after = -1
             if start.mode == "init":
                 source, restored = self.initial_load_path, self._load_initial()
                 if (step := self.trainer.step) >= last_step:
                     raise UserError("--training.steps", last_step, f"more than the {step} of {source}")
-        if self.enable and self.keep_latest_k and not self.load_only and dist.get_rank() == 0:
-            for path in commit.pending_deletions(folder):
-                self.purge_queue.put(str(path))
         self._log_start(start.mode, source, restored)
         return bool(source)
 
@@ -251,13 +249,22 @@ class CheckpointManager(TitanCheckpointManager):
             if status.corruption and dist.get_rank() == 0:
                 logger.warning(f"{folder / f'step-{step}'} is not complete and is not used: {status.corruption}")
 
-    def _archive(self, folder: Path, after: int | None = None) -> None:
-        """Archive the checkpoints after the step that is resumed; at a new start, an interrupted first save."""
+    def archive_replaced(self) -> None:
+        """Archive the checkpoints after the one that was loaded; at a new start, an interrupted first save.
+
+        Rank 0 calls it, once nothing can reject the start any more. Raises OSError.
+        """
+        if not self.enable or self.load_only:
+            return
         for step, status in self.context.start.checkpoints.items():
-            keep = after is not None and (step <= after or status.unfinished)  # an unfinished one is overwritten
-            if not (keep or self.load_only):
-                path = folder / f"step-{step}"
+            path = Path(self.folder, f"step-{step}")
+            resumes = self.replaced_after >= 0  # and overwrites what has not even metadata
+            overwritten = resumes and status.unfinished and not (path / commit.METADATA).exists()
+            if step > self.replaced_after and not overwritten:
                 logger.warning(f"{path} is moved to {commit.archive(path)}")
+        if self.keep_latest_k:
+            for path in commit.pending_deletions(Path(self.folder)):
+                self.purge_queue.put(str(path))
 
     def _resume(self, checkpoint: Path, step: int) -> list[str]:
         """Load a checkpoint of this job; returns the names of what was loaded."""

@@ -1,6 +1,5 @@
 """How a job starts: the rules, applied before it is launched and again on its ranks. Imports no torch."""
 
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -12,6 +11,7 @@ from typing import Any, Literal
 import tomli
 
 from flame.checkpoint.commit import Status, inspect_checkpoint, read_marker, scan_checkpoints
+from flame.config.files import read_json, read_text
 from flame.config.parser import recorded, to_toml
 from flame.config.schema import Checkpoint, JobConfig
 from flame.errors import UserError
@@ -103,7 +103,7 @@ def check_orphaned_checkpoints(config: Checkpoint, run: Path) -> None:
 def _read_recorded(run: Path) -> dict[str, Any]:
     """The settings of checkpoints that a run folder's config.toml holds; {} without one that a run wrote."""
     try:
-        known = tomli.loads((run / "config.toml").read_text())["checkpoint"]
+        known = tomli.loads(read_text(run / "config.toml"))["checkpoint"]
         return {name: known[name] for name, kind in _RECORDED.items() if isinstance(known.get(name), kind)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
@@ -127,8 +127,8 @@ def _already_rewound(job_config: JobConfig) -> bool:
     """Whether an earlier start of this very job went back to its checkpoint.load_step, from which it now goes on."""
     run = Path(job_config.job.dump_folder)
     try:
-        start = json.loads((run / "status.json").read_bytes())["start"]
-        was, now = tomli.loads((run / "config.toml").read_text()), tomli.loads(to_toml(recorded(job_config)))
+        start = read_json(run / "status.json")["start"]
+        was, now = tomli.loads(read_text(run / "config.toml")), tomli.loads(to_toml(recorded(job_config)))
         return not any(changed_settings(was, now)) and start["load_step"] == job_config.checkpoint.load_step
     except (OSError, ValueError, KeyError, TypeError, RecursionError):  # no run folder as yet, or a broken one
         return False

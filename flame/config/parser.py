@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import importlib
 import io
+import logging
 import os
 from operator import attrgetter
 from typing import Any
@@ -18,10 +19,12 @@ from torchtitan.config.manager import ConfigManager, custom_registry
 
 from flame.config import legacy
 from flame.config.paths import exists
+from flame.config.record import run_of
 from flame.config.schema import DataSource, JobConfig
 from flame.config.setting import Layer, Setting, nearest, read_flags, read_toml, resolve_negation, typed
 from flame.errors import UserError
 
+logger = logging.getLogger("flame")
 _PATHS = ("job.dump_folder", "model.config", "model.tokenizer_path", "checkpoint.initial_load_path")
 
 
@@ -54,6 +57,8 @@ def parse(argv: list[str]) -> JobConfig:
         _place(config, [*given, *(_compute(s, config, ranks) for s in computed if s.layer == layers[s.path])])
 
     config.job.config_file = file or None
+    if file and not any(s.path == "job.dump_folder" and s.layer is Layer.FLAGS for s in settings):
+        config.job.dump_folder = _run_folder(file, config.job.dump_folder)
     if config.model.tokenizer_path:
         config.model.hf_assets_path = config.model.tokenizer_path
     if config.training.varlen and config.training.context_len is None:
@@ -64,6 +69,15 @@ def parse(argv: list[str]) -> JobConfig:
                 setattr(config.validation, name, getattr(config.training, name))
     _check_sections(config)
     return config
+
+
+def _run_folder(file: str, recorded: str) -> str:
+    """Where a run is: beside its config.toml, whatever that says, as the folder may have been moved or copied."""
+    folder = run_of(file)
+    if folder is None or os.path.realpath(recorded) == os.path.realpath(folder):
+        return recorded
+    logger.warning(f"{file} is the run in {folder}, although it says job.dump_folder {recorded}: moved or copied")
+    return str(folder)
 
 
 def _config_class(settings: list[Setting]) -> type[JobConfig]:

@@ -14,6 +14,7 @@ from flame.errors import UserError, near_multiples
 from flame.parallel import pipeline_schedule
 from flame.preflight.inputs import check_data, check_model
 from flame.runtime import stop
+from flame.runtime.run_folder import FILES, check_own
 
 TOKENS = 2**28  # of a rank in a step, which it holds in memory at once
 # What holds for a value, in words too, and the settings whose value it must hold for, unless that is None.
@@ -56,6 +57,10 @@ _RANGES: tuple[tuple[Callable[[float], bool], str, tuple[str, ...]], ...] = (
     (lambda v: v >= -1, "-1 (the newest) or a step", ("checkpoint.load_step",)),
     (lambda v: v in (0, 1), "0 or 1", ("data.exhausted_exit_code",)),
 )
+_FOLDERS = (
+    *("checkpoint.folder", "metrics.save_tb_folder", "profiling.save_traces_folder"),
+    *("profiling.save_memory_snapshot_folder", "comm.save_traces_folder"),
+)
 _CONVERTERS = {f"quantize.{kind}.{name}" for kind in ("linear", "grouped_mm") for name in ("float8", "mx")}
 _EXCLUDABLE = ("optimizer", "lr_scheduler", "dataloader", "train_state")
 
@@ -75,6 +80,7 @@ def check(config: JobConfig, world_size: int, *, is_first: bool = True) -> None:
     _check_folders(config)
     _check_checkpoint(config, world_size)
     if is_first:
+        check_own(Path(config.job.dump_folder))
         _check_start(config)
 
 
@@ -234,7 +240,7 @@ def _check_validation(config: JobConfig) -> None:
 
 
 def _check_folders(config: JobConfig) -> None:
-    dump_folder, name = config.job.dump_folder, os.path.normpath(config.checkpoint.folder)
+    dump_folder = config.job.dump_folder
     for flag, path in (("job.dump_folder", dump_folder), ("checkpoint.folder", config.checkpoint.folder)):
         if not path or "://" in path:
             raise UserError(f"--{flag}", path or "nothing", "a folder of this machine's file system")
@@ -247,10 +253,28 @@ def _check_folders(config: JobConfig) -> None:
         raise UserError("--job.dump_folder", f"the file {existing}", "a folder")
     if not os.access(existing, os.W_OK):
         raise UserError("--job.dump_folder", existing, "writable")
-    if name.startswith(("..", "/")) or name == ".":
-        raise UserError("--checkpoint.folder", repr(config.checkpoint.folder), "a folder inside job.dump_folder")
-    if name in ("hf", "model"):
-        raise UserError("--checkpoint.folder", name, "another folder", "a run has its exports or its config there")
+    longest = os.pathconf(existing, "PC_NAME_MAX")
+    for path in ("job.dump_folder", *_FOLDERS):
+        name = attrgetter(path)(config)
+        if any(len(os.fsencode(part)) > longest for part in name.split("/")):
+            raise UserError(f"--{path}", repr(name), f"a name of at most {longest} bytes")
+    for path in _FOLDERS:
+        _check_inside(f"--{path}", attrgetter(path)(config), Path(dump_folder))
+    if "/" in (prefix := config.comm.save_traces_file_prefix):
+        raise UserError("--comm.save_traces_file_prefix", repr(prefix), "without /")
+
+
+def _check_inside(flag: str, name: str, run: Path) -> None:
+    """Raises UserError unless a name is that of a folder in the run folder which the run does not use otherwise."""
+    path = os.path.normpath(name)
+    first = path.split("/")[0]
+    if first in ("", ".", ".."):
+        raise UserError(flag, repr(name), "a folder inside job.dump_folder")
+    if first in FILES:
+        raise UserError(flag, path, "another folder", f"a run has its own {first} there")
+    existing = next(folder for folder in (run / path, *(run / path).parents) if os.path.lexists(folder))
+    if os.path.exists(existing) and not os.path.isdir(existing):  # a broken link may be a disk that is not mounted
+        raise UserError(flag, f"the file {existing}", "a folder")
 
 
 def _check_checkpoint(config: JobConfig, world_size: int) -> None:

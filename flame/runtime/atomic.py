@@ -1,8 +1,9 @@
 """Replacing a file in one step."""
 
+import errno
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -37,3 +38,22 @@ def write_atomically(path: Path, data: str | bytes, fsync: bool = False) -> None
     """Replace a file as `open_atomically` does. Raises OSError."""
     with open_atomically(path, fsync) as file:
         file.write(data.encode() if isinstance(data, str) else data)
+
+
+@contextmanager
+def replace_together(files: Mapping[Path, str | bytes]) -> Iterator[None]:
+    """Files that are replaced at the end of the block, in this order, or stay as they are if one cannot be written.
+
+    One process at a time may do this to a file; what killed ones left beside it is deleted. Raises OSError.
+    """
+    with ExitStack() as opened:
+        for path, data in reversed([*files.items()]):
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for left in path.parent.glob(f"{path.name}.*.tmp"):
+                left.unlink()
+            file = opened.enter_context(open_atomically(path))
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()  # a full disk is known before the first of them is replaced
+        yield

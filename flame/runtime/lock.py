@@ -7,6 +7,7 @@ On a file system without locks, or with locks of one node only, a second run fro
 import fcntl
 import logging
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -18,22 +19,28 @@ from flame.errors import UserError
 
 NAME = "lock"  # the file, which names the holder; it exists while a run lives, and after one that was killed
 
+_HOLDER = re.compile(rb".*, process \d+, since ")
+
 logger = logging.getLogger("flame")
 
 
 def check_free(folder: Path) -> None:
     """Changes nothing. Raises UserError if a run holds the folder, or if the lock cannot be read."""
     try:
-        with suppress(FileNotFoundError), open(folder / NAME, "rb", buffering=0) as file:
+        with suppress(FileNotFoundError), open(folder / NAME, "rb", buffering=0, opener=_open_itself) as file:
             _lock(file, fcntl.LOCK_SH, folder)
+            _check_ours(file, folder)
     except OSError as error:
         raise UserError("--job.dump_folder", hint=str(error)) from None
 
 
 @contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Hold a run folder, which is made if it does not exist. Raises UserError if another process holds it."""
-    path, is_new = folder / NAME, not folder.exists()
+    """Hold a run folder, which is made if it does not exist. Raises UserError if another process holds it.
+
+    A UserError of the block leaves no empty folder that was not there before.
+    """
+    path, before = folder / NAME, set(folder.iterdir()) if folder.is_dir() else None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = _open(path, folder)
@@ -43,26 +50,52 @@ def hold(folder: Path) -> Iterator[None]:
         try:
             _write_holder(file, path)
             yield
+        except UserError:
+            for made in set(folder.iterdir()) - {path} - (before or set()):
+                _remove_empty(made)
+            raise
         finally:
             with suppress(OSError):
                 if _is_at(file, path):  # not if somebody deleted it, and another run has made its own
                     path.unlink()
-                if is_new:
+                if before is None:
                     folder.rmdir()  # fails unless the run was rejected before it wrote anything
 
 
 def _open(path: Path, folder: Path) -> IO[bytes]:
     """The file, locked."""
     while True:
-        file = open(path, "a+b", buffering=0)  # noqa: SIM115 - open for as long as it is held
+        file = open(path, "a+b", buffering=0, opener=_open_itself)  # noqa: SIM115 - open for as long as it is held
         try:
             _lock(file, fcntl.LOCK_EX, folder)
+            _check_ours(file, folder)
             if _is_at(file, path):  # a run that ends deletes its file, and the lock of a deleted file excludes nobody
                 return file
         except BaseException:
             file.close()
             raise
         file.close()
+
+
+def _open_itself(path: str, flags: int) -> int:
+    """Open a file: no link to another one, and without waiting for a pipe."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+
+
+def _check_ours(file: IO[bytes], folder: Path) -> None:
+    """Raises UserError for a file of the user's that happens to have this name."""
+    file.seek(0)
+    text = file.read() or b""
+    if text and not _HOLDER.match(text):
+        hint = f"{folder / NAME} is not that of a run, and would be overwritten; move it, or name another folder"
+        raise UserError("--job.dump_folder", folder, "a new folder or that of a run", hint)
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):
+        for path in folder.iterdir():
+            _remove_empty(path)
+        folder.rmdir()
 
 
 def _write_holder(file: IO[bytes], path: Path) -> None:

@@ -5,15 +5,36 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from flame.runtime.atomic import write_atomically
-from flame.runtime.environment import describe_environment
+from flame.config.files import read_json
+from flame.config.record import has_comments, read_record
+from flame.errors import UserError
+from flame.runtime.atomic import replace_together, write_atomically
 
 Status = Literal["running", "completed", "data_exhausted", "preempted", "failed"]
 logger = logging.getLogger("flame")
+_WRITTEN = ("config.toml", "environment.json", "status.json", "model")  # anew at each start
+FILES = (*_WRITTEN, "metrics.jsonl", "metrics.replaced.jsonl", "lock", "hf", "wandb_run_id")  # all under fixed names
+
+
+def check_own(folder: Path) -> None:
+    """Raises UserError for a folder that no run has made and that has a file in the place of a run's own.
+
+    A run is known by its status, which a start writes first, or by its config.toml.
+    """
+    if _read_status(folder).get("status") in get_args(Status) or read_record(folder) is not None:
+        return
+    for path in (folder / name for name in _WRITTEN):
+        is_empty = not any(path.iterdir()) if path.is_dir() else path.exists() and not path.stat().st_size
+        if os.path.lexists(path) and not is_empty:  # a power cut can leave a file empty
+            hint = f"{path} is not a run's, and would be overwritten; move it, or name another folder"
+            raise UserError("--job.dump_folder", folder, "a new folder or that of a run", hint)
 
 
 class Run:
@@ -29,51 +50,72 @@ class Run:
         self._waiting = ""  # lines for metrics.jsonl
         self._failing: set[str] = set()  # files whose last write failed
 
-    def start(self, config_toml: str, device: dict[str, Any]) -> None:
-        """Write config.toml and environment.json, and set the status to running. Raises OSError."""
-        if not self.writes:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.folder / "config.toml", config_toml)
-        write_atomically(self.folder / "environment.json", _to_json(describe_environment(device)))
-        self.set_status("running")
+    @contextmanager
+    def begin(self, files: Mapping[str, str | bytes], **fields: Any) -> Iterator[None]:
+        """Write the records of a start and the status "running": all at the end of the block, or none. Raises OSError.
+
+        A config.toml with comments, which are the user's, is kept as config.old-N.toml.
+        """
+        status = {"status.json": to_json(self._describe("running", fields))}  # first: a run is known by it
+        with replace_together({self.folder / name: data for name, data in (status | self._keep(files)).items()}):
+            yield
+
+    def _keep(self, files: Mapping[str, str | bytes]) -> dict[str, str | bytes]:
+        path = self.folder / "config.toml"
+        before = path.read_text(errors="surrogateescape") if "config.toml" in files and path.exists() else ""
+        if not has_comments(before):
+            return dict(files)
+        names = (f"config.old-{n}.toml" for n in count(1))
+        free = next(name for name in names if not os.path.lexists(self.folder / name))
+        return {free: before.encode(errors="surrogateescape"), **files}
+
+    def capture(self, write: Callable[[Path], None]) -> dict[str, bytes]:
+        """What `write` writes into a folder, as files of model/. Raises OSError."""
+        folder = self.folder / ".model.tmp"
+        shutil.rmtree(folder, ignore_errors=True)  # of a start that was killed
+        try:
+            write(folder)
+            files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+            return {f"model/{path.relative_to(folder)}": path.read_bytes() for path in files}
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def rewound(self, step: int) -> dict[str, bytes]:
+        """The files of metrics without those of steps after `step`, which are done again, and without broken lines.
+
+        metrics.replaced.jsonl gets both. Raises OSError.
+        """
+        path, replaced = self.folder / "metrics.jsonl", self.folder / "metrics.replaced.jsonl"
+        if not path.exists():
+            return {}
+        lines = [line + b"\n" for line in path.read_bytes().splitlines()]
+        kept = b"".join(line for line in lines if _step(line) <= step)
+        moved = b"".join(line for line in lines if _step(line) > step)
+        before = replaced.read_bytes() if replaced.exists() else b""
+        if before.endswith(moved):  # or nothing moves; or a kill came between the two files
+            return {path.name: kept}
+        return {replaced.name: before + moved, path.name: kept}
 
     def set_status(self, status: Status, **fields: Any) -> None:
         """Replace status.json; fields that are not given keep their value, but `reason`, which becomes None."""
         if not self.writes:
             return
         self._flush()
-        kept = {"step": 0, "tokens": 0} | self.read_status()
-        text = _to_json({**kept, "reason": None, **fields, "status": status})
+        text = to_json(self._describe(status, fields))
         self._write("status.json", lambda path: write_atomically(path, text))
+
+    def _describe(self, status: Status, fields: Mapping[str, Any]) -> dict[str, Any]:
+        return {"step": 0, "tokens": 0, **self.read_status(), "reason": None, **fields, "status": status}
 
     def read_status(self) -> dict[str, Any]:
         """The last status, or {} if there is none."""
-        try:
-            return json.loads((self.folder / "status.json").read_text())
-        except (FileNotFoundError, ValueError):  # a power cut can leave it empty
-            return {}
+        return _read_status(self.folder)
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one step's metrics to metrics.jsonl."""
         if self.writes:
             self._waiting += json.dumps(record) + "\n"
             self._flush()
-
-    def rewind(self, step: int) -> None:
-        """Move metrics of steps after `step`, which are done again, and broken lines to metrics.replaced.jsonl.
-
-        Raises OSError.
-        """
-        path = self.folder / "metrics.jsonl"
-        if not self.writes or not path.exists():
-            return
-        lines = path.read_bytes().splitlines()
-        kept = [line for line in lines if _step(line) <= step]
-        if len(kept) < len(lines):
-            with open(self.folder / "metrics.replaced.jsonl", "ab") as file:
-                file.writelines(line + b"\n" for line in lines if _step(line) > step)
-        write_atomically(path, b"".join(line + b"\n" for line in kept))
 
     def _flush(self) -> None:
         if self._waiting and self._write("metrics.jsonl", lambda path: _append(path, self._waiting)):
@@ -92,7 +134,15 @@ class Run:
         return True
 
 
-def _to_json(fields: dict[str, Any]) -> str:
+def _read_status(folder: Path) -> dict[str, Any]:
+    try:
+        return read_json(folder / "status.json")
+    except (OSError, ValueError):  # a power cut can leave it empty
+        return {}
+
+
+def to_json(fields: Mapping[str, Any]) -> str:
+    """The text of a record."""
     return json.dumps(fields, indent=2) + "\n"
 
 

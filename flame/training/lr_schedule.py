@@ -19,8 +19,13 @@ class LRSchedule(LRSchedulersContainer):
         for scheduler in self.schedulers:
             scheduler.last_epoch = state_dict["last_epoch"]
 
-    def apply(self) -> None:
-        """Write the step's learning rate into the optimizers, whose state a checkpoint has just overwritten."""
+    def apply(self) -> tuple[float, float]:
+        """Write the step's learning rate into the optimizers, whose state a checkpoint has just overwritten.
+
+        Returns the first one's rate before and after.
+        """
+        first = self.schedulers[0].optimizer.param_groups[0]
+        before = float(first["lr"])
         for scheduler in self.schedulers:
             rates = [
                 base * factor(scheduler.last_epoch)
@@ -29,6 +34,7 @@ class LRSchedule(LRSchedulersContainer):
             scheduler._last_lr = rates
             for group, base, rate in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, rates, strict=True):
                 group["initial_lr"], group["lr"] = base, rate
+        return before, float(first["lr"])
 
 
 def build_lr_schedule(optimizers: Any, lr_scheduler_config: Any, training_steps: int) -> LRSchedule:

@@ -23,6 +23,8 @@ from flame.config.schema import JobConfig
 from flame.data.ledger import roll
 from flame.errors import NonFiniteError, UserError
 from flame.runtime import stop
+from flame.runtime.environment import describe_environment
+from flame.runtime.run_folder import to_json
 from flame.training import nonfinite
 from flame.training.context import RunContext
 from flame.training.data_accounting import DataAccounting
@@ -112,21 +114,27 @@ class FlameTrainer(torchtitan.train.Trainer):
 
     def start(self) -> None:
         """Begin the run folder's records, after the checkpoint is loaded: a rejected run leaves them as they are."""
-        self.started = True
         if self.step < self.job_config.training.steps:
-            self.lr_schedulers.apply()
+            before, today = self.lr_schedulers.apply()
+            if self.resumed_at and self.run.writes and not math.isclose(before, today, rel_tol=1e-6):
+                rates = f"{before:.2e} by the settings of its checkpoint, {today:.2e} by today's"
+                logger.warning(f"learning rate at step {self.step + 1}: {rates} (docs/checkpoints.md, Extending a run)")
         self.context.consensus.first(self._record)
+        self.started = True
 
     def _record(self) -> None:
         trains = self.step < self.job_config.training.steps  # else the records of the finished run stay
+        files: dict[str, str | bytes] = {}
         if trains:
-            self.run.rewind(self.step)
             monitor = self.metrics_processor.device_memory_monitor
             device = {"name": monitor.device_name, "memory_gib": monitor.device_capacity_gib}
-            self.run.start(to_toml(recorded(self.job_config)), {**device, "ranks": dist.get_world_size()})
-        self.run.set_status("running", start=self.checkpointer.origin)
+            environment = describe_environment({**device, "ranks": dist.get_world_size()})
+            files |= self.run.rewound(self.step)
+            files |= {"environment.json": to_json(environment), "config.toml": to_toml(recorded(self.job_config))}
         if trains or not (self.run.folder / "model").exists():
-            self.model_parts[0].save_assets(self.run.folder / "model", self.tokenizer.hf)
+            files |= self.run.capture(lambda folder: self.model_parts[0].save_assets(folder, self.tokenizer.hf))
+        with self.run.begin(files, start=self.checkpointer.origin):
+            self.checkpointer.archive_replaced()
 
     def _train_steps(self, last: int) -> None:
         """torchtitan 0.2.2's loop, which loads the checkpoint itself and sleeps 2 s at its end.

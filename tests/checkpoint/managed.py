@@ -64,8 +64,9 @@ class Job:
         )
 
     def run(self, steps: int) -> "Job":
-        """Do what torchtitan's loop does: start, and save after each step up to the last."""
+        """Do what a trainer does: start, and save after each step up to the last."""
         self.manager.load(self.trainer.context.job_config.checkpoint.load_step)
+        self.manager.consensus.first(self.manager.archive_replaced)
         while self.trainer.step < steps:
             self.trainer.step += 1
             self.trainer.tokens += 100

@@ -56,6 +56,7 @@ def _work(rank: int, folder: Path) -> None:
     job = Job(folder, load_step=2)
     try:
         job.manager.load(2)
+        job.manager.consensus.first(job.manager.archive_replaced)
     except UserError as error:
         _print(f"rank {rank}: {error}")
     dist.barrier()

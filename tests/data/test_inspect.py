@@ -13,7 +13,8 @@ from flame.data.ledger import digest_batch, roll
 from flame.data.loader import build_dataloader
 from flame.data.source import build_sources
 from flame.data.tokenize import build_tokenizer
-from flame.runtime.run_folder import Run
+from flame.runtime.environment import describe_environment
+from flame.runtime.run_folder import Run, to_json
 from tests.launch import SMALL, train_each
 from tests.tiny import write_config
 
@@ -29,7 +30,8 @@ def write_run(folder, *flags):
     tokenizer = build_tokenizer("byte")
     loader = build_dataloader(sources=sources, dp_world_size=1, dp_rank=0, tokenizer=tokenizer, job_config=config)
     run, batches, digest, fed = Run(folder, writes=True), iter(loader), "", {}
-    run.start(to_toml(config), {"ranks": 1})
+    with run.begin({"config.toml": to_toml(config), "environment.json": to_json(describe_environment({"ranks": 1}))}):
+        pass
     for step in range(1, STEPS + 1):
         inputs, labels = next(batches)
         digest = roll(digest, digest_batch(inputs["input"], labels, range(BATCH)))

@@ -22,6 +22,10 @@ def a_folder_with_a_model(monkeypatch, tmp_path):
     for path in ("a.jsonl", "b.jsonl", "folder/part/c.jsonl"):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text('{"text": "hello"}\n')
+    for path in ("run/file", "mine/config.toml"):
+        Path(path).parent.mkdir()
+        Path(path).touch()
+    Path("mine/config.toml").write_text("a = 1")
 
 
 def rejection(flags, ranks=1, model=MODEL):
@@ -132,6 +136,29 @@ def test_a_job_that_can_train_passes(flags, ranks):
         ("--checkpoint.folder /elsewhere", "--checkpoint.folder", "inside job.dump_folder"),
         ("--checkpoint.folder gs://bucket", "--checkpoint.folder", "gs://bucket, a folder of this machine"),
         ("--checkpoint.folder hf/", "--checkpoint.folder", "hf, another folder"),
+        *(
+            (f"--checkpoint.folder {name}", "--checkpoint.folder", f"{name}, another folder")
+            for name in ("lock", "config.toml", "metrics.jsonl", "status.json", "environment.json/x", "model/x")
+        ),
+        ("--checkpoint.folder " + 300 * "x", "--checkpoint.folder", "at most 255 bytes"),
+        ("--job.dump_folder " + 300 * "x", "--job.dump_folder", "at most 255 bytes"),
+        ("--job.dump_folder run --checkpoint.folder file", "--checkpoint.folder", "the file run/file, a folder"),
+        ("--checkpoint.folder file/x --job.dump_folder run", "--checkpoint.folder", "the file run/file, a folder"),
+        *(
+            (f"--{flag} {name}", f"--{flag}", rule)
+            for flag in (
+                *("metrics.save_tb_folder", "profiling.save_traces_folder", "comm.save_traces_folder"),
+                "profiling.save_memory_snapshot_folder",
+            )
+            for name, rule in (
+                ("../x", "inside job.dump_folder"),
+                ("/x", "inside job.dump_folder"),
+                ("lock", "another"),
+                ("file --job.dump_folder run", "the file run/file, a folder"),
+            )
+        ),
+        ("--comm.save_traces_file_prefix ../x", "--comm.save_traces_file_prefix", "without /"),
+        ("--job.dump_folder mine", "--job.dump_folder", "config.toml is not a run's"),
         ("--checkpoint.initial_load_path gone", "--checkpoint.initial_load_path", "gone"),
         ("--checkpoint.initial_load_path s3://bucket/step-5", "--checkpoint.initial_load_path", "s3://bucket"),
         ("--checkpoint.initial_load_in_hf", "--checkpoint.initial_load_path", "nothing, a folder or hub id"),

@@ -120,6 +120,41 @@ def test_a_lock_that_is_not_a_file_is_rejected(tmp_path):
             ask(tmp_path)
 
 
+@pytest.mark.parametrize("content", ["mine", "process 1, since", "\0"])
+def test_a_file_of_the_users_named_lock_is_rejected_and_kept(content, tmp_path):
+    (tmp_path / NAME).write_text(content)
+    for ask in (check_free, lambda folder: hold(folder).__enter__()):
+        with pytest.raises(UserError) as caught:
+            ask(tmp_path)
+        assert caught.value.setting == "--job.dump_folder" and str(tmp_path / NAME) in caught.value.hint
+    assert (tmp_path / NAME).read_text() == content
+
+
+def test_a_lock_that_is_a_link_or_a_pipe_is_not_followed_and_not_waited_for(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / NAME).symlink_to(tmp_path / "target")
+    (tmp_path / "b").mkdir()
+    os.mkfifo(tmp_path / "b" / NAME)
+    for folder in ("a", "b"):
+        with pytest.raises(UserError, match=r"^--job\.dump_folder: "):
+            hold(tmp_path / folder).__enter__()
+    assert not (tmp_path / "target").exists()
+
+
+def test_a_rejected_start_leaves_no_empty_folder_that_was_not_there(tmp_path):
+    for folder in ("new", "known"):
+        (tmp_path / "known" / "mine").mkdir(parents=True, exist_ok=True)
+        with pytest.raises(UserError), hold(tmp_path / folder):
+            for name in ("comm_traces", "a/b", "tb/full"):
+                (tmp_path / folder / name).mkdir(parents=True)
+            (tmp_path / folder / "tb" / "full" / "file").touch()
+            raise UserError("--x")
+        assert sorted(path.name for path in (tmp_path / folder).iterdir()) == ["mine", "tb"][folder == "new" :]
+        with hold(tmp_path / "fine"):
+            (tmp_path / "fine" / "comm_traces").mkdir(exist_ok=True)
+        assert (tmp_path / "fine" / "comm_traces").is_dir()
+
+
 def test_two_of_many_processes_never_hold_a_folder_at_once(tmp_path):
     (tmp_path / "run").mkdir()
     crowd = [start(CROWD, tmp_path / "run") for _ in range(4)]

@@ -57,7 +57,7 @@ def test_a_resumed_run_takes_todays_learning_rate_at_the_saved_step():
     optimizer.load_state_dict(first_optimizer.state_dict())
     schedule.load_state_dict(first.state_dict())
     assert optimizer.param_groups[0]["lr"] == 0.75  # the checkpoint's
-    schedule.apply()
+    assert schedule.apply() == (0.75, 3.0 * 0.75)
     assert optimizer.param_groups[0]["lr"] == 3.0 * 0.75
     optimizer.step()
     schedule.step()
