@@ -55,7 +55,7 @@ def near_multiples(value: int, step: int) -> str:
     return f"{below} or {below + step}" if below else f"{step}"
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """An exception as one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:

@@ -81,7 +81,7 @@ class Loader(BaseDataLoader):
         self._ahead = max(ready, min(4 * len(own_lanes), AHEAD // (self._seq_len + 1)))  # rows
         if workers:  # each of them is a thread of its own; Rust's pool of threads would have them wait for each other
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        lengths = [_typical_length(source, encoder) for source in sources]
+        lengths = [typical_length(source, encoder) for source in sources]
         places = tuple(Place() for _ in sources)
         self._initial_states = {
             lane: LaneState(-1, 0, initial_deficits(lane, self._shares, lengths), places) for lane in own_lanes
@@ -244,8 +244,11 @@ def build_dataloader(
     return Loader(sources, tokenizer, training, data, seed=seed, dp_rank=dp_rank, dp_degree=dp_world_size)
 
 
-def _typical_length(source: Source, encoder: Encoder) -> float:
-    """Mean length of a few documents of a source, weighted by tokens; the same on every rank."""
+def typical_length(source: Source, encoder: Encoder) -> float:
+    """Mean length of a few documents of a source, weighted by tokens; the same on every rank.
+
+    Raises UserError if the encoder fails on one of them.
+    """
     documents = [row for row in source.sample(SAMPLE) if not isinstance(row, Bad)]
     lengths = np.array([float(len(ids)) for ids in encode(encoder, documents, source.name)])
     return float((lengths**2).sum() / lengths.sum()) if documents else 1.0

@@ -1,23 +1,20 @@
-"""Text to ids: any Hugging Face tokenizer with a Rust backend, or the embedded byte-level one.
-
-Where fastokens reads a tokenizer, it makes the ids in its place: the same ids, tens of times as fast.
-"""
+"""Text to ids: any Hugging Face tokenizer with a Rust backend, or the embedded byte-level one."""
 
 import copy
 import logging
-import os
-import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import pairwise
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from tokenizers.models import BPE
 from torchtitan.components.tokenizer import BaseTokenizer
 
 from flame.config.paths import check_path
 from flame.config.schema import Model
-from flame.errors import UserError
+from flame.data.fast import covers_all_text, is_failure, open_fast
+from flame.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -26,15 +23,7 @@ FLAG = "--model.tokenizer_path"
 END = "<|endoftext|>"
 # What a tokenizer.json that comes without its tokenizer_config.json may call its end of text.
 KNOWN_ENDS = (END, "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "<|im_end|>")
-TEXTS, PIECES = 256, 24  # of which open_fast compares the ids
-# Where one tokenizer's text may differ from another's: ASCII, controls, Latin, combining marks, scripts from left and
-# right, signs, ideographs, syllables, private use, forms, emoji, everything above.
-RANGES = (
-    *((0x20, 0x7F), (0x00, 0x20), (0x80, 0x250), (0x300, 0x370), (0x370, 0x530), (0x590, 0x700), (0x900, 0xA00)),
-    *((0x1100, 0x1200), (0x2000, 0x2070), (0x20A0, 0x2C00), (0x3000, 0x3100), (0x4E00, 0x9FFF), (0xAC00, 0xD7A4)),
-    *((0xE000, 0xE100), (0xFB00, 0xFFFF), (0x1F300, 0x1FB00), (0x10000, 0x10FFFF)),
-)
-SPACES = (" ", "  ", "\n", "\r\n", "\t", " \n", "\u00a0", "\u3000")
+PLAIN = "Any text: 0123456789, \u00e9, \u65e5\u672c\u8a9e, \U0001f642."
 
 logger = logging.getLogger("flame")
 
@@ -43,8 +32,9 @@ class Tokenizer(BaseTokenizer):
     """A Hugging Face tokenizer under torchtitan's interface; `hf` is the tokenizer itself.
 
     Ids are those of `hf` without special tokens; the loader adds the EOS between documents. Those of `add_tokens` that
-    `hf` lacks are given ids after all others; `added` counts them.
-    Raises UserError if the tokenizer has no Rust backend or no EOS.
+    `hf` lacks are given new ids; `added` counts the ids that they need above all others.
+    Raises UserError if the tokenizer has no Rust backend or no EOS, if two tokens share an id, or if the ids of a text
+    are random.
     """
 
     def __init__(self, hf: "PreTrainedTokenizerFast", path: str, add_tokens: Sequence[str] = ()) -> None:
@@ -57,32 +47,59 @@ class Tokenizer(BaseTokenizer):
                 hint = "it separates documents; set it in tokenizer_config.json"
                 raise UserError(FLAG, f"no EOS token in {path}", "a tokenizer with one", hint)
             hf.eos_token = known[0]
-        self.hf = hf
+        self.hf, self.path = hf, path
+        before = _count_ids(hf)
         special: dict[str, Any] = {"extra_special_tokens": list(add_tokens)}
-        self.added: int = hf.add_special_tokens(special, replace_extra_special_tokens=False)
+        hf.add_special_tokens(special, replace_extra_special_tokens=False)
+        self.vocab_size = _count_ids(hf)
+        """The largest id and one more, added tokens included."""
+        self.added = self.vocab_size - before
         self.eos_id: int = hf.eos_token_id
         self.bos_id: int | None = hf.bos_token_id
+        _check_ids(hf, path)
         # A copy of our own: a call of `hf` with truncation or padding switches them on in its backend for good.
         self._backend = copy.deepcopy(hf.backend_tokenizer)
+        self._backend.encode_special_tokens = hf.backend_tokenizer.encode_special_tokens  # which the copy lacks
         self._backend.no_truncation()
         self._backend.no_padding()
+        if getattr(self._backend.model, "dropout", None):
+            raise UserError(FLAG, f"dropout in {path}", "a tokenizer without: the ids of a text would be random")
         self._fast = open_fast(self._backend)
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids, added tokens included."""
-        return len(self.hf)
+        self.encodes_all = self._try_plain_text()
 
     def get_vocab_size(self) -> int:
         """torchtitan's name for vocab_size."""
         return self.vocab_size
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text, int32 (length,), without special tokens; parallel in Rust, the GIL released."""
-        if self._fast:
-            return self._fast(texts)
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+        """Ids of each text, int32 (length,), without special tokens; parallel in Rust, the GIL released.
+
+        Raises UserError for a text that the tokenizer cannot encode.
+        """
+        try:
+            if self._fast:
+                return self._fast(texts)
+            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [np.array(encoding.ids, np.int32) for encoding in encodings]
+        except BaseException as error:
+            if isinstance(error, UserError) or not is_failure(error):
+                raise
+            if len(texts) > 1:  # one of them
+                return [ids for text in texts for ids in self.encode_batch([text])]
+            found = f"no ids of {self.path} for the text {texts[0][:60]!r}"
+            raise UserError(FLAG, found, "a tokenizer of any text", str(error)) from error
+
+    def _try_plain_text(self) -> bool:
+        """Whether the tokenizer can encode any text; logs what it does with the rest if it cannot."""
+        try:
+            self.encode(PLAIN)
+        except UserError as error:
+            logger.warning(f"{self.path} cannot encode every text, and one that it cannot ends the run: {error.hint}")
+            return False
+        model = self._backend.model
+        if isinstance(model, BPE) and model.unk_token is None and not covers_all_text(self._backend):
+            logger.warning(f"{self.path} lacks tokens for some bytes or characters: it leaves them out of the text")
+        return True
 
     def encode(self, text: str) -> list[int]:
         """Ids of one text, without special tokens."""
@@ -96,32 +113,63 @@ class Tokenizer(BaseTokenizer):
 def build_tokenizer(path: str | None, trust_remote_code: bool = False, add_tokens: Sequence[str] = ()) -> Tokenizer:
     """The tokenizer of a path, "byte", a folder, a tokenizer.json or a hub id, with special tokens added.
 
-    Raises UserError if it cannot be loaded, has no Rust backend, or has no EOS.
+    Raises UserError if it cannot be loaded, has no Rust backend, or as Tokenizer does.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
     if not path:
         raise UserError(FLAG, "nothing", '"byte", a folder, a tokenizer.json or a hub id')
     if path == "byte":
         return Tokenizer(_byte_level(), path, add_tokens)
     check_path(FLAG, path)
-    local = Path(path).expanduser()
-    hf: Any
     try:
-        if local.is_file():
-            hf = PreTrainedTokenizerFast(tokenizer_file=str(local))
-        else:
-            found = str(local) if local.exists() else path
-            hf = AutoTokenizer.from_pretrained(found, use_fast=True, trust_remote_code=trust_remote_code)
-    except Exception as error:  # the backend raises bare Exception for a file it cannot read
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(FLAG, path, hint=f"not loadable as a tokenizer: {reason}") from error
-    return Tokenizer(hf, path, add_tokens)
+        return Tokenizer(_load(path, trust_remote_code), path, add_tokens)
+    except BaseException as error:
+        if isinstance(error, UserError) or not is_failure(error):
+            raise
+        raise UserError(FLAG, path, hint=f"not loadable as a tokenizer: {first_line(error)}") from error
 
 
 def load_tokenizer(model: Model) -> Tokenizer:
     """The tokenizer of a job. Raises UserError as build_tokenizer does."""
     return build_tokenizer(model.tokenizer_path, model.trust_remote_code, model.add_tokens)
+
+
+def _load(path: str, trust_remote_code: bool) -> Any:
+    """The tokenizer as its tokenizer.json says, if it has one and is not made by trusted code of its own.
+
+    AutoTokenizer would take the class of the folder's model, and many classes replace the normalizer and the
+    pre-tokenizer of the file by their own.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+    from transformers.utils import cached_file
+
+    local = Path(path).expanduser()
+    if local.is_file():
+        return PreTrainedTokenizerFast(tokenizer_file=str(local))
+    found = str(local) if local.exists() else path
+    file = cached_file(found, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
+    if file is None or (trust_remote_code and "auto_map" in get_tokenizer_config(found)):
+        return AutoTokenizer.from_pretrained(found, trust_remote_code=trust_remote_code)
+    hf = PreTrainedTokenizerFast.from_pretrained(found)
+    if hf.eos_token is None:  # GPT-2's folder leaves its name to the class
+        vocab = hf.get_vocab()
+        for name, token in AutoTokenizer.from_pretrained(found).special_tokens_map.items():
+            if token in vocab:
+                setattr(hf, name, token)
+    return hf
+
+
+def _count_ids(hf: "PreTrainedTokenizerFast") -> int:
+    return max(len(hf), *(id + 1 for id in hf.get_vocab().values()))
+
+
+def _check_ids(hf: "PreTrainedTokenizerFast", path: str) -> None:
+    """Raises UserError if two tokens share an id, such as added ones that are numbered on from a gap."""
+    vocab = hf.get_vocab()
+    shared = next((id for id, count in Counter(vocab.values()).items() if count > 1), None)
+    if shared is not None:
+        tokens = " and ".join(repr(token) for token, id in vocab.items() if id == shared)
+        raise UserError(FLAG, f"the tokens {tokens} of the same id, {shared}, in {path}", "a tokenizer of unique ids")
 
 
 def _byte_level() -> "PreTrainedTokenizerFast":
@@ -139,46 +187,3 @@ def _byte_level() -> "PreTrainedTokenizerFast":
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(END, special=True, normalized=False)])
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END, clean_up_tokenization_spaces=False)
-
-
-def open_fast(backend: Any) -> Callable[[Sequence[str]], list[np.ndarray]] | None:
-    """fastokens for encode_batch_fast of a `tokenizers.Tokenizer`: ids of texts, int32 (length,), none special.
-
-    None if fastokens is not installed, cannot read this tokenizer, or gives other ids for any of some hundred texts of
-    its own tokens and of characters of every kind.
-    """
-    os.environ.setdefault("FASTOKENS_BPE_THREADS", "1")  # its threads would spin beside the training's
-    try:
-        from fastokens import Tokenizer as FastTokenizer
-    except ImportError:
-        return None
-    try:
-        fast = FastTokenizer.from_json_str(backend.to_str())
-    except ValueError as error:
-        logger.info(f"tokenizers makes the ids, as fastokens does not read this one: {error}")
-        return None
-
-    def encode(texts: Sequence[str]) -> list[np.ndarray]:
-        ids, offsets = fast.encode_batch_flat(list(texts))
-        flat, ends = np.frombuffer(ids, np.int32), np.frombuffer(offsets, np.int64).tolist()
-        return [flat[begin:end] for begin, end in pairwise(ends)]
-
-    texts = list(_sample_texts(backend))
-    expected = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-    if [ids.tolist() for ids in encode(texts)] != expected:
-        logger.warning("tokenizers makes the ids, as fastokens gives others for some texts")
-        return None
-    return encode
-
-
-def _sample_texts(backend: Any) -> Iterator[str]:
-    """Texts of tokens, spaces, numbers and characters of one range each, the same at every call."""
-    rng, size = random.Random(0), backend.get_vocab_size()
-    makers = (
-        lambda: backend.decode([rng.randrange(size) for _ in range(4)], skip_special_tokens=False),
-        lambda: rng.choice(SPACES) * rng.randrange(1, 5),
-        lambda: str(rng.randrange(10 ** rng.randrange(1, 12))),
-        lambda: "".join(map(chr, rng.choices(range(*rng.choice(RANGES)), k=rng.randrange(1, 8)))),
-    )
-    for _ in range(TEXTS):
-        yield "".join(rng.choice(makers)() for _ in range(PIECES))

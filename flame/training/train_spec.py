@@ -15,7 +15,7 @@ from flame.config.parser import world_size
 from flame.config.schema import JobConfig
 from flame.convert.hf_structure import model_structure
 from flame.convert.initial import build_adapter
-from flame.data.loader import build_dataloader
+from flame.data.loader import build_dataloader, typical_length
 from flame.data.source import build_sources
 from flame.data.tokenize import Tokenizer, build_tokenizer
 from flame.errors import UserError
@@ -71,6 +71,9 @@ def register(job_config: JobConfig, context: RunContext | None = None) -> None:
     if job_config.validation.enable:
         streaming = job_config.training.streaming
         held_out_sources = build_sources(job_config.validation, job_config.data, streaming)
+    if not tokenizer.encodes_all:
+        for source in (*sources, *held_out_sources):
+            typical_length(source, tokenizer)  # fails now rather than when the loader is made
     spec = TrainSpec(
         **fields,
         build_lr_schedulers_fn=build_lr_schedule,

@@ -1,3 +1,4 @@
+import json
 import sysconfig
 from pathlib import Path
 
@@ -6,8 +7,29 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from flame.data.tokenize import build_tokenizer, open_fast
+from flame.data.fast import Checked, open_fast
+from flame.data.tokenize import build_tokenizer
 from flame.errors import UserError
+
+GROUPED = {  # digits in groups of three from the left, each group a token
+    "version": "1.0",
+    "added_tokens": [],
+    "pre_tokenizer": {
+        "type": "Split",
+        "pattern": {"Regex": r"\p{N}{1,3}"},
+        "behavior": "Isolated",
+        "invert": False,
+    },
+    "model": {"type": "WordLevel", "vocab": {"123": 0, "456": 1, "7": 2, "<|endoftext|>": 3}, "unk_token": "7"},
+}
+
+
+def save(folder, rules, names=None):
+    """A tokenizer's folder, as its name."""
+    (folder / "tokenizer.json").write_text(json.dumps(rules))
+    (folder / "tokenizer_config.json").write_text(json.dumps(names or {"bos_token": "<s>", "eos_token": "</s>"}))
+    return str(folder)
+
 
 HARD = [
     "",
@@ -112,6 +134,104 @@ def test_a_broken_tokenizer_file_is_one_line(tmp_path):
     assert error.value.hint.startswith("not loadable")
 
 
+def test_the_vocabulary_ends_after_the_largest_id(folder, tmp_path):
+    rules = json.loads((folder / "tokenizer.json").read_text())
+    last = max(rules["model"]["vocab"], key=rules["model"]["vocab"].get)
+    rules["model"]["vocab"][last] = 700
+    tokenizer = build_tokenizer(save(tmp_path, rules))
+    assert (tokenizer.vocab_size, tokenizer.get_vocab_size(), len(tokenizer.hf)) == (701, 701, 600)
+    with_token = build_tokenizer(str(tmp_path), add_tokens=["<|a|>"])  # gets the lowest id that is free
+    assert (with_token.vocab_size, with_token.added) == (701, 0)
+    assert with_token.encode("<|a|>") == [600]
+
+
+def test_the_end_of_text_inside_a_document_is_its_token(folder):
+    assert build_tokenizer("byte").encode("a<|endoftext|>") == [97, 256]
+    assert build_tokenizer(str(folder)).encode("</s><s>") == [1, 0]
+
+
+def test_special_tokens_are_plain_text_where_the_tokenizer_says_so(folder, tmp_path):
+    names = {"eos_token": "</s>", "split_special_tokens": True}
+    tokenizer = build_tokenizer(save(tmp_path, json.loads((folder / "tokenizer.json").read_text()), names))
+    assert tokenizer.encode("</s>") == tokenizer.hf("</s>", add_special_tokens=False).input_ids != [1]
+
+
+FAMILIES = ("qwen2", "qwen3_5", "gpt2", "llama", "gemma", "bert", "cohere")  # whose classes have rules of their own
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_model_beside_a_tokenizer_does_not_change_its_rules(family, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    tokenizer = build_tokenizer(save(tmp_path, GROUPED, {"eos_token": "<|endoftext|>"}))
+    assert tokenizer.encode("1234567") == Backend.from_str(json.dumps(GROUPED)).encode("1234567").ids
+    assert tokenizer.encode("1234567") == [0, 1, 2]
+
+
+def test_special_tokens_that_a_folder_leaves_to_the_class_are_those_of_the_class(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "tokenizer.json").write_text(json.dumps(GROUPED))
+    tokenizer = build_tokenizer(str(tmp_path))
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (3, 3, 4)
+
+
+def share_an_id(rules):
+    rules["model"]["vocab"]["Q"] = 0
+
+
+def leave_no_room(rules):
+    for token in rules["model"]["vocab"]:
+        rules["model"]["vocab"][token] += 100
+    for token in rules["added_tokens"]:
+        token["id"] += 100
+
+
+def drop_at_random(rules):
+    rules["model"]["dropout"] = 0.1
+
+
+def lose_a_merged_token(rules):
+    first, second = rules["model"]["merges"][50]
+    del rules["model"]["vocab"][first + second]
+
+
+@pytest.mark.parametrize("spoil", [share_an_id, leave_no_room, drop_at_random, lose_a_merged_token])
+def test_a_tokenizer_whose_ids_are_not_to_be_trusted_is_one_line(spoil, folder, tmp_path):
+    rules = json.loads((folder / "tokenizer.json").read_text())
+    spoil(rules)
+    with pytest.raises(UserError) as error:
+        build_tokenizer(save(tmp_path, rules), add_tokens=["<|a|>"])
+    assert error.value.setting == "--model.tokenizer_path" and str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("model", [models.WordLevel, models.WordPiece])
+def test_a_text_that_cannot_be_encoded_is_one_line_that_names_it(model, tmp_path, caplog):
+    backend = Backend(model({"a": 0, "b": 1, "</s>": 2}))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = build_tokenizer(str(tmp_path))
+    assert "cannot encode every text" in caplog.text and not tokenizer.encodes_all
+    assert tokenizer.encode("a b") == [0, 1]
+    with pytest.raises(UserError) as error:
+        tokenizer.encode_batch(["a b", "b", "a stranger", "a"])
+    assert error.value.setting == "--model.tokenizer_path"
+    assert "'a stranger'" in error.value.found and str(tmp_path) in error.value.found
+
+
+@pytest.mark.parametrize("rare", [False, True])
+def test_bytes_without_a_token_are_left_out_as_the_tokenizer_leaves_them_out(rare, library, folder, tmp_path, caplog):
+    rules = json.loads((folder / "tokenizer.json").read_text())
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    merged = {part for merge in rules["model"]["merges"] for part in merge}
+    unmerged = [token for token in rules["model"]["vocab"] if token in alphabet and token not in merged]
+    for token in ["\u00ae"] if rare else unmerged:  # byte 0xAE, of few characters
+        del rules["model"]["vocab"][token]
+    tokenizer, backend = build_tokenizer(save(tmp_path, rules)), Backend.from_str(json.dumps(rules))
+    assert "leaves them out" in caplog.text
+    texts = ["\u2e2e\u00ae \U0001f3ae", *HARD, *library[:5]]
+    right = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == right
+
+
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
 SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 PLAIN = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -182,10 +302,23 @@ def test_a_fast_tokenizer_that_gives_other_ids_is_not_used(library, caplog):
         def __init__(self, itself, read):
             self.to_str = read.to_str
             self.encode_batch_fast, self.decode = itself.encode_batch_fast, itself.decode
-            self.get_vocab_size = itself.get_vocab_size
+            self.get_vocab_size, self.encode_special_tokens = itself.get_vocab_size, False
 
     itself, read = learn("llama3", library), learn("llama3", library)
     read.pre_tokenizer = PLAIN
     assert open_fast(Misread(itself, itself)) is not None
     assert open_fast(Misread(itself, read)) is None
     assert "gives others" in caplog.text
+
+
+def test_a_text_that_the_fast_tokenizer_encodes_otherwise_stops_the_run(library):
+    backend = learn("llama3", library)
+    right = open_fast(backend)
+    texts = ["plain", "wrong " * 500, "text"]
+    wrong = Checked(lambda texts: [right([text])[0][text.startswith("wrong") :] for text in texts], backend)
+    with pytest.raises(UserError) as error:
+        for _ in range(10_000):
+            wrong(texts)
+    assert "wrong" in error.value.found and len(error.value.found) < 1100
+    for _ in range(100):
+        Checked(right, backend)(texts)

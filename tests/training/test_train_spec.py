@@ -4,6 +4,8 @@ import importlib.util
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from flame.config.parser import parse
 from flame.errors import UserError
@@ -33,6 +35,14 @@ def test_what_needs_a_gpu_is_rejected_on_a_cpu(monkeypatch):
 
 def test_a_backend_that_is_not_used_is_not_validated():
     register(parse(["--model.config=configs/gla_debug.json", "--compile.backend=nonsense"]))
+
+
+def test_text_that_the_tokenizer_cannot_encode_is_rejected(tmp_path):
+    Tokenizer(WordLevel({"a": 0, "</s>": 1})).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "data.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    data, tokenizer = f"--training.dataset={tmp_path}/data.jsonl", f"--model.tokenizer_path={tmp_path}"
+    error = rejected("--model.config=configs/gla_debug.json", data, tokenizer)
+    assert error.setting == "--model.tokenizer_path" and "'b'" in error.found
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
