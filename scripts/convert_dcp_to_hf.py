@@ -27,12 +27,13 @@ if find_spec("torchtitan") is None:  # another Python than the one that scripts/
     print(f"flame: {sys.executable} has no torchtitan; with the Python that has it: {command}", file=sys.stderr)
     sys.exit(2)
 
-import tomli
 from tqdm import tqdm
 
 from flame.checkpoint.commit import complete_steps, inspect_checkpoint
 from flame.checkpoint.dtypes import FLOATS, SIZES
 from flame.checkpoint.structure import ConversionError, Structure, check_structure
+from flame.config.parser import parse_recorded
+from flame.config.schema import JobConfig
 from flame.convert.dcp_file import CorruptedError, read_tensors
 from flame.convert.export import export_checkpoint
 from flame.convert.hf_structure import read_trained_structure
@@ -54,27 +55,30 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=FLOATS, help="cast to this type; default: as trained")
     parser.add_argument("--output", type=Path, help="a folder that does not exist; default: hf/step-N in the run")
     parser.add_argument("--no_verify", action="store_true", help="check neither tensors nor logits against the config")
+    parser.add_argument("--trust_run", action="store_true", help="run code that the run's config.toml names")
     return parser.parse_args(argv)
 
 
-def read_run(path: Path) -> dict[str, Any]:
-    """The config.toml of a run, {} if there is none. Raises UserError if it is not TOML."""
-    record = path / "config.toml"
+def read_run(given: argparse.Namespace) -> JobConfig:
+    """The config of the run that the command line names, the default if it has none. Raises UserError."""
+    if not (given.path / "config.toml").is_file():
+        return JobConfig()
     try:
-        return tomli.loads(record.read_text()) if record.is_file() else {}
-    except ValueError as error:
-        raise UserError(str(record), hint=f"is corrupted ({error}); give --path a checkpoint itself") from None
+        return parse_recorded(given.path, trusted=given.trust_run)
+    except UserError as error:
+        hint = "; ".join(filter(None, (error.hint, "or give --path a checkpoint itself")))
+        raise UserError(error.setting, error.found, error.allowed, hint) from None
 
 
-def find_checkpoint(path: Path, step: int, run: dict[str, Any]) -> Path:
-    """The checkpoint of a run's step (-1: the newest). `run` is its config.toml. Raises UserError if it has none."""
+def find_checkpoint(path: Path, step: int, run: JobConfig) -> Path:
+    """The checkpoint of a run's step (-1: the newest). `run` is its config. Raises UserError if it has none."""
     if (path / ".metadata").is_file():
         if step != -1:
             raise UserError("--step", step, hint=f"--path {path} is a checkpoint itself, not a run of several steps")
         if reason := inspect_checkpoint(path).corruption:
             raise UserError("--path", path, "a complete checkpoint", reason)
         return path
-    folder = path / run.get("checkpoint", {}).get("folder", "checkpoint")
+    folder = path / run.checkpoint.folder
     steps = complete_steps(folder)
     if not steps:
         raise UserError("--path", path, "a run or a checkpoint", f"there is no complete checkpoint in {folder}")
@@ -94,7 +98,7 @@ def check_json(recorded: Path) -> None:
 
 
 @contextmanager
-def models_enabled(run: dict[str, Any]) -> Iterator[None]:
+def models_enabled(run: JobConfig) -> Iterator[None]:
     """A block that builds models without a log, the run's own (--model.import) too. Raises UserError."""
     from flame.runtime import device
 
@@ -105,7 +109,7 @@ def models_enabled(run: dict[str, Any]) -> Iterator[None]:
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
         try:
-            if module := run.get("experimental", {}).get("custom_import"):
+            if module := run.experimental.custom_import:
                 sys.path.append(os.getcwd())  # as in training
                 import_models(module)
             yield
@@ -124,7 +128,7 @@ def os_errors() -> Iterator[None]:
         raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
 
 
-def build_structure(given: argparse.Namespace, run: dict[str, Any], assets: Path) -> Structure | None:
+def build_structure(given: argparse.Namespace, run: JobConfig, assets: Path) -> Structure | None:
     """The tensors of the model, whose config is written to `assets` if the command line names it or the tokenizer.
 
     None if it cannot be built and need not be verified. Raises UserError if it must.
@@ -149,7 +153,7 @@ def build_structure(given: argparse.Namespace, run: dict[str, Any], assets: Path
         raise UserError(" ".join([OURS.get(flag, flag), *value]), error.found, error.allowed, hint) from None
 
 
-def verify(given: argparse.Namespace, run: dict[str, Any], checkpoint: Path, tensors: Any, export: Path) -> dict:
+def verify(given: argparse.Namespace, run: JobConfig, checkpoint: Path, tensors: Any, export: Path) -> dict:
     """The findings for the report of an export; its structure was checked. Raises ConversionError."""
     if given.no_verify:
         return {"structure": "not checked", "logits": "not compared"}
@@ -164,7 +168,7 @@ def convert(given: argparse.Namespace) -> str:
 
     Raises UserError, ConversionError, CorruptedError and OSError.
     """
-    run = read_run(given.path)
+    run = read_run(given)
     checkpoint = find_checkpoint(given.path, given.step, run)
     if checkpoint == given.path and not given.output:
         raise UserError("--output", hint=f"needed, as --path {given.path} is a checkpoint itself, not a run")

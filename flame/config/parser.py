@@ -12,6 +12,7 @@ import io
 import logging
 import os
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 import tyro
@@ -28,6 +29,12 @@ logger = logging.getLogger("flame")
 _PATHS = ("job.dump_folder", "model.config", "model.tokenizer_path", "checkpoint.initial_load_path")
 
 
+_CODE = (  # settings that name code
+    *("job.custom_config_module", "experimental.custom_args_module", "experimental.custom_import"),
+    "model.trust_remote_code",
+)
+
+
 def setting_types(section: Any = JobConfig, prefix: str = "") -> dict[str, Any]:
     """{dotted path: type} of every setting of a config class; a field with init=False is not a setting."""
     found: dict[str, Any] = {}
@@ -37,17 +44,19 @@ def setting_types(section: Any = JobConfig, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def parse(argv: list[str]) -> JobConfig:
+def parse(argv: list[str], *, trusted: bool = True) -> JobConfig:
     """The config of a command line: defaults < TOML named by --job.config_file < flags, older spellings too.
 
     Settings that follow from others are filled in. Raises UserError for what is not a setting, for values of another
-    type, and for two spellings of one setting that disagree.
+    type, and for two spellings of one setting that disagree; unless `trusted`, also for one that names code to run.
     """
     settings = legacy.translate(read_flags(argv))
     files = [s for s in settings if s.path == "job.config_file"]
     file = typed(files[-1], str) if files else None
     if file:
         settings = [*legacy.translate(read_toml(file)), *settings]
+    if not trusted:
+        _check_no_code(settings)
     config = _config_class(settings)()
     given = [s for s in settings if not callable(s.value)]
     _place(config, given)
@@ -80,15 +89,35 @@ def _run_folder(file: str, recorded: str) -> str:
     return str(folder)
 
 
+def parse_recorded(run: Path, *, trusted: bool) -> JobConfig:
+    """The settings that a run folder records. trusted: the user trusts the code that they name.
+
+    Raises UserError for a folder without config.toml, and as `parse` does.
+    """
+    path = run / "config.toml"
+    if not path.is_file():
+        raise UserError(str(run), "no file config.toml", "the folder of a run")
+    return parse([f"--job.config_file={path}"], trusted=trusted)
+
+
+def _check_no_code(settings: list[Setting]) -> None:
+    types = setting_types()
+    for setting in (resolve_negation(setting, types) for setting in settings):
+        if setting.path in _CODE and (value := typed(setting, types[setting.path])):
+            hint = "it is code that the run names: read it, then add --trust_run"
+            raise UserError(setting.where, value, hint=hint)
+
+
 def _config_class(settings: list[Setting]) -> type[JobConfig]:
     """JobConfig, with the fields of the user's own module merged in if one is named."""
-    named = [s for s in settings if s.path in ("job.custom_config_module", "experimental.custom_args_module")]
-    if not named or not (module := typed(named[-1], str)):
+    last = {s.path: s for s in settings if s.path in ("job.custom_config_module", "experimental.custom_args_module")}
+    named = next((setting for setting in last.values() if typed(setting, str)), None)
+    if named is None:
         return JobConfig
     try:
-        return ConfigManager._merge_configs(JobConfig, importlib.import_module(module).JobConfig)
+        return ConfigManager._merge_configs(JobConfig, importlib.import_module(named.value).JobConfig)
     except (ImportError, AttributeError, TypeError, ValueError) as e:
-        raise UserError(named[-1].where, module, "a module with a JobConfig", str(e)) from None
+        raise UserError(named.where, named.value, "a module with a JobConfig", str(e)) from None
 
 
 def _place(config: JobConfig, settings: list[Setting]) -> None:

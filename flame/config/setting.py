@@ -10,9 +10,9 @@ import types
 from collections.abc import Container, Iterable
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
+from flame.config.files import read_text
 from flame.errors import UserError
 
 if sys.version_info >= (3, 11):
@@ -65,8 +65,7 @@ def read_flags(argv: list[str]) -> list[Setting]:
 def read_toml(file: str) -> list[Setting]:
     """The settings of a TOML file. Raises UserError if it cannot be read or is not valid TOML, with the line."""
     try:
-        # utf-8-sig: some editors begin a file with a byte-order mark
-        tables = tomllib.loads(Path(os.path.expanduser(file)).read_text(encoding="utf-8-sig"))
+        tables = tomllib.loads(read_text(os.path.expanduser(file)))
         repr(tables)  # fails for integers of thousands of digits
     except FileNotFoundError:
         raise UserError("--job.config_file", f"no file {file}") from None

@@ -97,7 +97,9 @@ def compare_logits(checkpoint: Path, dtype: str | None, folder: Path) -> dict[st
             expected = model(tokens)
         del model
         disable_progress_bar()  # transformers', which would show one for a second at the end of a run
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+        )
         exported, info = loaded
         if wrong := [f"{kind}: {keys}" for kind, keys in info.items() if keys]:
             raise ConversionError(f"{folder} does not load without changes: {'; '.join(wrong)}")

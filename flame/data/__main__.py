@@ -28,6 +28,7 @@ def main(argv: list[str]) -> int:
     command.add_argument("--rank", type=int, help="only the rows of this data-parallel rank")
     command.add_argument("--ranks", type=int, help="data-parallel ranks; default: those of the run")
     command.add_argument("--full", action="store_true", help="whole text instead of the first and last characters")
+    command.add_argument("--trust_run", action="store_true", help="run code that the run's config.toml names")
     command = commands.add_parser("verify", help="report up to which step two runs saw the same data")
     command.add_argument("run", type=Path)
     command.add_argument("other", type=Path)
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> int:
     same = True
     try:
         if given.command == "show":
-            same = show(given.run, given.step, given.rank, given.ranks, given.full)
+            same = show(given.run, given.step, given.rank, given.ranks, given.full, given.trust_run)
         elif given.command == "verify":
             same = verify(given.run, given.other)
         elif given.command == "bench":

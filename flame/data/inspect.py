@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 from flame.checkpoint.commit import complete_steps, read_metadata
 from flame.checkpoint.reader import load
-from flame.config.parser import JobConfig, parse
+from flame.config.parser import parse_recorded
+from flame.config.schema import JobConfig
 from flame.data.lane import Row
 from flame.data.ledger import read_ledger, roll
 from flame.data.loader import build_dataloader
@@ -45,13 +46,6 @@ class Fed(NamedTuple):
     found: str
 
 
-def read_config(folder: Path) -> JobConfig:
-    """The settings a run was last started with. Raises UserError if the folder is not that of a run."""
-    if not (folder / "config.toml").is_file():
-        raise UserError(str(folder), "no file config.toml", "the folder of a run")
-    return parse(["--job.config_file", str(folder / "config.toml")])
-
-
 def read_start(folder: Path, step: int) -> Start:
     """The newest complete checkpoint before a step that holds the data position; the start of the run if none does."""
     for before in reversed([s for s in complete_steps(folder) if s < step]):
@@ -66,14 +60,14 @@ def read_start(folder: Path, step: int) -> Start:
     return Start()
 
 
-def replay(folder: Path, step: int) -> Fed:
+def replay(folder: Path, step: int, *, trusted: bool = False) -> Fed:
     """Decode what a step was fed, and go on to the next logged step, whose digest is then compared.
 
     Raises UserError if the folder is not that of a run, for a step below 1, and for a step after the end of the data.
     """
     if step < 1:
         raise UserError("--step", step, "1 or more")
-    config, records = read_config(folder), read_ledger(folder)
+    config, records = parse_recorded(folder, trusted=trusted), read_ledger(folder)
     start = read_start(folder / config.checkpoint.folder, step)
     logged = min((s for s in records if s >= step), default=None)
     last = step if logged is None else logged
@@ -96,18 +90,18 @@ def replay(folder: Path, step: int) -> Fed:
     return Fed(start.step, first, rows, list(loader.counts()), last, expected, digest)
 
 
-def show(folder: Path, step: int, rank: int | None, ranks: int | None, full: bool) -> bool:
+def show(folder: Path, step: int, rank: int | None, ranks: int | None, full: bool, trusted: bool) -> bool:
     """Print what a step was fed, on one rank or all; False if the run logged another digest.
 
     Raises UserError as `replay` does, and for ranks that do not divide the lanes or the rows.
     """
-    config = read_config(folder)
+    config = parse_recorded(folder, trusted=trusted)
     lanes, dp_degree = config.data.lanes, ranks or _read_ranks(folder)
     if dp_degree < 1 or lanes % dp_degree:
         raise UserError("--ranks", dp_degree, f"a divisor of the run's {lanes} lanes")
     if rank is not None and not 0 <= rank < dp_degree:
         raise UserError("--rank", rank, f"0 to {dp_degree - 1} with {dp_degree} ranks")
-    fed = replay(folder, step)
+    fed = replay(folder, step, trusted=trusted)
     if rank is not None and len(fed.rows) % dp_degree:
         raise UserError("--ranks", dp_degree, f"a divisor of the {len(fed.rows)} rows of the step")
     chosen = [i for i in range(len(fed.rows)) if rank is None or i % dp_degree == rank]

@@ -171,8 +171,8 @@ def test_a_checkpoint_without_its_marker_is_not_converted(run, weights, tmp_path
 @pytest.mark.parametrize(
     ("name", "content", "text"),
     [
-        ("config.toml", "[job", r"config\.toml: is corrupted \(.*\); give --path a checkpoint itself"),
-        ("config.toml", "\udcff", r"config\.toml: is corrupted"),
+        ("config.toml", "[job", r"config\.toml: not valid TOML: .*; or give --path a checkpoint itself"),
+        ("config.toml", "\udcff", r"cannot read .*config\.toml: .*; or give --path a checkpoint itself"),
         ("model/config.json", "{", r"model/config\.json: is corrupted \(.*\); --config and --tokenizer replace it"),
         ("model/torchtitan.json", "\0", r"model/torchtitan\.json: is corrupted"),
         ("model/config.json", "[]", r"model/config\.json: is corrupted \(not an object\)"),

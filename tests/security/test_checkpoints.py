@@ -1,7 +1,6 @@
 """No code that a checkpoint names is run, wherever one is read: resume, initial weights, tools and conversions."""
 
 import pickle
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -114,16 +113,6 @@ def test_a_job_that_resumes_or_starts_from_a_forged_checkpoint_runs_no_code(star
             Job(folder, **settings).run(4)
         assert str(checkpoint) in error.value.setting
     assert not ran.exists()
-
-
-@pytest.fixture
-def run(tmp_path):
-    """A run of another machine: three steps of a tiny Llama."""
-    with tarfile.open(Path(__file__).parents[1] / "training/run-0.1.0.tar.xz") as archive:
-        archive.extractall(tmp_path, filter="data")
-    config = tmp_path / "run/config.toml"
-    config.write_text(config.read_text().replace("/tmp/flame-0.1.0", str(tmp_path)))
-    return tmp_path / "run"
 
 
 @pytest.mark.parametrize("how", ["unforged", *FORGED])
