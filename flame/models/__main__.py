@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from flame.config.paths import check_path
 from flame.errors import REFUSED, UserError
 from flame.runtime import device
 
@@ -41,6 +42,7 @@ def main(argv: list[str]) -> int:
 def _list(given: Any) -> int:
     from flame.models.listing import CONFIGS, table
 
+    _check_numbers(given, seq_len=1)
     for path in given.configs:
         if not path.is_file():
             raise UserError("list", f"no file {path}", "a model's JSON file")
@@ -48,14 +50,19 @@ def _list(given: Any) -> int:
     return 0
 
 
+def _check_numbers(given: Any, **least: int) -> None:
+    for name, low in least.items():
+        if (value := getattr(given, name)) is not None and not low <= value < 2**31:
+            raise UserError(f"--{name}", value, f"{low} or more, and below 2^31")
+
+
 def _audit(given: Any) -> int:
     from flame.models.audit import audit
     from flame.models.hf import build_on_meta, import_models, load_hf_config, read_config
     from flame.models.shrink import shrink
 
-    for name, least in (("depth", 2), ("width", 16), ("seq_len", 8)):
-        if (value := getattr(given, name)) is not None and value < least:
-            raise UserError(f"--{name}", value, f"{least} or more")
+    _check_numbers(given, depth=2, width=16, seq_len=8, seed=0)
+    check_path("audit", given.config)
     if given.module:
         import_models(given.module)
     family, config = load_hf_config(given.config, trust_remote_code=given.trust_remote_code)

@@ -62,7 +62,8 @@ def _linear(config: Any) -> float:
 
 def _gsa(config: Any) -> float:  # two states: queries read slots of keys, then slots of values
     d_k, d_v = _head_dims(config)
-    return state_flops(config.num_heads, d_k, config.num_slots) + state_flops(config.num_heads, config.num_slots, d_v)
+    slots = d_k if config.num_slots is None else config.num_slots
+    return state_flops(config.num_heads, d_k, slots) + state_flops(config.num_heads, slots, d_v)
 
 
 def _hgrn2(config: Any) -> float:

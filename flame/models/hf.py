@@ -6,6 +6,7 @@ import importlib.util
 import json
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from flame.config.schema import JobConfig
 from flame.errors import UserError, first_line
-from flame.models import reference, table
-from flame.models.family import Family, each_layer
-from flame.models.flops import TOP_K_FIELDS, top_k
+from flame.models import limits, reference, table
+from flame.models.family import Family
 from flame.models.generic import read_family
 from flame.models.vocabulary import fit_vocab_size
 
@@ -62,11 +62,12 @@ def import_models(module: str) -> None:
 def read_fields(source: str) -> dict[str, Any]:
     """The fields of a config in a JSON file, a local HF folder or a hub id. Raises UserError if it cannot be read."""
     try:
-        if Path(source).is_file():
-            fields = json.loads(Path(source).read_text(), object_hook=_parse_float)
+        path = Path(source, "config.json") if Path(source).is_dir() else Path(source)
+        if path.is_file():
+            fields = json.loads(path.read_bytes(), object_hook=_parse_float)  # bytes may begin with a byte-order mark
         else:
             fields, _ = PreTrainedConfig.get_config_dict(source)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError("--model.config", source, hint=f"cannot be read: {first_line(error)}") from None
     if not isinstance(fields, dict):
         raise UserError("--model.config", f"a {type(fields).__name__} in {source}", "a JSON object")
@@ -107,30 +108,15 @@ def read_config(
             config = CONFIG_MAPPING[model_type].from_dict(fields)
     except Exception as error:  # whatever a config class raises about its fields
         raise UserError("--model.config", source, hint=first_line(error)) from None
-    _validate(config, source)
+    limits.validate(config, source)
+    if vars(config).pop("quantization_config", None):
+        logger.warning(f"{source}: quantization_config is ignored: flame trains and exports weights as they are")
+    if family is not None and family.packing == "mask" and getattr(config, "alibi", False):
+        family = replace(family, packing=None)  # ALiBi's biases have no form with such a mask
     if family is None:
         hf = build_on_meta(config, source, trust_remote_code)
         family = read_family(hf, model_type, from_fla=type(hf).__module__.startswith("fla."))
     return family, config
-
-
-def _validate(config: PreTrainedConfig, source: str) -> None:
-    """Check the types of numbers, and the numbers of layers, heads and experts; fla's configs check nothing."""
-    layers = getattr(config, "num_hidden_layers", None)
-    if not isinstance(layers, int) or layers < 1:
-        raise UserError(f"{source}: num_hidden_layers", repr(layers), "an integer of 1 or more")
-    for name, default in vars(type(config)()).items():
-        value = vars(config).get(name)
-        if type(default) in (int, float) and value is not None and not isinstance(value, int | float):
-            raise UserError(f"{source}: {name}", repr(value), "a number")
-    for layer in each_layer(config):
-        heads, kv_heads = getattr(layer, "num_attention_heads", None), getattr(layer, "num_key_value_heads", None)
-        if heads and kv_heads and heads % kv_heads:
-            raise UserError(f"{source}: num_key_value_heads", kv_heads, f"a divisor of num_attention_heads, {heads}")
-        experts = getattr(layer, "num_local_experts", None) or getattr(layer, "num_experts", None)
-        if experts and experts < (chosen := top_k(layer)):
-            name = next(name for name in TOP_K_FIELDS if getattr(layer, name, None))
-            raise UserError(f"{source}: {name}", chosen, f"at most {experts}, the number of experts")
 
 
 def validate_seq_len(hf: PreTrainedModel, job_config: JobConfig) -> None:
@@ -165,12 +151,18 @@ def build_hf(config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
 
 
 def build_on_meta(config: PreTrainedConfig, source: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """transformers' own model of a config on the meta device. Raises UserError if its constructor fails."""
+    """transformers' own model of a config on the meta device.
+
+    Raises UserError if its constructor fails, or makes a parameter of no elements.
+    """
     try:
         with torch.device("meta"):
-            return build_hf(config, trust_remote_code=trust_remote_code)
+            hf = build_hf(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a constructor raises about the config
         raise UserError("--model.config", source, hint=f"cannot be built: {first_line(error)}") from None
+    if empty := [name for name, parameter in hf.named_parameters() if not parameter.numel()]:
+        raise UserError("--model.config", source, hint=f"cannot be built: {empty[0]} has no elements")
+    return hf
 
 
 @contextlib.contextmanager

@@ -75,10 +75,10 @@ def vocab_of_tokenizer(path: str) -> int | None:
 
 def _read_json(flag: str, path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes())  # bytes may begin with a byte-order mark
     except OSError as e:
         raise UserError(flag, hint=f"cannot read {path}: {e.strerror}") from None
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(flag, path, "valid JSON", str(e)) from None
     if not isinstance(content, dict):
         raise UserError(flag, f"a {type(content).__name__} in {path}", "a JSON object")

@@ -111,8 +111,7 @@ def _load_hf(job_config: JobConfig, tokenizer: Tokenizer, context: RunContext) -
     family, hf_config = load_hf_config(
         model.config, tokenizer=tokenizer, grow_vocab=model.grow_vocab, trust_remote_code=model.trust_remote_code
     )
-    alibi = family.packing == "mask" and getattr(hf_config, "alibi", False)  # has no form with such a mask
-    if job_config.training.varlen and (family.packing is None or alibi):
+    if job_config.training.varlen and family.packing is None:
         hint = f"models of type {hf_config.model_type} cannot keep packed documents apart"
         raise UserError("--training.varlen", "true", "false", hint)
     choose_attention(hf_config, family, compute_dtype(job_config))

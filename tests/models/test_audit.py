@@ -122,7 +122,7 @@ def test_the_command_exits_with_1_when_a_check_fails(capsys, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["gone.json"], "gone.json; cannot be read"),
+        (["gone.json"], "audit: found no file or folder gone.json"),
         ([str(SHIPPED["gla_340M"]), "--depth", "1"], "--depth: found 1, must be 2 or more"),
         ([str(SHIPPED["gla_340M"]), "--import", "no_such_module"], "no_such_module; cannot be imported"),
     ],

@@ -1,12 +1,14 @@
 """Configs that transformers takes and a run would fall over, and those that only look like it."""
 
+import json
+
 import pytest
 import torch
 
 from flame.config.parser import parse
 from flame.errors import UserError
 from flame.models.attention import rotary_attention_flops
-from flame.models.hf import build_on_meta, read_config, validate_seq_len
+from flame.models.hf import build_on_meta, read_config, read_fields, validate_seq_len
 from tests.models.small import OTHERS, distinct, fields_of, small
 
 LEARNED = {
@@ -55,3 +57,79 @@ def test_a_config_whose_layers_differ_is_read_layer_by_layer(model_type):
     with pytest.raises(UserError) as error:
         read_config(fields | {"num_key_value_heads": 3}, model_type)
     assert error.value.setting.endswith(": num_key_value_heads") and error.value.found == 3
+
+
+@pytest.mark.parametrize(
+    "name, field, value, setting, rule",
+    [
+        ("gla_340M", "vocab_size", None, "vocab_size", "an integer, 1 or more"),
+        ("gla_340M", "num_heads", 0, "num_heads", "an integer, 1 or more"),
+        ("retnet_340M", "hidden_size", 0, "hidden_size", "an integer, 1 or more"),
+        ("falcon_7B", "num_key_value_heads", "4", "num_key_value_heads", "an integer, 1 or more"),
+        ("rwkv6", "num_key_value_heads", {}, "num_key_value_heads", "an integer, 1 or more"),
+        ("mixtral_8x7B", "num_local_experts", [[]], "num_local_experts", "an integer, 0 or more"),
+        ("mixtral_8x7B", "num_local_experts", 2**31, "num_local_experts", "below 2^31"),
+        ("mixtral_8x7B", "num_local_experts", 2**20, "num_local_experts", "at most 65536 in each of 2 layers"),
+        ("llama_7B", "sliding_window", {}, "sliding_window", "an integer, 0 or more"),
+        ("llama_7B", "num_hidden_layers", 10**9, "num_hidden_layers", "an integer from 1 to 4096"),
+        ("llama_7B", "num_hidden_layers", 2**63, "num_hidden_layers", "an integer from 1 to 4096"),
+        ("llama_7B", "num_hidden_layers", True, "num_hidden_layers", "an integer from 1 to 4096"),
+        ("llama_7B", "num_attention_heads", 4.5, "num_attention_heads", "an integer"),
+        ("llama_7B", "eos_token_id", ["</s>"], "eos_token_id", "an id, or a list of ids"),
+        ("llama_7B", "head_dim", 9, "head_dim", "even"),
+        ("pythia_160M", "rotary_pct", 7.0, "partial_rotary_factor", "more than 0 and at most 1"),
+        ("falcon_40B", "num_kv_heads", 3, "num_kv_heads", "a divisor of num_attention_heads, 4"),
+        ("transformer_340M", "num_heads", 7, "num_heads", "a divisor of hidden_size, 64"),
+        ("gpt2", "n_embd", 0, "n_embd", "an integer, 1 or more"),
+    ],
+)
+def test_a_number_that_no_model_can_have_is_rejected_by_its_name(name, field, value, setting, rule):
+    fields = fields_of(name) | {field: value}
+    with pytest.raises(UserError) as error:
+        build_on_meta(read_config(fields, "m.json")[1], "m.json")
+    problem = error.value
+    assert problem.setting in (f"m.json: {setting}", "--model.config")  # transformers' own class may reject it first
+    assert problem.setting == "--model.config" or rule in problem.allowed
+
+
+def test_a_model_of_which_a_parameter_is_empty_is_rejected():
+    with pytest.raises(UserError) as error:
+        build_on_meta(read_config(fields_of("granitemoe") | {"num_local_experts": 0}, "m.json")[1], "m.json")
+    assert error.value.setting == "--model.config" and "has no elements" in error.value.hint
+
+
+def test_slots_that_are_left_to_fla_are_counted():
+    family, config = read_config(fields_of("gsa_340M") | {"num_slots": None}, "gsa")
+    heads = build_on_meta(config, "gsa").model.layers[0].attn.num_slots
+    assert family.mixer_flops(config, 64) == family.mixer_flops(
+        read_config(fields_of("gsa_340M") | {"num_slots": heads}, "")[1], 64
+    )
+
+
+def test_a_config_may_begin_with_a_byte_order_mark_and_be_in_a_folder(tmp_path):
+    (tmp_path / "config.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(fields_of("qwen2")).encode())
+    assert read_fields(str(tmp_path)) == read_fields(str(tmp_path / "config.json")) == fields_of("qwen2")
+
+
+@pytest.mark.parametrize("text", ["[" * 50_000, '{"a":' * 50_000, "{", "[1]", ""])
+def test_a_config_that_is_no_json_object_is_rejected(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError) as error:
+        read_fields(str(tmp_path))
+    assert error.value.setting == "--model.config" and str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["llama_7B", "qwen2"])
+def test_a_config_may_have_several_ends_of_text(name):
+    assert read_config(fields_of(name) | {"eos_token_id": [1, 106]}, name)[1].eos_token_id == [1, 106]
+
+
+def test_a_quantized_config_is_one_of_the_weights_as_they_are(caplog):
+    quantized = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    config = read_config(fields_of("qwen2") | quantized, "m.json")[1]
+    assert "quantization_config" not in config.to_dict() and "quantization_config is ignored" in caplog.text
+
+
+def test_documents_are_not_kept_apart_by_alibi():
+    fields = fields_of("falcon_7B") | {"alibi": True}
+    assert read_config(fields, "falcon")[0].packing is None and read_config(fields | {"alibi": False}, "")[0].packing

@@ -1,7 +1,9 @@
+import json
+
 import pytest
 
 from flame.models.__main__ import main
-from tests.models.small import SHIPPED
+from tests.models.small import SHIPPED, fields_of
 
 
 def listed(capsys, *arguments):
@@ -38,6 +40,24 @@ def test_a_file_that_is_not_a_model_config_is_one_line_and_exit_code_2(text, wor
     assert words in message and message.count("\n") == 1
 
 
-def test_a_file_that_does_not_exist_is_named(capsys):
-    assert main(["list", "gone.json"]) == 2
-    assert "no file gone.json" in capsys.readouterr().err
+@pytest.mark.parametrize("command", ["list", "audit"])
+def test_a_file_that_does_not_exist_is_named_and_not_looked_for_on_the_hub(command, capsys):
+    assert main([command, "gone.json"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"flame: {command}: found no file") and "gone.json" in message
+
+
+@pytest.mark.parametrize("field, value", [("vocab_size", None), ("num_heads", 0), ("hidden_size", 7), ("num_heads", 7)])
+def test_a_config_that_cannot_be_built_is_one_line_and_exit_code_2(field, value, tmp_path, capsys):
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps(fields_of("gla_340M") | {field: value}))
+    assert main(["list", str(path)]) == 2
+    assert str(path) in (message := capsys.readouterr().err) and message.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [["list", "--seq_len=0"], ["audit", "gpt2", "--seed=-1"], ["audit", "gpt2", "--depth=1"]]
+)
+def test_a_number_out_of_range_is_named(arguments, capsys):
+    assert main(arguments) == 2
+    assert capsys.readouterr().err.startswith(f"flame: {arguments[-1].partition('=')[0]}: found ")
