@@ -39,6 +39,7 @@ from flame.convert.export import export_checkpoint
 from flame.convert.hf_structure import read_trained_structure
 from flame.convert.hf_weights import specs_of
 from flame.convert.output import REPORT
+from flame.convert.tokenizer import compare_tokenizer
 from flame.convert.verify import HOLDS, check_logits, too_large
 from flame.errors import FULL, UserError
 
@@ -156,11 +157,10 @@ def build_structure(given: argparse.Namespace, run: JobConfig, assets: Path) -> 
 def verify(given: argparse.Namespace, run: JobConfig, checkpoint: Path, tensors: Any, export: Path) -> dict:
     """The findings for the report of an export; its structure was checked. Raises ConversionError."""
     if given.no_verify:
-        return {"structure": "not checked", "logits": "not compared"}
-    if reason := too_large(tensors):
-        return {"structure": HOLDS, "logits": reason}
+        return {"structure": "not checked", "logits": "not compared", "tokenizer": "not compared"}
     with models_enabled(run):
-        return {"structure": HOLDS, "logits": check_logits(checkpoint, given.dtype, export)}
+        logits = too_large(tensors) or check_logits(checkpoint, given.dtype, export)
+        return {"structure": HOLDS, "logits": logits, "tokenizer": compare_tokenizer(export)}
 
 
 def convert(given: argparse.Namespace) -> str:

@@ -16,7 +16,7 @@ ROOMS = {  # lowest first; a room imports itself, `errors`, and the rooms named 
     "models": "config runtime",
     "parallel": "config models",
     "titan": "config checkpoint models parallel",
-    "convert": "config runtime checkpoint models titan",
+    "convert": "config runtime checkpoint data models titan",
     "preflight": "config runtime checkpoint data models parallel convert",
     "training": "config runtime checkpoint data models parallel titan convert",
     "dry_run": "config data models parallel titan training",

@@ -20,6 +20,7 @@ from flame.convert.dcp_file import StoredTensor, read_tensors
 from flame.convert.hf_weights import specs_of
 from flame.convert.output import new_folder, read_report, write_report
 from flame.convert.safetensors_file import INDEX, check_file, find_files, group_by_bytes, read_headers, write_file
+from flame.convert.tokenizer import settle_tokenizer
 from flame.errors import UserError
 
 SHARD_BYTES = 2 << 30
@@ -53,6 +54,7 @@ def export_checkpoint(
         shutil.copytree(
             assets, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns("structure.json")
         )  # of 0.1.0
+        settle_tokenizer(temporary)
         _set_dtype(temporary / "config.json", dtype or main_dtype(found))
         write_report(
             temporary,

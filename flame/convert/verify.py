@@ -1,4 +1,5 @@
-"""Verifies that an export is the model that was trained: its tensors by its config, its logits by training's."""
+"""Verifies that an export is the model that was trained: its tensors by its config, its logits by training's,
+its ids by its tokenizer.json."""
 
 from functools import partial
 from math import prod
@@ -10,6 +11,7 @@ from flame.convert.export import export_checkpoint
 from flame.convert.hf_structure import read_structure, read_trained_structure
 from flame.convert.hf_weights import specs_of
 from flame.convert.safetensors_file import find_files, read_headers
+from flame.convert.tokenizer import compare_tokenizer
 from flame.errors import UserError
 
 LOGITS_BYTES = 3 << 29  # in float32; the logits of larger models are not compared, as it takes memory of that size
@@ -37,8 +39,9 @@ def verify_export(checkpoint: Path, dtype: str | None, folder: Path) -> dict[str
     try:
         check_structure(tensors, read_structure(folder).published)
     except UserError as error:
-        return {"structure": f"not checked: {error}", "logits": "not compared"}
-    return {"structure": HOLDS, "logits": too_large(tensors) or check_logits(checkpoint, dtype, folder)}
+        return {"structure": f"not checked: {error}", "logits": "not compared", "tokenizer": compare_tokenizer(folder)}
+    logits = too_large(tensors) or check_logits(checkpoint, dtype, folder)
+    return {"structure": HOLDS, "logits": logits, "tokenizer": compare_tokenizer(folder)}
 
 
 def too_large(tensors: TensorSpecs) -> str | None:
