@@ -6,7 +6,6 @@ export is not the model that was trained, or the disk is full.
 """
 
 import argparse
-import json
 import logging
 import os
 import re
@@ -32,6 +31,7 @@ from tqdm import tqdm
 from flame.checkpoint.commit import complete_steps, inspect_checkpoint
 from flame.checkpoint.dtypes import FLOATS, SIZES
 from flame.checkpoint.structure import ConversionError, Structure, check_structure
+from flame.config.files import read_json
 from flame.config.parser import parse_recorded
 from flame.config.schema import JobConfig
 from flame.convert.dcp_file import CorruptedError, read_tensors
@@ -92,8 +92,8 @@ def check_json(recorded: Path) -> None:
     """Raises UserError if what a run recorded of its model is not JSON objects."""
     for path in (recorded / "config.json", recorded / "torchtitan.json"):
         try:
-            if path.is_file() and not isinstance(json.loads(path.read_bytes()), dict):
-                raise ValueError("not an object")
+            if path.is_file():
+                read_json(path)
         except ValueError as error:
             raise UserError(str(path), hint=f"is corrupted ({error}); --config and --tokenizer replace it") from None
 

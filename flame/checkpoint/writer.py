@@ -65,7 +65,8 @@ class _HashingFileSystem(FileSystem):
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Generator[Any, None, None]:
-        with super().create_stream(path, mode) as stream:
+        Path(path).unlink(missing_ok=True)  # a link would be followed, and another file be overwritten
+        with super().create_stream(path, "xb") as stream:
             hashed = _HashingStream(stream)
             yield hashed
         self.files.append(SavedFile(Path(path).name, hashed.size, hashed.digest.hexdigest()))

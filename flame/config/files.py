@@ -4,17 +4,32 @@ import errno
 import json
 import os
 import stat
+from pathlib import Path
 from typing import Any
+
+from flame.errors import UserError
 
 
 def regular(path: str | os.PathLike, flags: int) -> int:
     """An opener for `open`. Raises OSError for a pipe, a socket or a device, where a read may wait without end."""
-    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    descriptor = os.open(path, flags | os.O_NONBLOCK, 0o666)
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISREG(mode) or stat.S_ISDIR(mode):  # `open` itself rejects a folder
         return descriptor
     os.close(descriptor)
     raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+
+
+def check_regular(setting: str, path: str | os.PathLike) -> None:
+    """Raises UserError if a file, or one in a folder, is a pipe, a socket or a device: a library would wait for it."""
+    for each in Path(path).iterdir() if os.path.isdir(path) else [Path(path)]:
+        if each.exists() and not each.is_file() and not each.is_dir():
+            raise UserError(setting, f"{each}, a pipe or a device", "a regular file")
+
+
+def itself(path: str | os.PathLike, flags: int) -> int:
+    """`regular` for a file that is written: a link is not followed, as that would change another file."""
+    return regular(path, flags | os.O_NOFOLLOW)
 
 
 def read_bytes(path: str | os.PathLike) -> bytes:
@@ -36,9 +51,9 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
     return content
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, **options: Any) -> Any:
     """`json.loads`. Raises ValueError also for what is nested too deep."""
     try:
-        return json.loads(text)
+        return json.loads(text, **options)
     except RecursionError:
         raise ValueError("nested too deep") from None

@@ -4,7 +4,6 @@
 from the older value, or says why the spelling changes nothing.
 """
 
-import json
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from flame.config.files import read_json
 from flame.config.schema import JobConfig
 from flame.config.setting import Layer, Setting, resolve_negation, typed
 from flame.errors import UserError
@@ -92,7 +92,7 @@ def _layer_count(model_config: str | None) -> int:
     path = Path(os.path.expanduser(model_config or ""))
     path = path / "config.json" if os.path.isdir(path) else path
     try:
-        described = json.loads(path.read_bytes())
+        described = read_json(path)
         return int(described.get("num_hidden_layers") or described["n_layer"])
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         hint = f"needs model.config to be a local model JSON with a number of layers, found {model_config}"

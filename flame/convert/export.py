@@ -16,6 +16,7 @@ import torch
 from flame.checkpoint.commit import hash_file
 from flame.checkpoint.dtypes import FLOATS, SIZES
 from flame.checkpoint.structure import PublishedTensor, main_dtype, whole
+from flame.config.files import read_json
 from flame.convert.dcp_file import StoredTensor, read_tensors
 from flame.convert.hf_weights import specs_of
 from flame.convert.output import new_folder, read_report, write_report
@@ -130,6 +131,6 @@ def _is_whole(folder: Path, report: Mapping[str, Any]) -> bool:
 
 def _set_dtype(path: Path, dtype: str) -> None:
     """Set the dtype in a config.json, as which `from_pretrained` loads the weights."""
-    config = json.loads(path.read_text())
+    config = read_json(path)
     config.pop("torch_dtype", None)
     path.write_text(json.dumps(config | {"dtype": dtype}, indent=2, sort_keys=True) + "\n")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flame.checkpoint.commit import hash_file
+from flame.config.files import read_json
 from flame.errors import UserError
 from flame.runtime.environment import versions
 
@@ -73,7 +74,6 @@ def write_report(folder: Path, digests: dict[str, str], **fields: Any) -> None:
 def read_report(folder: Path) -> dict[str, Any]:
     """The report of a folder, or {} if it has none that can be read."""
     try:
-        report = json.loads((folder / REPORT).read_bytes())
+        return read_json(folder / REPORT)
     except (OSError, ValueError):
         return {}
-    return report if isinstance(report, dict) else {}

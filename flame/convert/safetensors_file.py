@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from flame.checkpoint.commit import hash_file
 from flame.checkpoint.dtypes import CODES, NAMES, SIZES, Box, slices
 from flame.checkpoint.structure import ConversionError, TensorSpecs
+from flame.config.files import check_regular, read_json
 from flame.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class TensorEntry:
 
 @contextmanager
 def _open(file: Path, framework: str) -> Iterator[Any]:
+    check_regular(str(file), file)
     try:
         with safe_open(file, framework) as opened:
             yield opened
@@ -91,7 +93,7 @@ def find_files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if index.is_file():
         try:
-            return sorted({folder / file for file in json.loads(index.read_text())["weight_map"].values()})
+            return sorted({folder / file for file in read_json(index)["weight_map"].values()})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(str(index), f"{type(error).__name__}: {error}", "an index of safetensors") from None
     found = sorted(path.name for path in folder.glob("*") if path.suffix in (".safetensors", ".bin", ".pt", ".pth"))

@@ -3,13 +3,13 @@
 A step is decoded by the code that fed it: the run's own loader, from the newest checkpoint before the step.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from flame.checkpoint.commit import complete_steps, read_metadata
 from flame.checkpoint.reader import load
+from flame.config.files import read_json
 from flame.config.parser import parse_recorded
 from flame.config.schema import JobConfig
 from flame.data.lane import Row
@@ -142,8 +142,11 @@ def _describe(row: Row, sources: Sequence[str], tokenizer: Tokenizer, full: bool
 
 
 def _read_ranks(folder: Path) -> int:
-    file = folder / "environment.json"
-    return json.loads(file.read_text())["device"].get("ranks", 1) if file.is_file() else 1
+    try:
+        ranks = read_json(folder / "environment.json")["device"].get("ranks", 1)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # a power cut can leave it empty
+        return 1
+    return ranks if isinstance(ranks, int) and ranks > 0 else 1
 
 
 def _count_sequences(folder: Path, config: JobConfig, start: Start, record: dict[str, Any] | None) -> int:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from flame.config.files import parse_json
 from flame.data.cursor import Cursor
 from flame.data.window import Place
 from flame.errors import UserError
@@ -111,7 +112,7 @@ def parse_state(text: str, names: Sequence[str], fresh: LaneState) -> LaneState:
 
     Sources that are gone are dropped, and with them the open document if it was of one.
     """
-    saved = json.loads(text)
+    saved = parse_json(text)
     known = saved["sources"]
     opened = names.index(saved["open"]) if saved["open"] in names else -1
     deficits, places = list(fresh.deficits), list(fresh.places)

@@ -1,6 +1,5 @@
 """What every step was fed, as a rolling digest: two runs saw the same data if and only if their digests agree."""
 
-import json
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from flame.config.files import parse_json, read_bytes
 from flame.errors import UserError
+
+_FIELDS = {"step": int, "tokens": int, "data_digest": str}  # of a record
 
 
 def digest_batch(inputs: ArrayLike, labels: ArrayLike, indices: ArrayLike) -> int:
@@ -36,11 +38,24 @@ def roll(previous: str, step_sum: int) -> str:
 
 def read_ledger(folder: Path) -> dict[int, dict[str, Any]]:
     """{step: record} of the steps whose digest a run logged. Raises UserError if the folder has no metrics.jsonl."""
-    if not (folder / "metrics.jsonl").is_file():
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
         raise UserError(str(folder), "no file metrics.jsonl", "the folder of a run that has logged a step")
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines if line.endswith("}")]  # a kill can cut the last one
-    return {record["step"]: record for record in records if "data_digest" in record}
+    try:
+        lines = read_bytes(path).splitlines()
+    except OSError as error:
+        raise UserError(str(path), hint=f"cannot be read ({error.strerror})") from None
+    return {record["step"]: record for record in filter(None, map(_parse_record, lines))}
+
+
+def _parse_record(line: bytes) -> dict[str, Any] | None:
+    """The record of a step with its digest; None for any other line: a kill cuts the last one, or zeros are left."""
+    try:
+        record = parse_json(line.decode())
+        known = all(isinstance(record[name], kind) for name, kind in _FIELDS.items())
+    except (ValueError, KeyError, TypeError):
+        return None
+    return record if known else None
 
 
 def verify(one: Path, other: Path) -> bool:

@@ -23,7 +23,7 @@ from flame.data.settings import check_lanes, parse_skip
 from flame.data.source import Source
 from flame.data.tokenize import Tokenizer
 from flame.data.window import IndexedWindows, Place, StreamedWindows, WindowShuffle
-from flame.errors import UserError
+from flame.errors import UserError, first_line
 
 SAMPLE = 16  # documents of a source whose lengths set the phases of the lanes
 AHEAD = 1 << 19  # tokens in rows read ahead, up to 4 rows per lane: a document of a megabyte delays no other lane
@@ -223,17 +223,21 @@ class Loader(BaseDataLoader):
         """
         if not state_dict:
             return
-        sequence = state_dict["sequence"]
-        self._order.check(state_dict["order"], sequence)
+        try:
+            sequence = int(state_dict["sequence"])
+            self._order.check(state_dict["order"], sequence)
+            states = {
+                lane: parse_state(state_dict[f"lane_{lane:03d}"], self._names, fresh)
+                for lane, fresh in self._initial_states.items()
+            }
+        except UserError:
+            raise
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise UserError("dataloader", f"a state without its parts ({first_line(error)})", "flame's") from None
         if sequence % self._dp_degree:
             allowed = f"a divisor of the {sequence} sequences that the checkpoint has read"
             raise UserError("data-parallel ranks", self._dp_degree, allowed)
-        states = self._initial_states.items()
-        self.rewind(
-            Position(
-                sequence, {lane: parse_state(state_dict[f"lane_{lane:03d}"], self._names, s) for lane, s in states}
-            )
-        )
+        self.rewind(Position(sequence, states))
 
 
 def build_dataloader(

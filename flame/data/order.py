@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from flame.config.files import parse_json
 from flame.errors import UserError
 
 FLAGS = {"lanes": "--data.lanes", "window": "--data.window", "seed": "--debug.seed"}
@@ -33,7 +34,7 @@ class Order:
 
     def check(self, text: str, sequence: int) -> None:
         """Raise UserError unless the data up to a sequence were read in this order, given the JSON of a checkpoint."""
-        saved = json.loads(text)
+        saved = parse_json(text)
         for key, flag in FLAGS.items():
             if saved[key] != getattr(self, key):
                 raise UserError(flag, getattr(self, key), f"{saved[key]}, as in the checkpoint")

@@ -153,7 +153,8 @@ def _load(path: str, trust_remote_code: bool) -> Any:
     hf = PreTrainedTokenizerFast.from_pretrained(found)
     if hf.eos_token is None:  # GPT-2's folder leaves its name to the class
         vocab = hf.get_vocab()
-        for name, token in AutoTokenizer.from_pretrained(found).special_tokens_map.items():
+        # False, as transformers would else ask on the terminal whether to run code that lies there
+        for name, token in AutoTokenizer.from_pretrained(found, trust_remote_code=False).special_tokens_map.items():
             if token in vocab:
                 setattr(hf, name, token)
     return hf

@@ -3,7 +3,6 @@
 import contextlib
 import importlib
 import importlib.util
-import json
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,6 +16,7 @@ from torchtitan.tools.utils import device_type
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from flame.config.files import parse_json, read_text
 from flame.config.schema import JobConfig
 from flame.errors import UserError, first_line
 from flame.models import limits, reference, table
@@ -64,10 +64,10 @@ def read_fields(source: str) -> dict[str, Any]:
     try:
         path = Path(source, "config.json") if Path(source).is_dir() else Path(source)
         if path.is_file():
-            fields = json.loads(path.read_bytes(), object_hook=_parse_float)  # bytes may begin with a byte-order mark
+            fields = parse_json(read_text(path), object_hook=_parse_float)
         else:
             fields, _ = PreTrainedConfig.get_config_dict(source)
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError("--model.config", source, hint=f"cannot be read: {first_line(error)}") from None
     if not isinstance(fields, dict):
         raise UserError("--model.config", f"a {type(fields).__name__} in {source}", "a JSON object")

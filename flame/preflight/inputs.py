@@ -1,10 +1,10 @@
 """Validation of the files and hub ids that a job names: those that must be on this machine exist and fit together."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
+from flame.config.files import parse_json, read_text
 from flame.config.paths import check_path, exists, is_local
 from flame.config.schema import Data, DataSource, JobConfig, Training, Validation
 from flame.data.settings import parse_sources, spelled_by_the_user
@@ -75,10 +75,10 @@ def vocab_of_tokenizer(path: str) -> int | None:
 
 def _read_json(flag: str, path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())  # bytes may begin with a byte-order mark
+        content = parse_json(read_text(path))
     except OSError as e:
         raise UserError(flag, hint=f"cannot read {path}: {e.strerror}") from None
-    except (ValueError, RecursionError) as e:
+    except ValueError as e:
         raise UserError(flag, path, "valid JSON", str(e)) from None
     if not isinstance(content, dict):
         raise UserError(flag, f"a {type(content).__name__} in {path}", "a JSON object")

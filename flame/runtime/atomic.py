@@ -17,7 +17,8 @@ def open_atomically(path: Path, fsync: bool = False) -> Iterator[BinaryIO]:
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)  # of a process that was killed; not written through if it is a link
+        with open(temporary, "xb") as file:
             yield file
             if fsync:
                 file.flush()

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from flame.config.files import itself
 from flame.errors import UserError
 
 NAME = "lock"  # the file, which names the holder; it exists while a run lives, and after one that was killed
@@ -27,7 +28,7 @@ logger = logging.getLogger("flame")
 def check_free(folder: Path) -> None:
     """Changes nothing. Raises UserError if a run holds the folder, or if the lock cannot be read."""
     try:
-        with suppress(FileNotFoundError), open(folder / NAME, "rb", buffering=0, opener=_open_itself) as file:
+        with suppress(FileNotFoundError), open(folder / NAME, "rb", buffering=0, opener=itself) as file:
             _lock(file, fcntl.LOCK_SH, folder)
             _check_ours(file, folder)
     except OSError as error:
@@ -65,7 +66,7 @@ def hold(folder: Path) -> Iterator[None]:
 def _open(path: Path, folder: Path) -> IO[bytes]:
     """The file, locked."""
     while True:
-        file = open(path, "a+b", buffering=0, opener=_open_itself)  # noqa: SIM115 - open for as long as it is held
+        file = open(path, "a+b", buffering=0, opener=itself)  # noqa: SIM115 - open for as long as it is held
         try:
             _lock(file, fcntl.LOCK_EX, folder)
             _check_ours(file, folder)
@@ -75,11 +76,6 @@ def _open(path: Path, folder: Path) -> IO[bytes]:
             file.close()
             raise
         file.close()
-
-
-def _open_itself(path: str, flags: int) -> int:
-    """Open a file: no link to another one, and without waiting for a pipe."""
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
 def _check_ours(file: IO[bytes], folder: Path) -> None:

@@ -12,7 +12,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from flame.config.files import read_json
+from flame.config.files import itself, parse_json, read_bytes, read_json
 from flame.config.record import has_comments, read_record
 from flame.errors import UserError
 from flame.runtime.atomic import replace_together, write_atomically
@@ -62,12 +62,13 @@ class Run:
 
     def _keep(self, files: Mapping[str, str | bytes]) -> dict[str, str | bytes]:
         path = self.folder / "config.toml"
-        before = path.read_text(errors="surrogateescape") if "config.toml" in files and path.exists() else ""
+        known = read_bytes(path) if "config.toml" in files and path.exists() else b""
+        before = known.decode(errors="surrogateescape")
         if not has_comments(before):
             return dict(files)
         names = (f"config.old-{n}.toml" for n in count(1))
         free = next(name for name in names if not os.path.lexists(self.folder / name))
-        return {free: before.encode(errors="surrogateescape"), **files}
+        return {free: known, **files}
 
     def capture(self, write: Callable[[Path], None]) -> dict[str, bytes]:
         """What `write` writes into a folder, as files of model/. Raises OSError."""
@@ -88,10 +89,10 @@ class Run:
         path, replaced = self.folder / "metrics.jsonl", self.folder / "metrics.replaced.jsonl"
         if not path.exists():
             return {}
-        lines = [line + b"\n" for line in path.read_bytes().splitlines()]
+        lines = [line + b"\n" for line in read_bytes(path).splitlines()]
         kept = b"".join(line for line in lines if _step(line) <= step)
         moved = b"".join(line for line in lines if _step(line) > step)
-        before = replaced.read_bytes() if replaced.exists() else b""
+        before = read_bytes(replaced) if replaced.exists() else b""
         if before.endswith(moved):  # or nothing moves; or a kill came between the two files
             return {path.name: kept}
         return {replaced.name: before + moved, path.name: kept}
@@ -149,14 +150,14 @@ def to_json(fields: Mapping[str, Any]) -> str:
 def _step(line: bytes) -> float:
     """The step of a record; infinity for a broken line: a kill cuts the last one, a power cut leaves zeros."""
     try:
-        return int(json.loads(line.decode())["step"])
+        return int(parse_json(line.decode())["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf
 
 
 def _append(path: Path, text: str) -> None:
     """Append all of a text to a file, or nothing: half a line would spoil the next one. Raises OSError."""
-    with open(path, "ab", buffering=0) as file:
+    with open(path, "ab", buffering=0, opener=itself) as file:
         end, data = file.tell(), text.encode()
         try:
             if file.write(data) < len(data):

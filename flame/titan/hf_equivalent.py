@@ -1,7 +1,6 @@
 """transformers' models that compute what torchtitan's do: their configs, and which tensor is which."""
 
 import copy
-import json
 import re
 from dataclasses import asdict, is_dataclass, replace
 from importlib import import_module
@@ -13,7 +12,8 @@ from torchtitan.protocols.train_spec import TrainSpec
 from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config, Qwen3MoeConfig
 
 from flame.checkpoint.structure import PublishedTensor, Structure, name_tensors, whole
-from flame.errors import UserError
+from flame.config.files import read_json
+from flame.errors import UserError, first_line
 
 TITAN_CONFIG = "torchtitan.json"  # beside a config.json: the model of torchtitan that is trained
 # Their rotary embedding rotates adjacent elements of a head, that of transformers its halves.
@@ -78,15 +78,20 @@ def read_recorded_model(folder: Path) -> tuple[str, Any] | None:
     Raises UserError if transformers has no equivalent.
     """
     path = next((path for name in (TITAN_CONFIG, "config.json") if (path := folder / name).is_file()), None)
-    fields = json.loads(path.read_text()) if path else {}
-    _, _, name = str(fields.get("model_type")).partition("torchtitan.")
-    if not name:
+    if path is None:
         return None
-    args = copy.deepcopy(next(iter(_spec(name).model_args.values())))
-    for field in fields.keys() & vars(args).keys():
-        value: Any = getattr(args, field)
-        nested = is_dataclass(value) and not isinstance(value, type)
-        setattr(args, field, replace(value, **fields[field]) if nested else fields[field])
+    try:
+        fields = read_json(path)
+        _, _, name = str(fields.get("model_type")).partition("torchtitan.")
+        if not name:
+            return None
+        args = copy.deepcopy(next(iter(_spec(name).model_args.values())))
+        for field in fields.keys() & vars(args).keys():
+            value: Any = getattr(args, field)
+            nested = is_dataclass(value) and not isinstance(value, type)
+            setattr(args, field, replace(value, **fields[field]) if nested else fields[field])
+    except (OSError, ImportError, ValueError, TypeError) as error:
+        raise UserError(str(path), first_line(error), "the record of a model of torchtitan") from None
     if isinstance(reason := equivalent_config(name, args), str):
         raise UserError(str(path), f"torchtitan's {name}", "a model that transformers has, to be exported", reason)
     return name, args

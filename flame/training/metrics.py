@@ -14,7 +14,9 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import NoColor, get_peak_flops
 
+from flame.config.files import read_text
 from flame.config.schema import JobConfig
+from flame.runtime.atomic import write_atomically
 from flame.training.context import RunContext
 
 _FALLBACK_PEAK = 312e12  # torchtitan 0.2.2 (tools/utils.py) takes an unknown device for an A100
@@ -128,8 +130,8 @@ def _name_wandb_run(context: RunContext) -> None:
         known = folder / "wandb_run_id"
         if not known.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            known.write_text(os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12])
-        return known.read_text()
+            write_atomically(known, os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12])
+        return read_text(known)
 
     os.environ.setdefault("WANDB_RUN_ID", context.consensus.first(name))  # in a pipeline, the last stage logs
     os.environ.setdefault("WANDB_RESUME", "allow")

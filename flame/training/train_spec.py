@@ -11,6 +11,7 @@ from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_type
 
+from flame.config.files import read_json
 from flame.config.parser import world_size
 from flame.config.schema import JobConfig
 from flame.convert.hf_structure import model_structure
@@ -176,6 +177,6 @@ def _read_recorded(run: Path, name: str) -> dict[str, Any]:
     """A file of what the run recorded of its model, {} if it is not there."""
     path = run / "model" / name
     try:
-        return dict(json.loads(path.read_bytes())) if path.exists() else {}
-    except (OSError, ValueError, TypeError) as error:
+        return read_json(path) if path.exists() else {}
+    except (OSError, ValueError) as error:
         raise UserError(str(path), f"a file that cannot be read ({error})", hint="move it away to do without") from None

@@ -218,3 +218,12 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(name, marked, tmp_path)
         assert f"{name} is not a file" in inspect_checkpoint(checkpoint).corruption
     except UserError as error:
         assert error.setting == str(checkpoint / name)
+
+
+@pytest.mark.parametrize("name", [DATA, METADATA, MARKER, f"{METADATA}.tmp"])
+def test_a_save_writes_through_no_link_in_the_place_of_its_files(name, tmp_path):
+    (tmp_path / "theirs").write_text("kept")
+    (tmp_path / "step-3").mkdir()
+    (tmp_path / "step-3" / name).symlink_to(tmp_path / "theirs")
+    checkpoint = save(tmp_path / "step-3")
+    assert (tmp_path / "theirs").read_text() == "kept" and found(checkpoint) is None

@@ -1,6 +1,7 @@
 """What a run was fed can be read from its folder again, and two runs be compared, exactly."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -218,3 +219,23 @@ def test_a_real_run_on_two_ranks_that_accumulates_skips_and_resumes_is_decoded_e
         assert found.found == found.expected and len(found.rows) == 8
         expected = replay(tmp_path / "whole", unskipped)
         assert [row.tokens.tolist() for row in found.rows] == [row.tokens.tolist() for row in expected.rows]
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"device": 5}', '{"device": {"ranks": "two"}}', "[" * 100_000, None])
+def test_a_damaged_record_of_the_environment_is_done_without(content, run, capsys):
+    path = run / "environment.json"
+    path.unlink()
+    if content is None:
+        os.mkfifo(path)
+    else:
+        path.write_text(content)
+    assert said(capsys, "show", run, "--step", 4)[0] == 0
+
+
+@pytest.mark.parametrize(
+    "content", ["checkpoint = 5", "[checkpoint]\nfolder = 5", "[job", "a = " + "[" * 100_000, "x" * 10]
+)
+def test_a_damaged_config_of_a_run_is_one_line(content, run, capsys):
+    (run / "config.toml").write_text(content)
+    code, text = said(capsys, "show", run, "--step", 4)
+    assert code == 2 and text.count("\n") == 1 and "config.toml" in text

@@ -1,8 +1,10 @@
+import json
+
 import numpy as np
 import pytest
 import torch
 
-from flame.data.ledger import digest_batch, roll
+from flame.data.ledger import digest_batch, read_ledger, roll
 
 RNG = np.random.default_rng(0)
 INPUTS, LABELS = RNG.integers(0, 1000, (8, 16)), RNG.integers(-100, 1000, (8, 16))
@@ -40,3 +42,27 @@ def test_the_ledger_depends_on_every_step_and_their_order():
     one, two = roll(roll("", 1), -2), roll(roll("", -2), 1)
     assert one != two and len(one) == 16 and int(one, 16) >= 0
     assert roll(roll("", 1), -2) == one
+
+
+DAMAGED = [
+    *(
+        b'{"step": 3, "tokens": 5, "data_dig',
+        b"",
+        b"\0" * 64,
+        b"[]",
+        b"3}",
+        b"\xff}",
+        b'{"a": }',
+        b"[" * 100_000 + b"}",
+    ),
+    *(b'{"step": "3", "tokens": 5, "data_digest": "a"}', b'{"step": [], "tokens": 5, "data_digest": "a"}'),
+    *(b'{"step": 3, "data_digest": "a"}', b'{"step": 3, "tokens": 5, "data_digest": 7}'),
+]
+
+
+@pytest.mark.parametrize("line", DAMAGED)
+def test_a_damaged_line_of_the_metrics_costs_that_line_only(line, tmp_path):
+    record = {"step": 2, "tokens": 10, "data_digest": "0" * 16}
+    whole = json.dumps(record).encode()
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([line, whole, line]))
+    assert read_ledger(tmp_path) == {2: record}

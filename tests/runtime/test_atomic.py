@@ -1,8 +1,9 @@
+import os
 import resource
 
 import pytest
 
-from flame.runtime.atomic import write_atomically
+from flame.runtime.atomic import replace_together, write_atomically
 
 
 @pytest.mark.parametrize("fsync", [False, True])
@@ -23,3 +24,14 @@ def test_a_full_disk_leaves_the_old_content(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert (tmp_path / "file").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_link_in_the_place_of_the_file_or_of_the_temporary_one_is_not_written_through(tmp_path):
+    (tmp_path / "theirs").write_text("kept")
+    for name in ("file", f"file.{os.getpid()}.tmp"):
+        (tmp_path / name).symlink_to(tmp_path / "theirs")
+    write_atomically(tmp_path / "file", "new")
+    with replace_together({tmp_path / "file": "newer"}):
+        (tmp_path / "other").touch()
+    assert (tmp_path / "theirs").read_text() == "kept"
+    assert (tmp_path / "file").read_text() == "newer" and not (tmp_path / "file").is_symlink()

@@ -184,3 +184,20 @@ def test_a_folder_that_a_start_has_only_begun_is_a_runs(tmp_path):
     (tmp_path / "config.toml").write_text("mine")
     (tmp_path / "status.json").write_text('{"status": "running"}')
     check_own(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "status.json"])
+def test_records_are_not_written_through_a_link(name, tmp_path):
+    (tmp_path / "theirs").write_text("kept")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(tmp_path / "theirs")
+    run = Run(tmp_path / "run", writes=True)
+    run.log({"step": 1})
+    run.set_status("running", step=1)
+    assert (tmp_path / "theirs").read_text() == "kept"
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b"[" * 100_000, b'{"status": ' * 100_000])
+def test_a_damaged_status_is_none(content, tmp_path):
+    (tmp_path / "status.json").write_bytes(content)
+    assert Run(tmp_path, writes=True).read_status() == {}
