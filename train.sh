@@ -7,8 +7,6 @@
 #   LOG_RANK     local ranks to show, a list (0)        MASTER_ADDR  first node (localhost, or Slurm's first)
 #   MASTER_PORT  any free port; 29500 and up with several nodes
 #   FLAME_PYTHON interpreter to use instead of the one that scripts/setup.sh finds or makes
-#
-# torchrun keeps the whole output of every rank in a folder torchelastic_* in $TMPDIR; PET_LOG_DIR names another.
 set -euo pipefail
 trap 'exit 130' INT
 
@@ -69,4 +67,4 @@ fi
 
 exec "${start[@]}" "$python" -m flame.runtime.launch --nnodes "$NNODE" --nproc_per_node "$NGPU" "${rendezvous[@]}" \
   --rdzv_endpoint "${MASTER_ADDR:-localhost}:${MASTER_PORT:-$port}" \
-  --local-ranks-filter "${LOG_RANK:-0}" --role rank --tee 3 -m flame.train "$@"
+  --local-ranks-filter "${LOG_RANK:-0}" -m flame.train "$@"

@@ -1,11 +1,13 @@
 """Trains one job: parse the flags, choose the device, register the model, run. Started by torchrun; see train.sh."""
 
+import os
 import sys
+import traceback
 from contextlib import nullcontext
 from pkgutil import resolve_name
 
 from flame.errors import FAILED, REFUSED, NonFiniteError, SaveError, UserError
-from flame.runtime.stop import Signals, end_at_once, leave
+from flame.runtime.stop import LAUNCHED, Signals, end_at_once, leave
 
 
 def main(argv: list[str], trainer: str = "flame.training.trainer:FlameTrainer") -> int:
@@ -14,8 +16,13 @@ def main(argv: list[str], trainer: str = "flame.training.trainer:FlameTrainer") 
     signals.listen()  # before the seconds that imports take
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    # so that torchrun shows the traceback of a rank whose output LOG_RANK hides
-    return record(train)(argv, signals, trainer)  # type: ignore[return-value]
+    try:
+        return record(train)(argv, signals, trainer)  # type: ignore[return-value]
+    except Exception:
+        # flame's launcher shows the one traceback that matters; torch's hook would put the rank before each line
+        if not (LAUNCHED in os.environ and os.path.isfile(os.environ.get("TORCHELASTIC_ERROR_FILE", ""))):
+            traceback.print_exc()
+        return 1
 
 
 def train(argv: list[str], signals: Signals, trainer: str) -> int:

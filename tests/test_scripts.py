@@ -74,7 +74,7 @@ def launch_line(*, nnode="1", ngpu="1", rendezvous=(), run_id="none", endpoint="
     return [
         *LAUNCH, "--nnodes", nnode, "--nproc_per_node", ngpu,
         "--rdzv_backend", "c10d", "--rdzv_id", run_id, *rendezvous, "--rdzv_endpoint", endpoint,
-        "--local-ranks-filter", log_rank, "--role", "rank", "--tee", "3", "-m", "flame.train", *args,
+        "--local-ranks-filter", log_rank, "-m", "flame.train", *args,
     ]  # fmt: skip
 
 

@@ -4,43 +4,17 @@ Prints the --help page, or rejects a job with one line, in well under a second: 
 torchtitan, only torchtitan's config module.
 """
 
-import contextlib
-import importlib.util
 import logging
 import os
 import signal
 import sys
-import types
-from collections.abc import Iterator
 from pathlib import Path
 
+from flame.config.without_torch import without_torch
 from flame.errors import REFUSED, UserError
 
 HELP_SHOWN = 64  # exit code: there is nothing to launch
 DRY_RUN = 65  # exit code: a dry run, for which train.sh starts one process
-
-
-@contextlib.contextmanager
-def without_torch() -> Iterator[None]:
-    """In the block, stand-ins for torch, torchtitan and torchtitan.config, so that config modules can be imported.
-
-    torchtitan/__init__ of 0.2.2 imports quantization and with it inductor (3 to 4 s), while torchtitan/config needs
-    only the name of torch. The modules of a package that has nothing but __path__ are found without its __init__.
-    Modules that are loaded already are left alone.
-    """
-    titan = importlib.util.find_spec("torchtitan")
-    assert titan is not None and titan.submodule_search_locations, "torchtitan is not installed"
-    root = Path(titan.submodule_search_locations[0])
-    paths: dict[str, list[str]] = {"torch": [], "torchtitan": [str(root)], "torchtitan.config": [str(root / "config")]}
-    added = [name for name in paths if name not in sys.modules]
-    for name in added:
-        sys.modules[name] = types.ModuleType(name)
-        sys.modules[name].__path__ = paths[name]
-    try:
-        yield
-    finally:
-        for name in added:
-            del sys.modules[name]
 
 
 def main(argv: list[str]) -> int:
@@ -48,6 +22,7 @@ def main(argv: list[str]) -> int:
     with without_torch():
         from flame.config.parser import help_text, parse, world_size
         from flame.preflight.validate import check
+        from flame.runtime.launch import check_port
         from flame.runtime.lock import check_free
     if "-h" in argv or "--help" in argv:
         try:
@@ -61,6 +36,7 @@ def main(argv: list[str]) -> int:
         check(config, world_size())
         if not config.job.dry_run:
             check_free(Path(config.job.dump_folder))
+            check_port()
     except UserError as e:
         print(f"flame: {e}", file=sys.stderr)
         return REFUSED

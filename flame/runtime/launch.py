@@ -1,4 +1,4 @@
-"""torchrun, but silent about what a rank has reported itself, and patient with ranks that were asked to stop.
+"""torchrun, but with one line on why a job failed, and patient with ranks that were asked to stop.
 
 torchrun kills its ranks 30 s after it gets a signal. Here it gets none: this process passes them on to the ranks.
 """
@@ -6,16 +6,25 @@ torchrun kills its ranks 30 s after it gets a signal. Here it gets none: this pr
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
+from collections.abc import Mapping
+from itertools import dropwhile
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from flame.errors import EXHAUSTED, FAILED, PREEMPTED, REFUSED
+from flame.config.without_torch import without_torch
+from flame.errors import EXHAUSTED, FAILED, PREEMPTED, REFUSED, UserError
 from flame.runtime.stop import LAUNCHED, SIGNALS, Signals, leave
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.api import SubprocessContext
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+    from flame.runtime.output import RankOutput
 
 # {exit code of a rank that has printed why it ends: exit code of the launcher}
 EXIT_CODES = {REFUSED: REFUSED, FAILED: 1, EXHAUSTED: 1, PREEMPTED: PREEMPTED}
@@ -63,29 +72,86 @@ class LocalRanks:
         os._exit(128 + self.ended_by)  # torchrun would wait for other nodes
 
 
+def check_port() -> None:
+    """Raises UserError if this node, the only one, cannot listen at MASTER_PORT."""
+    port = os.environ.get("MASTER_PORT")
+    if port and os.environ.get("NNODE", "1") == "1":
+        try:
+            socket.create_server(("", int(port))).close()
+        except OSError as error:
+            raise UserError("MASTER_PORT", port, "a free port", error.strerror or "") from None
+
+
 def launch(argv: list[str]) -> int:
     """Run torchrun with `argv`; returns the exit code, that of the rank that ended first if it has reported why."""
     os.environ[LAUNCHED] = str(time.monotonic())
     ranks = LocalRanks()
     ranks.signals.listen()
 
-    from torch.distributed.elastic.multiprocessing.api import SubprocessContext
+    flags = list(dropwhile(lambda word: not word.startswith("--"), argv[argv.index("-m") + 1 :]))
+    with without_torch():
+        from flame.config.parser import parse
+    logging.getLogger("flame").setLevel(logging.ERROR)  # the ranks log what they ignore
+    run = Path(parse(flags).job.dump_folder)
+
+    from torch.distributed.elastic.multiprocessing.api import SignalException, SubprocessContext
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import main
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
+    from torch.distributed.launcher.api import elastic_launch
+    from torch.distributed.run import config_from_args, parse_args
+
+    from flame.runtime.output import RankOutput
 
     for name in ("multiprocessing", "multiprocessing.errors"):
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     SubprocessContext.start = lambda context: ranks.start(context)  # type: ignore
-    try:
-        main(["--signals_to_handle", "SIGHUP,SIGQUIT", *argv])
-    except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        if ranks.ended_by:
-            return 128 + ranks.ended_by
-        if failure.exitcode in EXIT_CODES:
-            return EXIT_CODES[failure.exitcode]
-        raise
-    return 0
+    args = parse_args(["--signals_to_handle", "SIGHUP,SIGQUIT", "--log-dir", os.devnull, *argv])
+    config, program, words = config_from_args(args)
+    shown = {int(rank) for rank in args.local_ranks_filter.split(",")} if args.local_ranks_filter else None
+    if config.max_nodes > 1:
+        _print(f"waiting for {config.max_nodes} nodes at {args.rdzv_endpoint}")
+    with TemporaryDirectory(prefix="flame-") as errors:
+        config.logs_specs = output = RankOutput(run, shown, errors)
+        try:
+            elastic_launch(config=config, entrypoint=program)(*words)
+            return 0
+        except ChildFailedError as error:
+            failures = error.failures
+        except SignalException as signalled:
+            return 128 + signalled.sigval
+        except RendezvousError as error:
+            _print(f"MASTER_ADDR, MASTER_PORT: found {args.rdzv_endpoint}, where no first node answers ({error})")
+            return 1
+        finally:
+            output.finish()
+        return 128 + ranks.ended_by if ranks.ended_by else _report(failures, run, output)
+
+
+def _print(line: str) -> None:
+    print(f"flame: {line}", file=sys.stderr, flush=True)
+
+
+def _report(failures: "Mapping[int, ProcessFailure]", run: Path, output: "RankOutput") -> int:
+    """The exit code after ranks failed. Prints why, unless a rank has done so."""
+    from flame.runtime.failure import describe, find_cause, read_error, record
+    from flame.runtime.output import show
+
+    rank, cause = find_cause(failures)
+    if cause.exitcode in EXIT_CODES:
+        if cause.exitcode == REFUSED:
+            for log in output.logs.values():
+                log.discard()
+        return EXIT_CODES[cause.exitcode]
+    for failed, failure in failures.items():
+        output.logs[failed].write(read_error(failure)[1].encode())
+    reason, log = describe(rank, cause), output.logs[rank]
+    if 0 in output.logs:
+        record(run, reason, by=rank)
+    kept = [f"{name} {path}" for name, path in (("status", run / "status.json"), ("log", log.path)) if path.exists()]
+    line = f"flame: {'; '.join(filter(None, (reason, ', '.join(kept))))}\n"
+    log.write(line.encode())
+    show(2, (read_error(cause)[1] + line).encode())
+    return 1
 
 
 if __name__ == "__main__":

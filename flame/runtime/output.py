@@ -1,0 +1,142 @@
+"""What the ranks of this node print: shown, and kept in the run folder's logs/, one file for each start and rank.
+
+The launcher reads it from pipes. A disk that takes no more costs a log its last lines, and the ranks nothing.
+"""
+
+import os
+import re
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from selectors import EVENT_READ, DefaultSelector
+from threading import Thread
+from typing import IO
+
+from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
+
+STARTS = 10  # whose logs are kept
+SIZE = 1 << 25  # bytes, at which a log goes on in another file; of both the last one before is kept, as .1
+WAITING = 1 << 20  # bytes that wait for the run folder, or for room on its disk
+
+
+class Log:
+    """The log of a rank; its lines wait in memory until the run folder exists."""
+
+    def __init__(self, run: Path, rank: int) -> None:
+        self.run, self.rank = run, rank
+        self.path = run / "logs" / f"{time.strftime('%Y%m%d-%H%M%S')}-rank{rank}.log"
+        self._is_new = not run.exists()
+        self._file: IO[bytes] | None = None
+        self._waiting = b""
+
+    def write(self, text: bytes) -> None:
+        """Append text, as much of it as the disk takes."""
+        self._waiting = (self._waiting + text)[-WAITING:]
+        if self._waiting and self.run.is_dir():
+            with suppress(OSError):
+                file = self._file = self._file or self._open()
+                self._waiting = self._waiting[file.write(self._waiting) :]
+                if file.tell() > SIZE:
+                    file.close()
+                    self._file = None
+                    self.path.replace(f"{self.path}.1")
+
+    def discard(self) -> None:
+        """Delete the log of a job that was rejected, and the folders that are empty without it."""
+        if self._file:
+            self._file.close()
+            with suppress(OSError):
+                self.path.unlink()
+                self.path.parent.rmdir()
+                if self._is_new:
+                    self.run.rmdir()
+
+    def _open(self) -> IO[bytes]:
+        self.path.parent.mkdir(exist_ok=True)
+        file = open(self.path, "xb", buffering=0)  # noqa: SIM115 - open for as long as the rank runs
+        for old in sorted(self.path.parent.glob(f"*-rank{self.rank}.log"))[:-STARTS]:
+            for path in (old, Path(f"{old}.1")):
+                path.unlink(missing_ok=True)
+        return file
+
+
+@dataclass
+class Stream:
+    """stdout or stderr of a rank: where its lines go. An unfinished line waits for its end."""
+
+    log: Log
+    shown: int | None  # file descriptor
+    prefix: bytes
+    rest: bytes = field(default=b"")
+
+    def receive(self, text: bytes) -> None:
+        """Take what the rank printed; b"" is the end."""
+        *lines, self.rest = re.split(rb"\r\n|\n|\r(?!$)", self.rest + text)
+        if not text and self.rest:
+            lines.append(self.rest)
+        self.log.write(b"".join(line + b"\n" for line in lines))
+        if self.shown is not None:
+            show(self.shown, b"".join(self.prefix + line + b"\n" for line in lines))
+
+
+def show(descriptor: int, text: bytes) -> None:
+    """Write text to a terminal, a file or a pipe, which somebody may have closed."""
+    with suppress(OSError):
+        while text:
+            text = text[os.write(descriptor, text) :]
+
+
+class RankOutput(LogsSpecs):
+    """The pipes of the ranks of a node, in the place of torchrun's files.
+
+    shown: the local ranks that are printed too; None: all. errors: a folder for the exceptions of ranks.
+    """
+
+    def __init__(self, run: Path, shown: set[int] | None, errors: str) -> None:
+        super().__init__()
+        self.run, self.shown, self.errors = run, shown, errors
+        self.logs: dict[int, Log] = {}  # of global ranks
+        self._selector = DefaultSelector()
+        self._end, self._ended = os.pipe()[::-1]
+        self._selector.register(self._ended, EVENT_READ)
+        self._thread = Thread(target=self._read, daemon=True)
+
+    @property
+    def root_log_dir(self) -> str:
+        """For torchrun's own log."""
+        return str(self.run / "logs")
+
+    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        """What torchrun opens in place of the ranks' streams, before it starts them."""
+        destination = LogsDest()
+        for local, env in envs.items():
+            rank = int(env["RANK"])
+            log = self.logs[rank] = Log(self.run, rank)
+            prefix = f"[rank{rank}]:".encode() if int(env["WORLD_SIZE"]) > 1 else b""
+            for shown, paths in ((1, destination.stdouts), (2, destination.stderrs)):
+                readable, writable = os.pipe()
+                paths[local] = f"/dev/fd/{writable}"
+                stream = Stream(log, shown if self.shown is None or local in self.shown else None, prefix)
+                self._selector.register(readable, EVENT_READ, stream)
+            destination.error_files[local] = env["TORCHELASTIC_ERROR_FILE"] = f"{self.errors}/{rank}.json"
+        self._thread.start()
+        return destination
+
+    def finish(self) -> None:
+        """Take what is left in the pipes, once the ranks have ended."""
+        if self._thread.ident is not None:
+            os.close(self._end)
+            self._thread.join()
+
+    def _read(self) -> None:
+        ended = False
+        while ready := self._selector.select(0 if ended else None):
+            for key, _ in ready:
+                if key.data is None:
+                    ended = True
+                    self._selector.unregister(key.fd)
+                else:
+                    key.data.receive(os.read(key.fd, 1 << 16))
+        for key in self._selector.get_map().values():
+            key.data.receive(b"")
