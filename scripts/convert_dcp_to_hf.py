@@ -144,7 +144,9 @@ def build_structure(given: argparse.Namespace, run: JobConfig, assets: Path) -> 
                 config, tokenizer = given.config or recorded, build_tokenizer(given.tokenizer or recorded)
                 _, hf_config = hf.load_hf_config(config, tokenizer=tokenizer, grow_vocab=True)
                 with os_errors():
-                    hf.save_assets(assets, hf.build_on_meta(hf_config, config), tokenizer.hf)
+                    hf.save_assets(
+                        assets, hf.build_on_meta(hf_config, config), tokenizer.hf, hf.read_generation(config)
+                    )
             return read_trained_structure(assets)
     except UserError as error:
         if given.no_verify and (assets / "config.json").is_file():

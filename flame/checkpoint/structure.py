@@ -50,6 +50,7 @@ class Structure:
     shared: further names of tied tensors, {name: tensor}, which a checkpoint may have or not. ignored: patterns of
     names in published checkpoints that transformers ignores. published_as: what a published checkpoint has, {name:
     PublishedTensor}; empty if that is the model's tensors by their own names. vocabulary: tensors with a row per id.
+    prefix: of the backbone's names ("transformer" of GPT-2), which checkpoints of the backbone alone do without.
     """
 
     tensors: TensorSpecs
@@ -57,6 +58,7 @@ class Structure:
     ignored: tuple[str, ...] = ()
     published_as: Mapping[str, PublishedTensor] = field(default_factory=dict)
     vocabulary: tuple[str, ...] = ()
+    prefix: str = ""
 
     @property
     def published(self) -> "Structure":
@@ -68,7 +70,12 @@ class Structure:
         rows = tuple(name for name, part in kept.items() if part.tensor in self.vocabulary)
         names = {part.tensor: name for name, part in kept.items()}
         shared = {name: names[self.shared[part.tensor]] for name, part in self.published_as.items() if name not in kept}
-        return Structure(tensors, shared, self.ignored, vocabulary=rows)
+        return Structure(tensors, shared, self.ignored, vocabulary=rows, prefix=self.prefix)
+
+    def full_name(self, name: str) -> str:
+        """The name in the model of a tensor that a checkpoint may have without the backbone's prefix."""
+        longer = f"{self.prefix}.{name}"
+        return longer if name not in self.tensors and longer in self.tensors else name
 
     def published_tensor(self, name: str) -> PublishedTensor:
         """What a published checkpoint has under a name that is not in `shared`."""

@@ -37,9 +37,11 @@ def model_structure(model: Any) -> Structure:
     ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
     if any(name.endswith("rotary_emb.inv_freq") for name, _ in model.named_buffers()):
         ignored.add(r"rotary_emb\.inv_freq")  # old checkpoints have it in every block; transformers drops it too
+    ignored.add(r"\.(attn|attention)\.(masked_)?bias$")  # old checkpoints' causal mask, which is no weight
     tables = [module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None]
     rows = [names[id(p)] for table in tables for p in table.parameters(recurse=False)]
-    return Structure(tensors, shared, tuple(sorted(ignored)), _published_as(model), tuple(dict.fromkeys(rows)))
+    prefix, published_as = model.base_model_prefix, _published_as(model)
+    return Structure(tensors, shared, tuple(sorted(ignored)), published_as, tuple(dict.fromkeys(rows)), prefix)
 
 
 def _published_as(model: Any) -> dict[str, PublishedTensor]:

@@ -62,13 +62,16 @@ def find_folder(source: str) -> Path:
 def read_weights(files: Iterable[Path], structure: Structure | None = None) -> Weights:
     """The tensors of safetensors files for a model of this structure, without those that transformers ignores.
 
-    A tied tensor that is there under a further name alone gets its first name. Without a structure the model is taken
+    Names without the prefix of the backbone get it, and a tied tensor that is there under a further name alone gets its
+    first name, as transformers does. Without a structure the model is taken
     to have the tensors of the files. Raises UserError if a file cannot be read.
     """
     entries = read_headers(files)
     if structure is None:
         return Weights(entries, Structure({name: (entry.dtype, entry.shape) for name, entry in entries.items()}))
     published = structure.published
+    if not any(name.startswith(f"{published.prefix}.") for name in entries):
+        entries = {published.full_name(name): entry for name, entry in entries.items()}
     entries = {name: entry for name, entry in entries.items() if not published.ignores(name)}
     alone = {first: name for name, first in published.shared.items() if name in entries and first not in entries}
     first_names = {name: first for first, name in alone.items()}
@@ -98,8 +101,10 @@ def check_tensors(
 ) -> None:
     """Raises UserError if the tensors of `path` are not the structure's or, with `ties`, tied ones are not equal."""
     if mismatches := find_mismatches(specs_of(tensors), structure):
+        of_each_kind = {mismatch.partition(":")[0]: mismatch for mismatch in reversed(mismatches)}
+        shown = list(dict.fromkeys([*reversed(of_each_kind.values()), *mismatches]))[:SHOWN]
         more = f" and {len(mismatches) - SHOWN} more" if len(mismatches) > SHOWN else ""
-        reason = "; ".join(mismatches[:SHOWN]) + more + (f"; {hint}" if hint else "")
+        reason = "; ".join(shown) + more + (f"; {hint}" if hint else "")
         raise UserError(setting, path, "weights of --model.config's model", reason)
     if ties and (problem := find_untied(tensors, structure)):
         raise UserError(setting, path, hint=problem)

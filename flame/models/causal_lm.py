@@ -36,9 +36,11 @@ class ModelArgs(BaseModelArgs):
         """torchtitan's name for the number of blocks, which it divides over pipeline stages."""
         return self.hf_config.num_hidden_layers
 
-    def bind(self, family: Family, hf_config: PreTrainedConfig) -> "ModelArgs":
-        """Set the model; kept out of the dataclass fields, which torchtitan prints as JSON."""
-        self.hf_family, self.hf_config = family, hf_config
+    def bind(
+        self, family: Family, hf_config: PreTrainedConfig, generation: dict[str, Any] | None = None
+    ) -> "ModelArgs":
+        """Set the model and its generation_config.json; not as fields, which torchtitan prints as JSON."""
+        self.hf_family, self.hf_config, self.generation = family, hf_config, generation
         self.config = json.loads(hf_config.to_json_string(use_diff=True))
         return self
 
@@ -229,7 +231,7 @@ class CausalLM(ModelProtocol):
 
     def save_assets(self, folder: Path, tokenizer: Any) -> None:
         """Write what the run trains: transformers' config.json, and the tokenizer."""
-        save_assets(folder, self.hf, tokenizer)
+        save_assets(folder, self.hf, tokenizer, self.model_args.generation)
 
     def parts(self) -> Iterator[tuple[str, nn.Module]]:
         """The children of the backbone and the head, by name, without those a pipeline stage lacks."""

@@ -15,6 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torchtitan.tools.utils import device_type
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from flame.config.files import parse_json, read_text
 from flame.config.schema import JobConfig
@@ -25,6 +26,7 @@ from flame.models.generic import read_family
 from flame.models.vocabulary import fit_vocab_size
 
 logger = logging.getLogger("flame")
+_OF_IDS = ("_token_id", "_ids", "suppress_tokens")  # ends of the names of a generation config's fields
 
 
 def load_hf_config(
@@ -191,15 +193,46 @@ def choose_attention(config: PreTrainedConfig, family: Family, dtype: str) -> No
 
 def _fit_to_tokenizer(config: PreTrainedConfig, tokenizer: Any, source: str, grow: bool) -> None:
     config.vocab_size = fit_vocab_size(config.vocab_size, tokenizer.vocab_size, source, grow, tokenizer.added)
-    config.eos_token_id = tokenizer.eos_id
+    if tokenizer.eos_id not in _ids(config.eos_token_id):  # else it stays, with further ends of text
+        config.eos_token_id = tokenizer.eos_id
     with contextlib.suppress(StrictDataclassError):  # CWM's config requires one, and the tokenizer may have none
         config.bos_token_id = tokenizer.bos_id
 
 
-def save_assets(folder: Path, hf_model: Any, hf_tokenizer: Any) -> None:
-    """Write config.json, generation_config.json and the tokenizer: all that an export needs besides the weights."""
+def _ids(value: int | list[int] | None) -> list[int]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def read_generation(source: str) -> dict[str, Any]:
+    """The generation_config.json beside a model's config, {} if there is none. Raises UserError if it is not JSON."""
+    folder = str(Path(source).parent) if Path(source).is_file() else source
+    path = cached_file(
+        folder,
+        GENERATION_CONFIG_NAME,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    )
+    try:
+        return dict(json.loads(Path(path).read_bytes())) if path else {}
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError("--model.config", path, hint=f"cannot be read: {first_line(error)}") from None
+
+
+def save_assets(folder: Path, hf_model: Any, hf_tokenizer: Any, generation: dict[str, Any] | None = None) -> None:
+    """Write config.json, generation_config.json and the tokenizer: all that an export needs besides the weights.
+
+    generation: the model's own generation_config.json; its ids are kept if they are the tokenizer's.
+    """
     config = hf_model.config
     config.architectures = [type(hf_model).__name__]
     config.save_pretrained(folder)
     GenerationConfig.from_model_config(config).save_pretrained(folder)
+    if generation:
+        path = folder / GENERATION_CONFIG_NAME
+        ours = json.loads(path.read_bytes())
+        ours.pop("_from_model_config", None)  # transformers would ask the config anew
+        if hf_tokenizer.eos_token_id not in _ids(generation.get("eos_token_id")):
+            generation = {name: value for name, value in generation.items() if not name.endswith(_OF_IDS)}
+        path.write_text(json.dumps(ours | generation, indent=2, sort_keys=True) + "\n")
     hf_tokenizer.save_pretrained(folder)

@@ -117,7 +117,7 @@ def titan_structure(published: Structure, name: str, args: Any) -> Structure:
         tensor = titan_names[re.sub(r"\d+", "{}", key)].format(*numbers)
         published_as[key] = PublishedTensor(tensor, start, shape, count)
     rows = tuple(key for key in ("tok_embeddings.weight", "output.weight") if key in tensors)
-    return Structure(tensors, shared, published.ignored, published_as, rows)
+    return Structure(tensors, shared, published.ignored, published_as, rows, published.prefix)
 
 
 def _spec(name: str) -> TrainSpec:

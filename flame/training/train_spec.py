@@ -21,7 +21,14 @@ from flame.data.source import build_sources
 from flame.data.tokenize import Tokenizer, build_tokenizer
 from flame.errors import UserError
 from flame.models.causal_lm import CausalLM, ModelArgs
-from flame.models.hf import build_on_meta, choose_attention, import_models, load_hf_config, validate_seq_len
+from flame.models.hf import (
+    build_on_meta,
+    choose_attention,
+    import_models,
+    load_hf_config,
+    read_generation,
+    validate_seq_len,
+)
 from flame.parallel import layout
 from flame.parallel.apply import parallelize
 from flame.parallel.pipeline import pipeline
@@ -122,7 +129,7 @@ def _load_hf(job_config: JobConfig, tokenizer: Tokenizer, context: RunContext) -
     quantize.adapt(job_config, family, hf_model)
     fields = {
         "model_cls": CausalLM,
-        "model_args": {model.flavor: ModelArgs().bind(family, hf_config)},
+        "model_args": {model.flavor: ModelArgs().bind(family, hf_config, read_generation(model.config))},
         "parallelize_fn": parallelize,
         "pipelining_fn": pipeline,
         "build_optimizers_fn": build_optimizers,

@@ -4,11 +4,21 @@ import json
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from flame.config.parser import parse
+from flame.data.tokenize import build_tokenizer
 from flame.errors import UserError
 from flame.models.attention import rotary_attention_flops
-from flame.models.hf import build_on_meta, read_config, read_fields, validate_seq_len
+from flame.models.hf import (
+    build_on_meta,
+    load_hf_config,
+    read_config,
+    read_fields,
+    read_generation,
+    save_assets,
+    validate_seq_len,
+)
 from tests.models.small import OTHERS, distinct, fields_of, small
 
 LEARNED = {
@@ -133,3 +143,39 @@ def test_a_quantized_config_is_one_of_the_weights_as_they_are(caplog):
 def test_documents_are_not_kept_apart_by_alibi():
     fields = fields_of("falcon_7B") | {"alibi": True}
     assert read_config(fields, "falcon")[0].packing is None and read_config(fields | {"alibi": False}, "")[0].packing
+
+
+GENERATION = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [256, 7, 9], "pad_token_id": 7}
+
+
+def saved(folder, fields, generation):
+    """config.json and generation_config.json that a run of a model with these files saves, with the byte tokenizer."""
+    (source := folder / "source").mkdir()
+    (source / "config.json").write_text(json.dumps(fields))
+    (source / "generation_config.json").write_text(json.dumps(generation))
+    tokenizer = build_tokenizer("byte")
+    config = load_hf_config(str(source), tokenizer=tokenizer)[1]
+    save_assets(folder / "out", build_on_meta(config, "source"), tokenizer.hf, read_generation(str(source)))
+    assert GenerationConfig.from_pretrained(folder / "out").to_diff_dict().items() >= {"top_p": 0.9}.items()
+    return [json.loads((folder / "out" / name).read_bytes()) for name in ("config.json", "generation_config.json")]
+
+
+def test_an_export_generates_as_the_model_that_it_began_as(tmp_path):
+    config, generation = saved(tmp_path, fields_of("qwen2", eos_token_id=[256, 7]), GENERATION | {"do_sample": False})
+    assert config["eos_token_id"] == [256, 7]
+    assert generation.items() >= (GENERATION | {"do_sample": False}).items()  # save_pretrained rejects it
+
+
+def test_ids_of_another_tokenizer_are_not_kept(tmp_path):
+    config, generation = saved(tmp_path, fields_of("qwen2", eos_token_id=[1, 3]), GENERATION | {"eos_token_id": [1, 3]})
+    assert config["eos_token_id"] == generation["eos_token_id"] == 256
+    assert "pad_token_id" not in generation and generation["temperature"] == 0.6
+
+
+def test_a_generation_config_that_is_no_json_is_rejected(tmp_path):
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(UserError) as error:
+        read_generation(str(tmp_path))
+    assert error.value.setting == "--model.config" and "generation_config.json" in str(error.value)
+    (tmp_path / "empty").mkdir()
+    assert read_generation(str(tmp_path / "empty")) == {}
