@@ -121,23 +121,41 @@ def read_config(
     return family, config
 
 
-def validate_seq_len(hf: PreTrainedModel, job_config: JobConfig) -> None:
+def fit_positions(hf: PreTrainedModel, job_config: JobConfig) -> None:
     """Check the length of rows, or with varlen of pieces, for a model (may be on meta) with a table of positions.
 
-    Raises UserError if it is longer than the table.
+    The config of a model that computes its positions gets the length of training's rows, if it says less. Raises
+    UserError if a row is longer than the table.
     """
-    limit = getattr(hf.config, "max_position_embeddings", None)  # rotary positions are computed, and may exceed it
+    limit, training = getattr(hf.config, "max_position_embeddings", None), job_config.training
+    if limit is None:
+        return
     tokens = hf.get_input_embeddings()
-    if limit is None or not any(_holds_positions(m, limit) for m in hf.base_model.modules() if m is not tokens):
+    if not any(_holds_positions(m, limit) for m in hf.base_model.modules() if m is not tokens):
+        longest = training.context_len if training.varlen else training.seq_len
+        rope = getattr(hf.config, "rope_parameters", None) or {}
+        kinds = [
+            part for part in (rope, *rope.values()) if isinstance(part, dict)
+        ]  # one, or one for each kind of layer
+        scaled = {part.get("rope_type", "default") for part in kinds} - {"default", "linear", "llama3"}
+        if longest and longest > limit and not scaled:  # the others scale by the limit
+            change = f"max_position_embeddings {limit} -> {longest}, the length of rows"
+            logger.warning(f"{change}; weights that were trained on shorter rows may need other rope_parameters")
+            hf.config.max_position_embeddings = longest
         return
     sections = ("training", "validation") if job_config.validation.enable else ("training",)
     lengths = {f"--{section}.seq_len": getattr(job_config, section).seq_len for section in sections}
-    if job_config.training.varlen:
-        lengths = {"--training.context_len": job_config.training.context_len}
+    if training.varlen:
+        lengths = {"--training.context_len": training.context_len}
     for setting, length in lengths.items():
         if length > limit:
-            hint = f"this {hf.config.model_type} has a table of positions (max_position_embeddings or n_positions)"
+            hint = f"its table of positions has as many; {_spelled(hf.config)} in the model's config makes it longer"
             raise UserError(setting, length, f"at most {limit}", hint)
+
+
+def _spelled(config: PreTrainedConfig) -> str:
+    """How a config spells max_position_embeddings: GPT-2's says n_positions."""
+    return config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
 
 
 def _holds_positions(module: torch.nn.Module, limit: int) -> bool:

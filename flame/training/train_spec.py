@@ -24,10 +24,10 @@ from flame.models.causal_lm import CausalLM, ModelArgs
 from flame.models.hf import (
     build_on_meta,
     choose_attention,
+    fit_positions,
     import_models,
     load_hf_config,
     read_generation,
-    validate_seq_len,
 )
 from flame.parallel import layout
 from flame.parallel.apply import parallelize
@@ -124,7 +124,7 @@ def _load_hf(job_config: JobConfig, tokenizer: Tokenizer, context: RunContext) -
         raise UserError("--training.varlen", "true", "false", hint)
     choose_attention(hf_config, family, compute_dtype(job_config))
     hf_model = build_on_meta(hf_config, model.config, model.trust_remote_code)
-    validate_seq_len(hf_model, job_config)
+    fit_positions(hf_model, job_config)
     layout.validate(family, hf_config, hf_model, job_config)
     quantize.adapt(job_config, family, hf_model)
     fields = {

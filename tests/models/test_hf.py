@@ -12,12 +12,12 @@ from flame.errors import UserError
 from flame.models.attention import rotary_attention_flops
 from flame.models.hf import (
     build_on_meta,
+    fit_positions,
     load_hf_config,
     read_config,
     read_fields,
     read_generation,
     save_assets,
-    validate_seq_len,
 )
 from tests.models.small import OTHERS, distinct, fields_of, small
 
@@ -31,16 +31,16 @@ LEARNED = {
 @pytest.mark.parametrize("name", LEARNED)
 def test_rows_longer_than_a_table_of_positions_are_rejected_and_rows_as_long_run(name):
     model = build_on_meta(read_config(LEARNED[name], name)[1], name)
-    validate_seq_len(model, parse(["--training.seq_len=64"]))
+    fit_positions(model, parse(["--training.seq_len=64"]))
     for flags, setting, found in (
         (["--training.seq_len=65"], "--training.seq_len", 65),
         (["--training.seq_len=64", "--validation.enable", "--validation.seq_len=80"], "--validation.seq_len", 80),
         (["--training.seq_len=99", "--training.varlen"], "--training.context_len", 99),
     ):
         with pytest.raises(UserError) as error:
-            validate_seq_len(model, parse(flags))
+            fit_positions(model, parse(flags))
         assert (error.value.setting, error.value.found, error.value.allowed) == (setting, found, "at most 64")
-    validate_seq_len(model, parse(["--training.seq_len=99", "--training.varlen", "--training.context_len=64"]))
+    fit_positions(model, parse(["--training.seq_len=99", "--training.varlen", "--training.context_len=64"]))
 
     real = type(model)(model.config).eval()
     real(input_ids=torch.ones(1, 64, dtype=torch.long), use_cache=False)
@@ -51,7 +51,7 @@ def test_rows_longer_than_a_table_of_positions_are_rejected_and_rows_as_long_run
 @pytest.mark.parametrize("name", [*distinct(), *OTHERS])
 def test_no_table_of_tokens_is_taken_for_one_of_positions(name):
     config = small(name, max_position_embeddings=320)[1]  # as many as tokens
-    validate_seq_len(build_on_meta(config, name), parse(["--training.seq_len=2048"]))
+    fit_positions(build_on_meta(config, name), parse(["--training.seq_len=2048"]))
 
 
 GEMMA4 = {"head_dim": 16, "global_head_dim": 32, "vocab_size_per_layer_input": 320, "hidden_size_per_layer_input": 16}
@@ -179,3 +179,21 @@ def test_a_generation_config_that_is_no_json_is_rejected(tmp_path):
     assert error.value.setting == "--model.config" and "generation_config.json" in str(error.value)
     (tmp_path / "empty").mkdir()
     assert read_generation(str(tmp_path / "empty")) == {}
+
+
+@pytest.mark.parametrize(
+    "name, rope, flags, said",
+    [
+        ("llama_7B", "default", ["--training.seq_len=1024"], 1024),
+        ("pythia_160M", "default", ["--training.seq_len=1024"], 1024),
+        ("gla_340M", None, ["--training.seq_len=1024"], 1024),
+        ("llama_7B", "default", ["--training.seq_len=128"], 256),
+        ("llama_7B", "default", ["--training.seq_len=1024", "--training.varlen", "--training.context_len=300"], 300),
+        ("llama_7B", "dynamic", ["--training.seq_len=1024"], 256),  # its angles depend on what the config says
+    ],
+)
+def test_the_config_of_computed_positions_says_how_long_rows_are(name, rope, flags, said):
+    changes = {"rope_parameters": {"rope_type": rope, "rope_theta": 1e4, "factor": 2.0}} if rope else {}
+    model = build_on_meta(read_config(fields_of(name) | {"max_position_embeddings": 256} | changes, name)[1], name)
+    fit_positions(model, parse(flags))
+    assert model.config.max_position_embeddings == said
