@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import importlib.util
+import json
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
-from flame.config.files import parse_json, read_text
+from flame.config.files import parse_json, read_json, read_text
 from flame.config.schema import JobConfig
 from flame.errors import UserError, first_line
 from flame.models import limits, reference, table
@@ -232,8 +233,8 @@ def read_generation(source: str) -> dict[str, Any]:
         _raise_exceptions_for_gated_repo=False,
     )
     try:
-        return dict(json.loads(Path(path).read_bytes())) if path else {}
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+        return read_json(path) if path else {}
+    except (OSError, ValueError) as error:
         raise UserError("--model.config", path, hint=f"cannot be read: {first_line(error)}") from None
 
 
@@ -248,7 +249,7 @@ def save_assets(folder: Path, hf_model: Any, hf_tokenizer: Any, generation: dict
     GenerationConfig.from_model_config(config).save_pretrained(folder)
     if generation:
         path = folder / GENERATION_CONFIG_NAME
-        ours = json.loads(path.read_bytes())
+        ours = read_json(path)
         ours.pop("_from_model_config", None)  # transformers would ask the config anew
         if hf_tokenizer.eos_token_id not in _ids(generation.get("eos_token_id")):
             generation = {name: value for name, value in generation.items() if not name.endswith(_OF_IDS)}
