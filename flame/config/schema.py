@@ -146,12 +146,16 @@ class Data:
     """The sources as tables of a TOML, one [[data.sources]] each, instead of training.dataset and its lists. Keys:
     path, name, weight, column, split, subset, data_dir, data_files."""
 
+    add_bos: bool = False
+    """Put the tokenizer's BOS before each document, unless it is one of token ids that begins with it."""
+
     epochs: int = 0
     """Times every source is read, each time in another order; the run ends when all are exhausted. 0: without end."""
 
     max_bad_rows: float = 0.01
-    """Rows of a source that may hold no document (null, empty, broken, of more than 2^25 characters) and are skipped: a
-    share of those read if below 1 (100 rows in any case), else a number of rows; 0 allows none. More stop the run."""
+    """Rows of a source that may hold no document (null, empty, broken, without tokens, of more than 2^25 characters)
+    and are skipped: a share of those read if below 1 (100 rows in any case), else a number of rows; 0 allows none. More
+    stop the run."""
 
     skip: str | None = None
     """Steps whose data is not trained on, such as 120-135,400: step 120 then gets the data of step 136. Steps are

@@ -19,7 +19,11 @@ class Encoder(Protocol):
     """What a lane needs of a tokenizer."""
 
     eos_id: int
+    prefix: Sequence[int]  # of a document
     vocab_size: int
+    engine: str  # what makes the ids
+
+    def use(self, engine: str) -> None: ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]: ...
 
@@ -51,13 +55,16 @@ class Cursor:
         return 0 < self._epochs <= self.place.epoch
 
     def document(self) -> np.ndarray | None:
-        """Ids of the current document, EOS last, int32 (length,); None when the source is exhausted.
+        """Ids of the current document, int32 (length,), as `encode` makes them; None when the source is exhausted.
 
         Raises UserError if the source holds no document, or ids that the tokenizer does not have.
         """
         windows = 0
-        while not self._ids:
-            if self._slice is None:
+        while not self._ids or len(self._ids[0]) == 0:
+            if self._ids:
+                self._ids.popleft()
+                self.place = self.place._replace(at=self.place.at + 1, skipped=self.place.skipped + 1)
+            elif self._slice is None:
                 if self.exhausted:
                     return None
                 if windows == MAX_EMPTY_WINDOWS * self.windows.shuffle.lanes:
@@ -105,7 +112,12 @@ class Cursor:
                 continue
             block.append(self._texts.popleft())
             size += len(block[-1])
-        self._ids.extend(encode(self.encoder, block, self.name))
+        encoded = encode(self.encoder, block, self.name)
+        self._ids.extend(encoded)
+        if self._report is not None:
+            for document, ids in zip(block, encoded, strict=True):
+                if len(ids) == 0:
+                    self._report(self.name, without_tokens(document))
 
     def _read(self, rows: WindowSlice) -> None:
         """Read the slice's next rows, and keep the documents among them from the current one on."""
@@ -122,18 +134,25 @@ class Cursor:
 
 
 def encode(encoder: Encoder, documents: Sequence[Document], name: str) -> list[np.ndarray]:
-    """Ids of each document, int32 (length,), the EOS last, which a document of ids may have already.
+    """Ids of each document between the encoder's prefix and the EOS, int32 (length,); of length 0 if it has no tokens.
 
-    Raises UserError for ids that the tokenizer does not have.
+    A document of ids may have both already. Raises UserError for ids that the tokenizer does not have.
     """
     encoded = iter(encoder.encode_batch([document for document in documents if isinstance(document, str)]))
-    eos, result = np.array([encoder.eos_id], np.int32), []
+    prefix, eos, result = np.array(encoder.prefix, np.int32), np.array([encoder.eos_id], np.int32), []
     for document in documents:
         if isinstance(document, str):
-            result.append(np.concatenate((next(encoded), eos)))
-            continue
-        if document.max() >= encoder.vocab_size:
+            ids = next(encoded)
+        elif document.max() >= encoder.vocab_size:
             found, allowed = f"token id {document.max()}", f"below {encoder.vocab_size}, the tokenizer's number of ids"
             raise UserError(f"source {name}", found, allowed, "give --model.tokenizer_path the tokenizer of these ids")
-        result.append(document if document[-1] == encoder.eos_id else np.concatenate((document, eos)))
+        else:
+            ids = document[:-1] if document[-1] == encoder.eos_id else document
+            ids = ids[len(prefix) :] if np.array_equal(ids[: len(prefix)], prefix) else ids
+        result.append(np.concatenate((prefix, ids, eos)) if len(ids) else ids)
     return result
+
+
+def without_tokens(document: Document) -> Bad:
+    """The bad row that such a document is."""
+    return Bad("no tokens", repr(document[:40]) if isinstance(document, str) else "a bare EOS")

@@ -75,7 +75,7 @@ def replay(folder: Path, step: int, *, trusted: bool = False) -> Fed:
     config.training.global_batch_size = -1  # one batch is the whole step
     sources = build_sources(config.training, config.data)
     loader = build_dataloader(
-        sources=sources, dp_world_size=1, dp_rank=0, tokenizer=load_tokenizer(config.model), job_config=config
+        sources=sources, dp_world_size=1, dp_rank=0, tokenizer=load_tokenizer(config), job_config=config
     )
     loader.load_state_dict(start.loader or {})
     batches, digest = iter(loader), start.data_digest
@@ -112,7 +112,7 @@ def show(folder: Path, step: int, rank: int | None, ranks: int | None, full: boo
     )
     if rank is not None:
         print(f"rank {rank} of {dp_degree}: {len(chosen)} of {len(fed.rows)} rows")
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config)
     for index in chosen:
         sequence = fed.first + index
         print(f"row {index}  sequence {sequence}  lane {sequence % lanes}")

@@ -107,10 +107,11 @@ def dump_state(state: LaneState, names: Sequence[str]) -> str:
     return json.dumps({"open": opened, "offset": state.offset, "sources": sources}, separators=(",", ":"))
 
 
-def parse_state(text: str, names: Sequence[str], fresh: LaneState) -> LaneState:
+def parse_state(text: str, names: Sequence[str], fresh: LaneState, longer: int = 0) -> LaneState:
     """The state in such JSON for today's sources; fresh: a new lane's state, from which new sources start.
 
-    Sources that are gone are dropped, and with them the open document if it was of one.
+    Sources that are gone are dropped, and with them the open document if it was of one. longer: ids that the open
+    document has more at its beginning than it had.
     """
     saved = parse_json(text)
     known = saved["sources"]
@@ -119,7 +120,8 @@ def parse_state(text: str, names: Sequence[str], fresh: LaneState) -> LaneState:
     for i, name in enumerate(names):
         if name in known:
             deficits[i], places[i] = known[name][0], Place(*known[name][1:])
-    return LaneState(opened, saved["offset"] if opened >= 0 else 0, tuple(deficits), tuple(places))
+    offset = max(saved["offset"] + longer, 0) if opened >= 0 else 0
+    return LaneState(opened, offset, tuple(deficits), tuple(places))
 
 
 def normalize(weights: Sequence[float]) -> tuple[float, ...]:

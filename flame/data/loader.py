@@ -1,5 +1,6 @@
 """Batches of a rank's lanes, read ahead in the background; the state is that of the last batch handed out."""
 
+import json
 import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
@@ -214,20 +215,22 @@ class Loader(BaseDataLoader):
     def state_dict(self) -> dict[str, Any]:
         """The state after the last batch handed out: "sequence", "order", and JSON for each of the rank's lanes."""
         lanes = {f"lane_{lane:03d}": dump_state(state, self._names) for lane, state in self._states.items()}
-        return {"sequence": self._sequence, "order": self._order.dump(self._sequence), **lanes}
+        encoder = {"engine": self._encoder.engine, "prefix": len(self._encoder.prefix)}
+        return {"sequence": self._sequence, "order": self._order.dump(self._sequence, **encoder), **lanes}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from such a state, saved on any number of ranks.
+        """Continue from such a state, saved on any number of ranks, with the engine that made its ids.
 
         Raises UserError if the data was in another order, or the ranks do not divide the sequences read.
         """
         if not state_dict:
             return
         try:
-            sequence = int(state_dict["sequence"])
+            sequence, saved = int(state_dict["sequence"]), json.loads(state_dict["order"])
             self._order.check(state_dict["order"], sequence)
+            longer = len(self._encoder.prefix) - int(saved.get("prefix", 0))  # of the open documents
             states = {
-                lane: parse_state(state_dict[f"lane_{lane:03d}"], self._names, fresh)
+                lane: parse_state(state_dict[f"lane_{lane:03d}"], self._names, fresh, longer)
                 for lane, fresh in self._initial_states.items()
             }
         except UserError:
@@ -237,6 +240,7 @@ class Loader(BaseDataLoader):
         if sequence % self._dp_degree:
             allowed = f"a divisor of the {sequence} sequences that the checkpoint has read"
             raise UserError("data-parallel ranks", self._dp_degree, allowed)
+        self._encoder.use(saved.get("engine", self._encoder.engine))
         self.rewind(Position(sequence, states))
 
 
@@ -255,4 +259,4 @@ def typical_length(source: Source, encoder: Encoder) -> float:
     """
     documents = [row for row in source.sample(SAMPLE) if not isinstance(row, Bad)]
     lengths = np.array([float(len(ids)) for ids in encode(encoder, documents, source.name)])
-    return float((lengths**2).sum() / lengths.sum()) if documents else 1.0
+    return float((lengths**2).sum() / lengths.sum()) if lengths.any() else 1.0

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flame.data.cursor import Encoder, encode
+from flame.data.cursor import Encoder, encode, without_tokens
 from flame.data.document import NAMED, Bad, Document, accept, allow_bad
 from flame.errors import UserError
 from flame.runtime.atomic import open_atomically
@@ -131,13 +131,15 @@ def encode_all(sources: "Sequence[Source]", tokenizer: Encoder, max_bad_rows: fl
     for source in sources:
         read = bad = 0
         for rows in source.blocks(BLOCK):
-            for row in rows:
-                if isinstance(row, Bad):
-                    bad += 1
-                    if bad <= NAMED:
-                        print(f"source {source.name}: {row.place} is skipped: {row.reason}", file=sys.stderr)
+            documents = [row for row in rows if not isinstance(row, Bad)]
+            encoded = encode(tokenizer, documents, source.name)
+            skipped = [row for row in rows if isinstance(row, Bad)]
+            skipped += [without_tokens(row) for row, ids in zip(documents, encoded, strict=True) if len(ids) == 0]
+            for row in skipped[: max(NAMED - bad, 0)]:
+                print(f"source {source.name}: {row.place} is skipped: {row.reason}", file=sys.stderr)
+            bad += len(skipped)
             read += len(rows)
             if bad > (allowed := allow_bad(max_bad_rows, read)):
                 found = f"{bad} bad rows among {read} of source {source.name}"
                 raise UserError("--max-bad-rows", found, f"at most {allowed:g} (set to {max_bad_rows:g})")
-            yield from encode(tokenizer, [row for row in rows if not isinstance(row, Bad)], source.name)
+            yield from (ids for ids in encoded if len(ids))

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from flame.config.files import parse_json
 from flame.errors import UserError
@@ -28,9 +29,9 @@ class Order:
         """The ranges of steps that begin at a sequence."""
         return [f"{first}-{last}" for first, last in self.skip if (first - 1) * self.step == sequence]
 
-    def dump(self, sequence: int) -> str:
-        """As JSON, for a checkpoint at a sequence."""
-        return json.dumps({**{key: getattr(self, key) for key in FLAGS}, "skipped": self._skipped(sequence)})
+    def dump(self, sequence: int, **facts: Any) -> str:
+        """As JSON, for a checkpoint at a sequence, with `facts`."""
+        return json.dumps({**{key: getattr(self, key) for key in FLAGS}, "skipped": self._skipped(sequence), **facts})
 
     def check(self, text: str, sequence: int) -> None:
         """Raise UserError unless the data up to a sequence were read in this order, given the JSON of a checkpoint."""

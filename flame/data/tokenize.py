@@ -12,7 +12,7 @@ from tokenizers.models import BPE
 from torchtitan.components.tokenizer import BaseTokenizer
 
 from flame.config.paths import check_path
-from flame.config.schema import Model
+from flame.config.schema import JobConfig
 from flame.data.fast import covers_all_text, is_failure, open_fast
 from flame.errors import UserError, first_line
 
@@ -31,8 +31,8 @@ logger = logging.getLogger("flame")
 class Tokenizer(BaseTokenizer):
     """A Hugging Face tokenizer under torchtitan's interface; `hf` is the tokenizer itself.
 
-    Ids are those of `hf` without special tokens; the loader adds the EOS between documents. Those of `add_tokens` that
-    `hf` lacks are given new ids; `added` counts the ids that they need above all others.
+    Ids are those of `hf` without special tokens; the loader puts `prefix` before a document and the EOS after it. Those
+    of `add_tokens` that `hf` lacks are given new ids; `added` counts the ids that they need above all others.
     Raises UserError if the tokenizer has no Rust backend or no EOS, if two tokens share an id, or if the ids of a text
     are random.
     """
@@ -56,6 +56,7 @@ class Tokenizer(BaseTokenizer):
         self.added = self.vocab_size - before
         self.eos_id: int = hf.eos_token_id
         self.bos_id: int | None = hf.bos_token_id
+        self.prefix: tuple[int, ...] = ()
         _check_ids(hf, path)
         # A copy of our own: a call of `hf` with truncation or padding switches them on in its backend for good.
         self._backend = copy.deepcopy(hf.backend_tokenizer)
@@ -64,8 +65,24 @@ class Tokenizer(BaseTokenizer):
         self._backend.no_padding()
         if getattr(self._backend.model, "dropout", None):
             raise UserError(FLAG, f"dropout in {path}", "a tokenizer without: the ids of a text would be random")
+        self.puts_bos = self.bos_id is not None and self.bos_id in self._backend.encode("").ids
         self._fast = open_fast(self._backend)
         self.encodes_all = self._try_plain_text()
+
+    @property
+    def engine(self) -> str:
+        """What makes the ids, "fastokens" or "tokenizers"."""
+        return "fastokens" if self._fast else "tokenizers"
+
+    def use(self, engine: str) -> None:
+        """Have an engine make the ids; logs if it is another than so far."""
+        if engine == self.engine:
+            return
+        if engine == "tokenizers":
+            logger.info("tokenizers makes the ids, as it does in this run, and not fastokens")
+            self._fast = None
+        else:
+            logger.warning(f"tokenizers makes the ids, as {engine}, which does in this run, cannot here")
 
     def get_vocab_size(self) -> int:
         """torchtitan's name for vocab_size."""
@@ -128,9 +145,18 @@ def build_tokenizer(path: str | None, trust_remote_code: bool = False, add_token
         raise UserError(FLAG, path, hint=f"not loadable as a tokenizer: {first_line(error)}") from error
 
 
-def load_tokenizer(model: Model) -> Tokenizer:
-    """The tokenizer of a job. Raises UserError as build_tokenizer does."""
-    return build_tokenizer(model.tokenizer_path, model.trust_remote_code, model.add_tokens)
+def load_tokenizer(job_config: JobConfig) -> Tokenizer:
+    """The tokenizer of a job. Raises UserError as build_tokenizer does, and for --data.add_bos without a BOS."""
+    model = job_config.model
+    tokenizer = build_tokenizer(model.tokenizer_path, model.trust_remote_code, model.add_tokens)
+    if job_config.data.add_bos:
+        if tokenizer.bos_id is None:
+            raise UserError("--data.add_bos", "true", "false", f"{tokenizer.path} has no BOS token")
+        tokenizer.prefix = (tokenizer.bos_id,)
+    elif tokenizer.puts_bos:
+        bos = tokenizer.hf.bos_token
+        logger.info(f"{tokenizer.path} puts {bos} before a text; documents are trained on without it (--data.add_bos)")
+    return tokenizer
 
 
 def _load(path: str, trust_remote_code: bool) -> Any:

@@ -18,7 +18,7 @@ from flame.convert.hf_structure import model_structure
 from flame.convert.initial import build_adapter
 from flame.data.loader import build_dataloader, typical_length
 from flame.data.source import build_sources
-from flame.data.tokenize import Tokenizer, build_tokenizer
+from flame.data.tokenize import Tokenizer, load_tokenizer
 from flame.errors import UserError
 from flame.models.causal_lm import CausalLM, ModelArgs
 from flame.models.hf import (
@@ -71,7 +71,7 @@ def register(job_config: JobConfig, context: RunContext | None = None) -> None:
         _check_backend(job_config.compile.backend)
     if job_config.experimental.custom_import:
         import_models(job_config.experimental.custom_import)
-    tokenizer = build_tokenizer(model.tokenizer_path, model.trust_remote_code, model.add_tokens)
+    tokenizer = load_tokenizer(job_config)
     fields, flag, description = (_load_hf if model.name == "auto" else _load_titan)(job_config, tokenizer, context)
     if (plan := context.plan) and not all(status.corruption for status in plan.checkpoints.values()):
         _check_same_model(flag, description, tokenizer, context.run.folder)

@@ -57,6 +57,7 @@ class FlameTrainer(torchtitan.train.Trainer):
         use_our_checkpoint_manager()
         super().__init__(job_config)
         self.maybe_enable_amp = autocast_for(job_config, self.maybe_enable_amp)
+        self.tokenizer.use(context.consensus.first(lambda: self.tokenizer.engine))
         training, (_, dp_degree) = job_config.training, self._batch_rank()
         sequences = self.gradient_accumulation_steps * training.local_batch_size * dp_degree
         self.step_tokens = sequences * training.seq_len  # of the whole job

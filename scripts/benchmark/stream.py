@@ -50,7 +50,7 @@ class Pair(NamedTuple):
 
 def bench(config: JobConfig, seconds: float = SECONDS) -> None:
     """Print the speed for several numbers of workers, state and memory. Raises UserError as a run of the job would."""
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config)
     config.data.epochs, config.data.skip = 0, None  # a stream that neither ends nor skips anything
     sources = build_sources(config.training, config.data)
     if not (texts := draw_texts(sources)):

@@ -11,13 +11,18 @@ EOS = 256
 
 
 class Bytes:
-    """Ids are the bytes of the text."""
+    """Ids are the bytes of the text; a zero-width space has none."""
 
     eos_id = EOS
+    prefix = ()
     vocab_size = EOS + 1
+    engine = "bytes"
+
+    def use(self, engine):
+        assert engine == self.engine
 
     def encode_batch(self, texts):
-        return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
+        return [np.frombuffer(text.replace("\u200b", "").encode(), np.uint8).astype(np.int32) for text in texts]
 
 
 class Texts(list):
@@ -31,7 +36,7 @@ class Tape:
     """Rows in one order only; a mark is the number of rows read, boxed as datasets boxes its own."""
 
     def __init__(self, rows):
-        self.rows = rows
+        self.rows = list(rows)
 
     def batches(self, size, mark=None):
         at = mark["row"] if mark else 0

@@ -10,7 +10,9 @@ import pytest
 
 from flame.data import files
 from flame.data.document import LONGEST, Bad, accept, allow_bad
-from tests.data.fakes import EOS, build, loader
+from flame.data.source import Source
+from flame.errors import UserError
+from tests.data.fakes import EOS, Tape, Texts, build, loader
 from tests.launch import SMALL, metrics, train
 from tests.tiny import write_config
 
@@ -50,6 +52,25 @@ def test_each_broken_line_is_skipped_alone_and_named_with_file_and_line(file):
     assert [row.place for row in bad] == [f"{file}:{2 * i + 2}" for i in range(len(LINES))]
     for row, word in zip(bad, LINES.values(), strict=True):
         assert word in row.reason
+
+
+@pytest.mark.parametrize("kind", [Texts, Tape])
+def test_documents_without_tokens_are_skipped_counted_and_named(kind):
+    texts = [text for good in GOOD for text in (good, "\u200b" * 3, np.array([EOS]))]
+    run = loader([Source("a", 1.0, kind(texts))], epochs=1, lanes=1, batch=1)
+    tokens = [token for fed, _ in run for token in fed["input"].flatten().tolist()]
+    assert (EOS, EOS) not in pairwise(tokens) and tokens.count(EOS) > 50
+    bad, read = run.skipped()["a"]
+    assert bad in (118, 119, 120) and bad + 58 <= read <= 180, "what follows the last full row is not read"
+    named = {(row.reason, row.place) for row in run.noted()["a"]}
+    assert named == {("no tokens", repr("\u200b" * 3)), ("no tokens", "a bare EOS")}
+
+
+def test_a_source_without_any_token_ends_the_run_in_one_line():
+    run = loader([Source("a", 1.0, Texts(["\u200b"] * 20))], lanes=1, batch=1)
+    with pytest.raises(UserError) as error:
+        next(iter(run))
+    assert error.value.setting == "source a" and error.value.found.startswith("no document")
 
 
 def test_a_lane_reads_past_bad_rows_and_the_loader_counts_and_names_them(file):

@@ -5,18 +5,20 @@ import json
 import os
 import threading
 import time
-from itertools import pairwise
+from itertools import islice, pairwise
 
+import numpy as np
 import pytest
 import torch.distributed.checkpoint as dcp
 
 from flame.config.parser import JobConfig
+from flame.data.cursor import encode
 from flame.data.ledger import digest_batch
 from flame.data.loader import build_dataloader
 from flame.data.source import Source, build_sources
 from flame.data.tokenize import build_tokenizer
 from flame.errors import UserError
-from tests.data.fakes import Bytes, Tape, Texts, documents, loader, one, take, three
+from tests.data.fakes import EOS, Bytes, Tape, Texts, documents, loader, one, take, three
 
 TOTAL = 150  # batches: several windows and epochs of every source
 
@@ -185,6 +187,56 @@ def test_a_distributed_checkpoint_holds_the_state_and_gives_other_ranks_their_la
     batches = [take(iter(half), 5) for half in halves]
     for whole, even, odd in zip(expected, *batches, strict=True):
         assert (whole["input"][::2], whole["input"][1::2]) == (even["input"], odd["input"])
+
+
+class Begun(Bytes):
+    """With a BOS, 257, before each document."""
+
+    prefix, vocab_size = (257,), 258
+
+
+def test_a_bos_is_put_before_each_document_that_has_none():
+    texts = ["text", np.array([1, 2, EOS]), np.array([257, 3]), np.array([257, EOS]), "\u200b"]
+    encoded = [ids.tolist() for ids in encode(Begun(), texts, "a")]
+    assert encoded == [[257, *b"text", EOS], [257, 1, 2, EOS], [257, 3, EOS], [], []]
+    run = loader(three(), encoder=Begun(), lanes=1, batch=1, varlen=True)
+    for fed, _ in islice(run, 50):
+        tokens, starts = fed["input"][0].tolist(), (fed["positions"][0] == 0).nonzero().flatten().tolist()
+        assert [i for i, token in enumerate(tokens) if token == 257] == starts[starts[0] == 0 and tokens[0] != 257 :]
+
+
+@pytest.mark.parametrize("encoders", [(Bytes(), Begun()), (Begun(), Bytes())])
+def test_a_bos_that_is_added_or_left_out_later_moves_no_other_token(encoders):
+    def read(encoder, count, state=None):
+        run = loader(one(), encoder=encoder, lanes=1, batch=1)
+        run.load_state_dict(state or {})
+        tokens = [token for _ in islice(run, count) for token in run.rows[0].tokens.tolist()]
+        return [token for token in tokens if token != 257], run
+
+    for count in range(1, 12):
+        before, run = read(encoders[0], count)
+        after, _ = read(encoders[1], 12, run.state_dict())
+        whole, _ = read(Bytes(), 30)
+        text = "".join(chr(token) for token in before + after)
+        assert text in "".join(chr(token) for token in whole)
+
+
+def test_a_run_goes_on_with_what_made_its_ids():
+    class Switched(Bytes):
+        engine = "fast"
+
+        def use(self, engine):
+            self.engine = engine
+
+    state = loader(one()).state_dict()
+    encoder = Switched()
+    loader(one(), encoder=encoder).load_state_dict(state)
+    assert encoder.engine == "bytes"
+    order = json.loads(state["order"])
+    del order["engine"], order["prefix"]  # as an older version left it
+    encoder = Switched()
+    loader(one(), encoder=encoder).load_state_dict(state | {"order": json.dumps(order)})
+    assert encoder.engine == "fast"
 
 
 def test_batches_read_ahead_are_not_in_the_state():

@@ -14,7 +14,10 @@ STEPS = 60  # of 8 rows: past three epochs of the first source and twenty of the
 
 
 def uneven(kind):
-    return [Source(name, 0.5, kind(documents(name, count, 20))) for name, count in (("a", 100), ("b", 60))]
+    """Two in five documents of the first source have no tokens."""
+    a, b = documents("a", 100, 20), documents("b", 60, 20)
+    a = ["\u200b" if i % 5 < 2 else text for i, text in enumerate(a)]
+    return [Source("a", 0.5, kind(a)), Source("b", 0.5, kind(b))]
 
 
 def ranks(sources, world, state, workers, epochs):

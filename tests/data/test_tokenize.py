@@ -7,8 +7,9 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from flame.config.schema import JobConfig
 from flame.data.fast import Checked, open_fast
-from flame.data.tokenize import build_tokenizer
+from flame.data.tokenize import build_tokenizer, load_tokenizer
 from flame.errors import UserError
 
 GROUPED = {  # digits in groups of three from the left, each group a token
@@ -99,6 +100,30 @@ def test_ids_are_those_of_the_hugging_face_tokenizer_without_special_tokens(fold
     assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == hf(texts, add_special_tokens=False)["input_ids"]
     assert tokenizer.encode(texts[0])[:1] != [tokenizer.bos_id] == [0]
     assert tokenizer.eos_id == 1 and tokenizer.vocab_size == len(hf)
+
+
+def test_a_bos_is_put_before_documents_if_asked_for_and_said_to_be_missing_if_not(folder, caplog):
+    caplog.set_level("INFO")
+    job = JobConfig()
+    job.model.tokenizer_path = str(folder)
+    assert load_tokenizer(job).prefix == () and "--data.add_bos" in caplog.text
+    caplog.clear()
+    job.data.add_bos = True
+    assert load_tokenizer(job).prefix == (0,) and "--data.add_bos" not in caplog.text
+    job.model.tokenizer_path = "byte"
+    with pytest.raises(UserError) as error:
+        load_tokenizer(job)
+    assert (error.value.setting, error.value.allowed) == ("--data.add_bos", "false")
+
+
+def test_what_makes_the_ids_is_kept_where_it_can_be(library, folder, caplog):
+    texts = [*HARD, *library[:3]]
+    fast, slow = build_tokenizer(str(folder)), build_tokenizer(str(folder))
+    slow.use("tokenizers")
+    assert (fast.engine, slow.engine) == ("fastokens", "tokenizers")
+    assert [a.tolist() for a in fast.encode_batch(texts)] == [b.tolist() for b in slow.encode_batch(texts)]
+    slow.use("fastokens")
+    assert slow.engine == "tokenizers" and "cannot here" in caplog.text
 
 
 def test_a_truncating_call_of_the_same_tokenizer_leaves_the_stream_whole(folder, library):
