@@ -19,7 +19,7 @@ from flame.checkpoint.structure import PublishedTensor, main_dtype, whole
 from flame.config.files import read_json
 from flame.convert.dcp_file import StoredTensor, read_tensors
 from flame.convert.hf_weights import specs_of
-from flame.convert.output import new_folder, read_report, write_report
+from flame.convert.output import delete_abandoned, new_folder, read_report, write_report
 from flame.convert.safetensors_file import INDEX, check_file, find_files, group_by_bytes, read_headers, write_file
 from flame.convert.tokenizer import settle_tokenizer
 from flame.errors import UserError
@@ -47,6 +47,7 @@ def export_checkpoint(
     if exists := folder.exists():
         report = read_report(folder)
         if origin.items() <= report.items() and _is_whole(folder, report):
+            delete_abandoned(folder.parent)
             return False
     tensors = read_tensors(checkpoint)
     found = specs_of(tensors)

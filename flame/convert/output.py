@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from flame.checkpoint.commit import hash_file
 from flame.config.files import read_json
@@ -29,13 +30,10 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     made = [parent for parent in path.parents if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{path.name}.{socket.gethostname()}-"  # a lock of another machine may not be visible
-    _delete_abandoned(path.parent, prefix)
-    temporary = Path(tempfile.mkdtemp(".tmp", prefix, path.parent))
+    delete_abandoned(path.parent)
+    temporary, lock = _make_temporary(path)
     try:
-        with open(temporary / _LOCK, "wb") as lock:
-            with suppress(OSError):  # a file system without locks, where nothing is deleted either
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with lock:
             folder = temporary / path.name
             folder.mkdir()
             yield folder
@@ -53,13 +51,37 @@ def new_folder(path: Path) -> Iterator[Path]:
                 parent.rmdir()
 
 
-def _delete_abandoned(parent: Path, prefix: str) -> None:
-    """Delete the temporary folders of processes that were killed: nobody holds their locks any more."""
-    for left in parent.iterdir():
-        if left.name.startswith(prefix) and left.suffix == ".tmp":
-            with suppress(OSError), open(left / _LOCK, "r+b") as lock:
+def delete_abandoned(parent: Path) -> None:
+    """Delete the temporary folders of processes of this machine that were killed: nobody holds their locks any more."""
+    for left in parent.iterdir() if parent.is_dir() else ():
+        if not re.fullmatch(rf"\..+\.{re.escape(socket.gethostname())}-[a-z0-9_]{{8}}\.tmp", left.name):
+            continue
+        with suppress(OSError):  # it is worked on
+            try:
+                with open(left / _LOCK, "r+b") as lock:
+                    fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(left, ignore_errors=True)
+            except FileNotFoundError:  # killed before it made its lock; else it makes another folder
+                left.rmdir()
+
+
+def _make_temporary(path: Path) -> tuple[Path, IO[bytes]]:
+    """A temporary folder beside a path, and the file in it that is locked while it is worked on."""
+    prefix = f".{path.name}.{socket.gethostname()}-"  # a lock of another machine may not be visible
+    while True:
+        temporary = Path(tempfile.mkdtemp(".tmp", prefix, path.parent))
+        with suppress(FileNotFoundError, BlockingIOError):  # another process has taken it for an abandoned one
+            lock = open(temporary / _LOCK, "wb")  # noqa: SIM115 - open for as long as it is worked on
+            try:
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(left, ignore_errors=True)
+            except BlockingIOError:
+                lock.close()
+                raise
+            except OSError:  # a file system without locks, where nothing is deleted either
+                return temporary, lock
+            if (temporary / _LOCK).exists():
+                return temporary, lock
+            lock.close()
 
 
 def write_report(folder: Path, digests: dict[str, str], **fields: Any) -> None:

@@ -62,7 +62,10 @@ def main(argv: list[str]) -> int:
             training = Training(dataset=given.dataset, streaming=given.streaming, **lists)
             sources, tokenizer = build_sources(training, Data(column=given.column)), build_tokenizer(given.tokenizer)
             ids = encode_all(sources, tokenizer, given.max_bad_rows)
-            documents, tokens = write(given.out, ids, tokenizer.vocab_size)
+            try:
+                documents, tokens = write(given.out, ids, tokenizer.vocab_size)
+            except OSError as error:
+                raise UserError("OUT", hint=str(error)) from None
             print(f"{documents:,} documents, {tokens:,} tokens: {given.out}.bin, {given.out}.idx")
     except UserError as error:
         print(f"flame: {error}", file=sys.stderr)

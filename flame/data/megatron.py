@@ -101,10 +101,14 @@ def find_prefixes(path: str) -> list[str]:
 
 
 def write(prefix: str | Path, documents: Iterable[np.ndarray], vocab_size: int) -> tuple[int, int]:
-    """Write documents' ids, one sequence each; returns (documents, tokens). Raises UserError if there are none.
+    """Write documents' ids, one sequence each; returns (documents, tokens).
 
-    vocab_size decides the dtype, as in Megatron. The files appear under their names when both are whole.
+    vocab_size decides the dtype, as in Megatron. The files appear under their names when both are whole. Raises
+    UserError if there are no documents, or if one of the files exists, and OSError.
     """
+    for path in (f"{prefix}.bin", f"{prefix}.idx"):
+        if os.path.lexists(path):
+            raise UserError("OUT", path, "the name of files that do not exist")
     dtype, code = (np.dtype("<u2"), 8) if vocab_size < SMALL else (np.dtype("<i4"), 4)
     lengths: list[int] = []
     Path(prefix).parent.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """A new folder appears whole or not at all."""
 
+import signal
 import subprocess
 import sys
 
@@ -47,6 +48,33 @@ def test_the_remains_of_a_killed_process_are_deleted(maker, tmp_path):
     with new_folder(tmp_path / "hf"):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from flame.convert.output import new_folder
+def kill(event, arguments):
+    if event == sys.argv[2] and ".tmp" in str(arguments):
+        os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(kill)
+with new_folder(Path(sys.argv[1])) as folder:
+    (folder / "first").touch()
+"""
+
+
+@pytest.mark.parametrize("moment", ["open", "os.rename", "shutil.rmtree"])
+def test_what_a_process_killed_at_any_moment_leaves_is_deleted_by_any_conversion_beside(moment, tmp_path):
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "hf"), moment], env=environment())
+    assert done.returncode == -signal.SIGKILL
+    kept = [path for path in tmp_path.iterdir() if path.name == "hf"]
+    assert len(list(tmp_path.iterdir())) == len(kept) + 1
+    for name in (".hf.mine.tmp", ".hf.elsewhere-abcdefgh.tmp"):
+        (tmp_path / name).mkdir()
+        kept.append(tmp_path / name)
+    with new_folder(tmp_path / "other"):
+        pass
+    assert sorted(tmp_path.iterdir()) == sorted([*kept, tmp_path / "other"])
 
 
 def test_a_failure_leaves_none_of_the_new_folders_above_it(tmp_path):

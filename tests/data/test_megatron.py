@@ -120,6 +120,17 @@ def test_packing_any_source_keeps_its_documents_in_order_and_names_bad_rows(tmp_
     assert all((tmp_path / f"again.{e}").read_bytes() == (tmp_path / f"out.{e}").read_bytes() for e in ("bin", "idx"))
 
 
+@pytest.mark.parametrize("name", ["out.bin", "out.idx"])
+def test_packing_overwrites_nothing(name, tmp_path, capsys):
+    (tmp_path / name).write_text("mine")
+    (tmp_path / "t.txt").write_text("text")
+    for out in (tmp_path / "out", tmp_path / "t.txt" / "out", tmp_path / (300 * "x")):
+        assert main(["pack", str(out), "--dataset", f"{tmp_path}/t.txt", "--tokenizer", "byte"]) == 2
+        line = capsys.readouterr().err
+        assert line.startswith("flame: OUT: ") and line.count("\n") == 1
+    assert (tmp_path / name).read_text() == "mine" and len(list(tmp_path.iterdir())) == 2
+
+
 def test_packing_rejects_too_many_bad_rows_and_sources_without_documents(tmp_path, capsys):
     (tmp_path / "t.jsonl").write_text('{"text": ""}\n{"text": ""}\n')
     job = ["pack", str(tmp_path / "out"), "--dataset", f"{tmp_path}/t.jsonl", "--tokenizer", "byte"]
