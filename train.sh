@@ -34,6 +34,9 @@ export NNODE=${NNODE:-${SLURM_NNODES:-1}} NGPU=${NGPU:-$(visible_gpus)}
 [[ $NGPU =~ ^[1-9][0-9]*$ ]] || reject "NGPU: found '$NGPU', must be an integer of 1 or more"
 [[ ${LOG_RANK:-0} =~ ^[0-9]+(,[0-9]+)*$ ]] || reject "LOG_RANK: found '$LOG_RANK', must be a list of ranks such as 0,3"
 [[ ${MASTER_PORT:-0} =~ ^[0-9]{1,5}$ ]] && ((10#${MASTER_PORT:-0} <= 65535)) || reject "MASTER_PORT: found '$MASTER_PORT', must be a port, at most 65535"
+for name in SLURM_JOB_ID SLURM_NODEID; do # bash evaluates what it computes with
+  [[ ${!name:-0} =~ ^[0-9]{1,18}$ ]] || reject "$name: found '${!name}', must be a number"
+done
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} # this checkout's flame, from any folder
 ((NGPU == 1)) || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # as torchrun would, without its warning
 [[ -n ${PYTORCH_CUDA_ALLOC_CONF:-} ]] || export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
@@ -55,13 +58,13 @@ esac
 rendezvous=(--rdzv_backend c10d --rdzv_id "${SLURM_JOB_ID:-none}")
 port=0
 if ((NNODE > 1)); then
-  port=$((29500 + ${SLURM_JOB_ID:-0} % 10000)) # the same on all nodes, and another for each Slurm job
+  port=$((29500 + 10#${SLURM_JOB_ID:-0} % 10000)) # the same on all nodes, and another for each Slurm job
   if [[ -z ${MASTER_ADDR:-} ]]; then
     # Slurm's own command; a container may lack it
     [[ -n ${SLURM_JOB_NODELIST:-} ]] && read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST" 2>&-) ||
       reject "MASTER_ADDR: found nothing, must be the first of NNODE=$NNODE nodes"
     # Set rather than guessed: torchrun recognizes its own host by name, which fails where names are aliases.
-    rendezvous+=(--rdzv_conf "is_host=$((${SLURM_NODEID:-0} == 0))")
+    rendezvous+=(--rdzv_conf "is_host=$((10#${SLURM_NODEID:-0} == 0))")
   fi
 fi
 

@@ -138,6 +138,18 @@ def test_slurm_supplies_the_layout_the_first_node_and_the_run_id(shell, node, is
     assert shell.calls[-1]["args"] == launch_line(**expected, args=["--x"])
 
 
+@pytest.mark.parametrize(
+    "name", ["NNODE", "NGPU", "LOG_RANK", "MASTER_PORT", "SLURM_NNODES", "SLURM_JOB_ID", "SLURM_NODEID"]
+)
+@pytest.mark.parametrize("value", ["PATH[$(touch executed)]", "a[`touch executed`]", "1 + 1", "9" * 30 + "x"])
+def test_a_variable_that_is_no_number_is_rejected_and_never_evaluated(shell, name, value):
+    nodes = {} if name == "SLURM_NNODES" else {"NNODE": "2", "MASTER_ADDR": "a"}
+    done = shell.train("--x", **nodes | {name: value})
+    found = "NNODE" if name == "SLURM_NNODES" else name
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and done.stderr.startswith(f"flame: {found}: found ")
+    assert list(shell.cwd.iterdir()) == [] and shell.calls == []
+
+
 def test_several_nodes_without_a_first_node_are_rejected(shell):
     done = shell.train("--x", NNODE="2")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "MASTER_ADDR" in done.stderr
