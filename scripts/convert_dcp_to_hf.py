@@ -8,7 +8,6 @@ export is not the model that was trained, or the disk is full.
 import argparse
 import logging
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -118,17 +117,6 @@ def models_enabled(run: JobConfig) -> Iterator[None]:
             logging.disable(logging.NOTSET)
 
 
-@contextmanager
-def os_errors() -> Iterator[None]:
-    """A block that writes a tokenizer, whose Rust code raises a bare Exception if the disk is full. Raises OSError."""
-    try:
-        yield
-    except Exception as error:
-        if not (number := re.search(r"\(os error (\d+)\)", str(error))):
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
-
-
 def build_structure(given: argparse.Namespace, run: JobConfig, assets: Path) -> Structure | None:
     """The tensors of the model, whose config is written to `assets` if the command line names it or the tokenizer.
 
@@ -143,10 +131,7 @@ def build_structure(given: argparse.Namespace, run: JobConfig, assets: Path) -> 
                 recorded = str(given.path / "model")
                 config, tokenizer = given.config or recorded, build_tokenizer(given.tokenizer or recorded)
                 _, hf_config = hf.load_hf_config(config, tokenizer=tokenizer, grow_vocab=True)
-                with os_errors():
-                    hf.save_assets(
-                        assets, hf.build_on_meta(hf_config, config), tokenizer.hf, hf.read_generation(config)
-                    )
+                hf.save_assets(assets, hf.build_on_meta(hf_config, config), tokenizer.hf, hf.read_generation(config))
             return read_trained_structure(assets)
     except UserError as error:
         if given.no_verify and (assets / "config.json").is_file():

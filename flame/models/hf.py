@@ -5,6 +5,8 @@ import importlib
 import importlib.util
 import json
 import logging
+import os
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -254,4 +256,14 @@ def save_assets(folder: Path, hf_model: Any, hf_tokenizer: Any, generation: dict
         if hf_tokenizer.eos_token_id not in _ids(generation.get("eos_token_id")):
             generation = {name: value for name, value in generation.items() if not name.endswith(_OF_IDS)}
         path.write_text(json.dumps(ours | generation, indent=2, sort_keys=True) + "\n")
-    hf_tokenizer.save_pretrained(folder)
+    save_tokenizer(folder, hf_tokenizer)
+
+
+def save_tokenizer(folder: Path, hf_tokenizer: Any) -> None:
+    """`save_pretrained`, whose Rust code raises a bare Exception on a full disk. Raises OSError."""
+    try:
+        hf_tokenizer.save_pretrained(folder)
+    except Exception as error:
+        if not (number := re.search(r"\(os error (\d+)\)", str(error))):
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from None

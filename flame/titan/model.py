@@ -25,7 +25,7 @@ from transformers import PreTrainedConfig
 
 from flame.config.schema import JobConfig
 from flame.errors import UserError
-from flame.models.hf import build_on_meta, save_assets
+from flame.models.hf import build_on_meta, save_assets, save_tokenizer
 from flame.models.init import Unit, init_weights
 from flame.models.loss import cross_entropy
 from flame.models.vocabulary import fit_vocab_size
@@ -124,7 +124,7 @@ def wrap_model_class(model_cls: type, description: dict[str, Any], hf_config: Pr
             """Write the model's description and the tokenizer; config.json is transformers' if it has such a model."""
             folder.mkdir(parents=True, exist_ok=True)
             if isinstance(hf_config, str):
-                tokenizer.save_pretrained(folder)
+                save_tokenizer(folder, tokenizer)
             else:
                 save_assets(folder, build_on_meta(hf_config, "that of torchtitan's model"), tokenizer)
             name = "config.json" if isinstance(hf_config, str) else hf_equivalent.TITAN_CONFIG

@@ -1,12 +1,15 @@
 """A logged step: one progress line, one record in metrics.jsonl, and torchtitan's TensorBoard and W&B."""
 
+import copy
 import math
 import os
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from torchtitan.components.metrics import MetricsProcessor
@@ -31,14 +34,21 @@ class Metrics(MetricsProcessor):
     def __init__(
         self, context: RunContext, job_config: JobConfig, parallel_dims: ParallelDims, _model_args: Any
     ) -> None:
-        if job_config.metrics.enable_wandb:
-            _name_wandb_run(context)
-        super().__init__(job_config, parallel_dims)
-        self.run, self.steps_since_last_log = context.run, 0
+        silent = copy.copy(job_config)
+        silent.metrics = replace(job_config.metrics, enable_tensorboard=False, enable_wandb=False)
+        super().__init__(silent, parallel_dims)
+        self.job_config, self.context, self.run, self.steps_since_last_log = job_config, context, context.run, 0
         self.failed = False  # TensorBoard or W&B
         if os.environ.get("NO_COLOR"):  # https://no-color.org; train.sh sets it when its output is not a terminal
             self.color = NoColor()
         self.peak_flops = known_peak_flops(self.device_memory_monitor.device_name)
+
+    def open(self) -> None:
+        """Open TensorBoard and W&B, whose files are made only when nothing can reject the start any more."""
+        if self.job_config.metrics.enable_wandb:
+            _name_wandb_run(self.context)
+        with self._surviving():
+            self.logger = MetricsProcessor(self.job_config, self.parallel_dims).logger
 
     def log(self, step: int, loss: float, max_loss: float, grad_norm: float, extra_metrics: dict[str, Any]) -> None:
         """Log a step. `loss` is the mean over the step's global valid tokens, `grad_norm` the norm before clipping.
@@ -128,10 +138,14 @@ def _name_wandb_run(context: RunContext) -> None:
 
     def name() -> str:
         known = folder / "wandb_run_id"
-        if not known.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(known, os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12])
-        return read_text(known)
+        number, _, made_in = read_text(known).strip().partition("\n") if known.exists() else ("", "", "")
+        is_copy = made_in and Path(made_in, known.name).exists() and not os.path.samefile(made_in, folder)
+        if number and not is_copy:
+            return number
+        number = os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12]
+        with suppress(OSError):
+            write_atomically(known, f"{number}\n{folder.resolve()}\n")
+        return number
 
     os.environ.setdefault("WANDB_RUN_ID", context.consensus.first(name))  # in a pipeline, the last stage logs
     os.environ.setdefault("WANDB_RESUME", "allow")

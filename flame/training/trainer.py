@@ -122,6 +122,8 @@ class FlameTrainer(torchtitan.train.Trainer):
                 logger.warning(f"learning rate at step {self.step + 1}: {rates} (docs/checkpoints.md, Extending a run)")
         self.context.consensus.first(self._record)
         self.started = True
+        if self.step < self.job_config.training.steps:
+            self.metrics_processor.open()
 
     def _record(self) -> None:
         trains = self.step < self.job_config.training.steps  # else the records of the finished run stay

@@ -226,7 +226,7 @@ def test_tensorboard_and_wandb_are_written_and_a_resumed_run_goes_on_in_the_same
     for steps in (2, 4):
         train_each([job("logged", *logs, steps=steps)], ranks=2, WANDB_MODE="offline")
     folder = root / "logged"
-    run_id = (folder / "wandb_run_id").read_text()
+    run_id = (folder / "wandb_run_id").read_text().splitlines()[0]
     runs = list(folder.glob("tb/*/wandb/offline-run-*"))
     assert len(runs) == 2
     assert all(run.name.endswith(run_id) for run in runs)
