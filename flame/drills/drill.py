@@ -1,13 +1,13 @@
 """The drills: what is done to a job, and what must hold then."""
 
-import random
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from flame.checkpoint.commit import complete_steps, inspect_checkpoint, verify_hashes
+from flame.checkpoint.commit import complete_steps, verify_hashes
 from flame.drills.job import FAULT_STEP, INTERVAL, STALL_SECONDS, STEPS, DrillJob, trajectory
+from flame.drills.moment import choose
 from flame.errors import PREEMPTED
 
 LAST_SAVED = FAULT_STEP // INTERVAL * INTERVAL  # before the fault
@@ -23,26 +23,24 @@ class Check(NamedTuple):
 
 
 def kill_in_save(folder: Path, world_size: int, flags: list[str], times: int = 3) -> Iterator[Check]:
-    """SIGKILL to all ranks at random moments, every other time during a save"""
-    flags = [f"--training.steps={20 * times}", "--checkpoint.keep_latest_k=2", *flags]
+    """SIGKILL to all ranks, in turn at the start, in the first save, in later ones, in deletions and in the export"""
+    flags = [f"--training.steps={10 * times + STEPS}", "--checkpoint.keep_latest_k=2", "--checkpoint.export", *flags]
     baseline, job = _baseline_and_job(folder / "undisturbed", folder / "killed", world_size, flags)
-    draw, kills, in_save, lost = random.Random(times), 0, 0, []
-    while kills < times:
-        job.start()
-        target = max(complete_steps(job.checkpoints), default=0) + draw.randrange(1, 20)
-        if not job.wait_until(lambda target=target: job.last_step() >= target):  # type: ignore[misc]
-            break  # it has ended
-        if kills % 2 == 0:
-            job.wait_until(lambda: _is_saving(job))
-        had = complete_steps(job.checkpoints)
-        in_save += _is_saving(job)
+    for number, moment in enumerate(choose(times), 1):
+        job.start(moment=moment)
+        reached = job.wait_until(job.reached.exists)
+        had, step = complete_steps(job.checkpoints), job.last_step()
         job.kill()
-        kills += 1
-        if had and not _newest_is_intact(job):
-            lost.append(kills)
-    holds = kills > 0 and not lost
-    yield Check(f"after each of {kills} kills, {in_save} during a save, the newest checkpoint is intact", holds, lost)
+        intact = reached and (not had or _newest_is_intact(job))
+        saved = f"step-{had[-1]} is intact" if had else "nothing was saved"
+        claim = f"kill {number} of {times}, at step {step}, {moment.where}: {saved}"
+        yield Check(claim, intact, had if reached else f"the job ended before ({job.last_line()}), see {job.log}")
     yield from _resume(job, baseline)
+    steps = job.last_step()
+    places = (job.folder, job.folder / "model", job.folder / "hf", *job.checkpoints.glob("step-*"))
+    left = [*job.checkpoints.glob(".deleting-*"), *(path for place in places for path in place.glob("*.tmp"))]
+    exported = (job.folder / "hf" / f"step-{steps}" / "conversion_report.json").is_file()
+    yield Check("the last step is exported, and nothing temporary is left", exported and not left, left)
 
 
 def sigterm(folder: Path, world_size: int, flags: list[str]) -> Iterator[Check]:
@@ -180,10 +178,6 @@ def _newest_is(job: DrillJob, step: int) -> Check:
 def _newest_is_intact(job: DrillJob) -> bool:
     steps = complete_steps(job.checkpoints)
     return bool(steps) and not verify_hashes(job.checkpoints / f"step-{steps[-1]}")
-
-
-def _is_saving(job: DrillJob) -> bool:
-    return any(inspect_checkpoint(path).corruption is not None for path in job.checkpoints.glob("step-*"))
 
 
 def _check_status(job: DrillJob, claim: str, expected: str, *reasons: str) -> Check:

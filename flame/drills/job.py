@@ -14,6 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from flame.drills.moment import Moment, stop_at
+
 STEPS, INTERVAL, FAULT_STEP, GLOBAL_BATCH = 12, 3, 5, 8
 STALL_SECONDS = 4.0
 TIMEOUT_SECONDS = 600  # of a job
@@ -30,16 +32,20 @@ class DrillJob:
         self.folder, self.world_size = folder, world_size
         self.checkpoints, self.log = folder / "checkpoint", folder.with_suffix(".log")  # log: the ranks' output
         self.pids = folder.with_suffix(".pids")  # where every rank leaves an empty file, named by its process id
+        self.reached = folder.with_suffix(
+            ".reached"
+        )  # a file that is there when the first rank has stopped to be killed
         self.flags = flags
 
-    def start(self, trainer: str = "FlameTrainer", *flags: str) -> None:
-        """Launch the ranks, with a trainer of flame.drills.fault."""
+    def start(self, trainer: str = "FlameTrainer", *flags: str, moment: Moment | None = None) -> None:
+        """Launch the ranks, with a trainer of flame.drills.fault; the first one stops at a moment if it is given."""
         inputs = write_inputs(self.folder.parent)
         self.pids.mkdir(exist_ok=True, parents=True)
+        self.reached.unlink(missing_ok=True)
         command = [
             *(sys.executable, "-m", "flame.runtime.launch", "--nproc_per_node", str(self.world_size)),
             *("--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "-m", "flame.drills.job"),
-            *(str(self.pids), trainer),
+            *(str(self.pids), trainer, str(self.reached), json.dumps(moment)),
             *(f"--job.dump_folder={self.folder}", f"--checkpoint.interval={INTERVAL}", "--checkpoint.no_export"),
             *(f"--model.config={inputs / 'model.json'}", f"--training.dataset={inputs / 'text.jsonl'}"),
             *(f"--training.steps={STEPS}", f"--training.local_batch_size={GLOBAL_BATCH // self.world_size}"),
@@ -140,9 +146,11 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-if __name__ == "__main__":  # a rank of the job: its folder of process ids, its trainer, its flags
+if __name__ == "__main__":  # a rank of the job: its folder of process ids, its trainer, its moment, its flags
     from flame.train import main
 
-    pids, trainer, *argv = sys.argv[1:]
+    pids, trainer, reached, moment, *argv = sys.argv[1:]
     Path(pids, str(os.getpid())).touch()
+    if os.environ["RANK"] == "0" and (fields := json.loads(moment)):
+        stop_at(Moment(*fields), Path(reached))
     sys.exit(main(argv, f"flame.drills.fault:{trainer}"))

@@ -17,7 +17,7 @@ FAST = ("data_end",)
 
 def drill(*arguments):
     command = [sys.executable, "-m", "flame.drills", *arguments]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=1800)
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=3600)
 
 
 @pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in DRILLS])
@@ -29,12 +29,12 @@ def test_every_check_of_a_drill_holds(name, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["disabled", "async"])
-def test_twenty_kills_lose_nothing(mode, tmp_path):
+def test_thirty_kills_lose_nothing(mode, tmp_path):
     done = drill(
-        "kill_in_save", "--times=20", "--nproc=2", f"--keep={tmp_path}", "--flags", f"--checkpoint.async_mode={mode}"
+        "kill_in_save", "--times=30", "--nproc=2", f"--keep={tmp_path}", "--flags", f"--checkpoint.async_mode={mode}"
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "after each of 20 kills" in done.stdout
+    assert done.stdout.count("  ok      kill ") == 30
 
 
 @pytest.mark.slow
