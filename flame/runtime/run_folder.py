@@ -20,7 +20,15 @@ from flame.runtime.atomic import replace_together, write_atomically
 Status = Literal["running", "completed", "data_exhausted", "preempted", "failed"]
 logger = logging.getLogger("flame")
 _WRITTEN = ("config.toml", "environment.json", "status.json", "model")  # anew at each start
-FILES = (*_WRITTEN, "metrics.jsonl", "metrics.replaced.jsonl", "lock", "hf", "wandb_run_id")  # all under fixed names
+FILES = (
+    *_WRITTEN,
+    "metrics.jsonl",
+    "metrics.replaced.jsonl",
+    "lock",
+    "logs",
+    "hf",
+    "wandb_run_id",
+)  # all under fixed names
 
 
 def check_own(folder: Path) -> None:
