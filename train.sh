@@ -26,6 +26,7 @@ visible_gpus() {
   echo $((count > 0 ? count : 1))
 }
 
+export PYTHONSAFEPATH=1 # a file of the working folder stands in for no module; see flame/config/user_module.py
 python=$(bash "$root/scripts/setup.sh")
 (($#)) || set -- --job.config_file "$root/configs/jobs/debug.toml"
 

@@ -7,7 +7,6 @@ export is not the model that was trained, or the disk is full.
 
 import argparse
 import logging
-import os
 import shutil
 import sys
 import tempfile
@@ -110,7 +109,6 @@ def models_enabled(run: JobConfig) -> Iterator[None]:
         logging.disable(logging.WARNING)
         try:
             if module := run.experimental.custom_import:
-                sys.path.append(os.getcwd())  # as in training
                 import_models(module)
             yield
         finally:

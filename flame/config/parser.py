@@ -7,7 +7,6 @@ get the same one-line answer; tyro writes the --help page.
 import contextlib
 import copy
 import dataclasses
-import importlib
 import io
 import logging
 import os
@@ -23,6 +22,7 @@ from flame.config.paths import exists
 from flame.config.record import run_of
 from flame.config.schema import DataSource, JobConfig
 from flame.config.setting import Layer, Setting, nearest, read_flags, read_toml, resolve_negation, typed
+from flame.config.user_module import import_module
 from flame.errors import UserError
 
 logger = logging.getLogger("flame")
@@ -115,7 +115,7 @@ def _config_class(settings: list[Setting]) -> type[JobConfig]:
     if named is None:
         return JobConfig
     try:
-        return ConfigManager._merge_configs(JobConfig, importlib.import_module(named.value).JobConfig)
+        return ConfigManager._merge_configs(JobConfig, import_module(named.value).JobConfig)
     except (ImportError, AttributeError, TypeError, ValueError) as e:
         raise UserError(named.where, named.value, "a module with a JobConfig", str(e)) from None
 

@@ -1,6 +1,5 @@
 """Batches of a rank's lanes, read ahead in the background; the state is that of the last batch handed out."""
 
-import json
 import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
@@ -12,6 +11,7 @@ import torch
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.tools.logging import logger
 
+from flame.config.files import parse_json
 from flame.config.schema import Data, JobConfig, Training
 from flame.data import pack
 from flame.data.cursor import Cursor, Encoder, encode
@@ -226,7 +226,7 @@ class Loader(BaseDataLoader):
         if not state_dict:
             return
         try:
-            sequence, saved = int(state_dict["sequence"]), json.loads(state_dict["order"])
+            sequence, saved = int(state_dict["sequence"]), parse_json(state_dict["order"])
             self._order.check(state_dict["order"], sequence)
             longer = len(self._encoder.prefix) - int(saved.get("prefix", 0))  # of the open documents
             states = {

@@ -1,7 +1,6 @@
 """Hugging Face models: read a config, validate it, build the model, fit it to a tokenizer, save its assets."""
 
 import contextlib
-import importlib
 import importlib.util
 import json
 import logging
@@ -22,6 +21,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from flame.config.files import parse_json, read_json, read_text
 from flame.config.schema import JobConfig
+from flame.config.user_module import import_module
 from flame.errors import UserError, first_line
 from flame.models import limits, reference, table
 from flame.models.family import Family
@@ -54,7 +54,7 @@ def import_models(module: str) -> None:
     Raises UserError if the import fails or FAMILY is not a Family.
     """
     try:
-        imported = importlib.import_module(module)
+        imported = import_module(module)
     except Exception as error:  # whatever the user's module raises
         raise UserError("--model.import", module, hint=f"cannot be imported: {first_line(error)}") from None
     family = getattr(imported, "FAMILY", None)
@@ -91,6 +91,10 @@ def read_config(
 
     Raises UserError if the model type is unknown or remote code that is not trusted, or if a field is invalid.
     """
+    for name in ("attn_implementation", "_attn_implementation"):
+        if "/" in str(fields.get(name)):
+            hint = "a kernel of the hub is code that would be run"
+            raise UserError(f"{source}: {name}", fields[name], "none: flame chooses", hint)
     model_type, setting = fields.get("model_type", ""), f"{source}: model_type"
     if not isinstance(model_type, str):
         raise UserError(setting, repr(model_type), "a name such as llama")

@@ -1,6 +1,5 @@
 """Config validation before launch: `check(config, world_size)`. Imports no torch."""
 
-import importlib.util
 import math
 import os
 from collections.abc import Callable
@@ -9,6 +8,7 @@ from pathlib import Path
 
 from flame.checkpoint.start import check_orphaned_checkpoints, plan_start
 from flame.config.schema import JobConfig
+from flame.config.user_module import is_found
 from flame.data.settings import check_lanes, parse_skip
 from flame.errors import UserError, near_multiples
 from flame.parallel import pipeline_schedule
@@ -135,7 +135,7 @@ def _check_choices(config: JobConfig) -> None:
     if ac.selective_ac_option != "op" and not ac.selective_ac_option.isdecimal():
         allowed = "op or a whole number"
         raise UserError("--activation_checkpoint.selective_ac_option", repr(ac.selective_ac_option), allowed)
-    if (module := config.experimental.custom_import) and importlib.util.find_spec(module.partition(".")[0]) is None:
+    if (module := config.experimental.custom_import) and not is_found(module):
         raise UserError("--model.import", f"no module {module}")
 
 

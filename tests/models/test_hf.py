@@ -197,3 +197,11 @@ def test_the_config_of_computed_positions_says_how_long_rows_are(name, rope, fla
     model = build_on_meta(read_config(fields_of(name) | {"max_position_embeddings": 256} | changes, name)[1], name)
     fit_positions(model, parse(flags))
     assert model.config.max_position_embeddings == said
+
+
+@pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation"])
+@pytest.mark.parametrize("value", ["somebody/kernel", {"": "somebody/kernel"}])
+def test_a_kernel_of_the_hub_that_a_config_names_is_rejected(name, value):
+    with pytest.raises(UserError) as error:
+        read_config({**OTHERS["qwen2"], name: value}, "its config.json")
+    assert error.value.setting == f"its config.json: {name}"
