@@ -90,7 +90,7 @@ def read_recorded_model(folder: Path) -> tuple[str, Any] | None:
             value: Any = getattr(args, field)
             nested = is_dataclass(value) and not isinstance(value, type)
             setattr(args, field, replace(value, **fields[field]) if nested else fields[field])
-    except (OSError, ImportError, ValueError, TypeError) as error:
+    except (OSError, ImportError, AttributeError, ValueError, TypeError) as error:
         raise UserError(str(path), first_line(error), "the record of a model of torchtitan") from None
     if isinstance(reason := equivalent_config(name, args), str):
         raise UserError(str(path), f"torchtitan's {name}", "a model that transformers has, to be exported", reason)

@@ -208,3 +208,18 @@ def test_a_run_is_converted_and_verified_by_the_command(name, tmp_path):
 def test_the_command_rejects_a_model_without_an_equivalent_in_one_line(tmp_path, capsys):
     save(tmp_path, "deepseek_v3")
     assert "epsilon of 1e-6" in rejected(capsys, to_hf.main, f"--path={tmp_path}")
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        *("[]", "{", "[" * 100_000, '{"model_type": "torchtitan.nothing"}', '{"model_type": "torchtitan.flux.train"}'),
+        *('{"model_type": "torchtitan.../x"}', '{"model_type": "torchtitan.llama4", "moe_args": 5}'),
+        '{"model_type": "torchtitan.llama4", "moe_args": {"no_such": 1}}',
+    ],
+)
+def test_a_damaged_record_of_torchtitans_model_is_one_line(record, tmp_path):
+    (tmp_path / "torchtitan.json").write_text(record)
+    with pytest.raises(UserError) as error:
+        hf_equivalent.read_recorded_model(tmp_path)
+    assert error.value.setting == str(tmp_path / "torchtitan.json")
