@@ -45,6 +45,7 @@ class Cursor:
         self._epochs, self._report = epochs, report  # 0 epochs: endless
         self._slice: WindowSlice | None = None
         self._rows = self._bad = 0  # of the slice, that were read
+        self._last: Bad | None = None
         self._pass_over = 0  # documents of the slice before the current one, still to be read
         self._texts: deque[Document] = deque()  # documents that were read and not tokenized yet
         self._ids: deque[np.ndarray] = deque()  # of the documents before those, the current one first
@@ -69,7 +70,8 @@ class Cursor:
                     return None
                 if windows == MAX_EMPTY_WINDOWS * self.windows.shuffle.lanes:
                     found = f"no document in {windows} windows in a row of lane {self.lane}"
-                    raise UserError(f"source {self.name}", found)
+                    hint = f"the last row is {self._last.place}: {self._last.reason}" if self._last else ""
+                    raise UserError(f"source {self.name}", found, hint=hint)
                 windows += 1
                 self._enter_window()
             elif self._texts or self._rows < self._slice.size:
@@ -114,10 +116,9 @@ class Cursor:
             size += len(block[-1])
         encoded = encode(self.encoder, block, self.name)
         self._ids.extend(encoded)
-        if self._report is not None:
-            for document, ids in zip(block, encoded, strict=True):
-                if len(ids) == 0:
-                    self._report(self.name, without_tokens(document))
+        for document, ids in zip(block, encoded, strict=True):
+            if len(ids) == 0:
+                self._note(without_tokens(document))
 
     def _read(self, rows: WindowSlice) -> None:
         """Read the slice's next rows, and keep the documents among them from the current one on."""
@@ -125,12 +126,16 @@ class Cursor:
             self._rows += 1
             if isinstance(row, Bad):
                 self._bad += 1
-                if self._report is not None:
-                    self._report(self.name, row)
+                self._note(row)
             elif self._pass_over:
                 self._pass_over -= 1
             else:
                 self._texts.append(row)
+
+    def _note(self, row: Bad) -> None:
+        self._last = row
+        if self._report is not None:
+            self._report(self.name, row)
 
 
 def encode(encoder: Encoder, documents: Sequence[Document], name: str) -> list[np.ndarray]:

@@ -1,9 +1,11 @@
 """Text to ids: any Hugging Face tokenizer with a Rust backend, or the embedded byte-level one."""
 
 import copy
+import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +85,15 @@ class Tokenizer(BaseTokenizer):
             self._fast = None
         else:
             logger.warning(f"tokenizers makes the ids, as {engine}, which does in this run, cannot here")
+
+    def changed_rules(self, recorded: str) -> list[str]:
+        """The parts of a tokenizer.json, given its text, by which text has other ids than here."""
+        try:
+            before = json.loads(type(self._backend).from_str(recorded).to_str())  # with the fields of this version
+        except Exception:  # the backend's, for what is no tokenizer
+            return []
+        today = json.loads(self._backend.to_str())
+        return [part for part in ("normalizer", "pre_tokenizer", "model") if today[part] != before[part]]
 
     def get_vocab_size(self) -> int:
         """torchtitan's name for vocab_size."""
@@ -177,12 +188,15 @@ def _load(path: str, trust_remote_code: bool) -> Any:
     if file is None or (trust_remote_code and "auto_map" in get_tokenizer_config(found)):
         return AutoTokenizer.from_pretrained(found, trust_remote_code=trust_remote_code)
     hf = PreTrainedTokenizerFast.from_pretrained(found)
+    hf.init_kwargs.pop("auto_map", None)  # it names code, which is not run and which an export would not have
     if hf.eos_token is None:  # GPT-2's folder leaves its name to the class
         vocab = hf.get_vocab()
-        # False, as transformers would else ask on the terminal whether to run code that lies there
-        for name, token in AutoTokenizer.from_pretrained(found, trust_remote_code=False).special_tokens_map.items():
-            if token in vocab:
-                setattr(hf, name, token)
+        with suppress(OSError, ValueError):  # a class that cannot be loaded names nothing
+            # False, as transformers would else ask on the terminal whether to run code that lies there
+            named = AutoTokenizer.from_pretrained(found, trust_remote_code=False).special_tokens_map
+            for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+                if named.get(name) in vocab:
+                    setattr(hf, name, named[name])
     return hf
 
 

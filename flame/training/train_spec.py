@@ -164,6 +164,8 @@ def _check_same_model(flag: str, today: dict[str, Any], tokenizer: Tokenizer, ru
         if today.get(key) != known[key]:
             logger.info(f"changed since the last start: {flag} {key} {known[key]} -> {today.get(key)}, applied")
     if recorded := _read_recorded(run, "tokenizer.json"):
+        if changed := tokenizer.changed_rules(json.dumps(recorded)):
+            logger.warning(f"changed since the last start: --model.tokenizer_path, its {', '.join(changed)}, applied")
         tokens, added = tokenizer.hf.get_added_vocab(), recorded.get("added_tokens", [])
         ids = {token["content"]: token["id"] for token in added}
         if changed := _changes([*ids, *tokens], ids, tokens):

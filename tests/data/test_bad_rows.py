@@ -71,6 +71,7 @@ def test_a_source_without_any_token_ends_the_run_in_one_line():
     with pytest.raises(UserError) as error:
         next(iter(run))
     assert error.value.setting == "source a" and error.value.found.startswith("no document")
+    assert "no tokens" in error.value.hint
 
 
 def test_a_lane_reads_past_bad_rows_and_the_loader_counts_and_names_them(file):

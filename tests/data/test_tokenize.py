@@ -116,6 +116,15 @@ def test_a_bos_is_put_before_documents_if_asked_for_and_said_to_be_missing_if_no
     assert (error.value.setting, error.value.allowed) == ("--data.add_bos", "false")
 
 
+def test_the_parts_of_a_tokenizer_that_changed_are_named(folder):
+    tokenizer, rules = build_tokenizer(str(folder)), json.loads((folder / "tokenizer.json").read_text())
+    assert tokenizer.changed_rules(json.dumps(rules)) == []
+    rules["model"]["merges"] = [" ".join(merge) for merge in rules["model"]["merges"]]  # as older versions wrote them
+    assert tokenizer.changed_rules(json.dumps(rules)) == []
+    rules["normalizer"] = {"type": "NFC"}
+    assert tokenizer.changed_rules(json.dumps(rules)) == ["normalizer"]
+
+
 def test_what_makes_the_ids_is_kept_where_it_can_be(library, folder, caplog):
     texts = [*HARD, *library[:3]]
     fast, slow = build_tokenizer(str(folder)), build_tokenizer(str(folder))
@@ -190,6 +199,15 @@ def test_the_model_beside_a_tokenizer_does_not_change_its_rules(family, tmp_path
     tokenizer = build_tokenizer(save(tmp_path, GROUPED, {"eos_token": "<|endoftext|>"}))
     assert tokenizer.encode("1234567") == Backend.from_str(json.dumps(GROUPED)).encode("1234567").ids
     assert tokenizer.encode("1234567") == [0, 1, 2]
+
+
+def test_code_that_a_tokenizer_names_is_neither_run_nor_passed_on(tmp_path):
+    names = {"eos_token": "<|endoftext|>", "auto_map": {"AutoTokenizer": ["code.Slow", "code.Fast"]}}
+    (tmp_path / "code.py").write_text("raise SystemExit('code was run')")
+    tokenizer = build_tokenizer(save(tmp_path, GROUPED, names))
+    assert tokenizer.encode("1234567") == [0, 1, 2]
+    tokenizer.hf.save_pretrained(tmp_path / "saved")
+    assert "auto_map" not in (tmp_path / "saved" / "tokenizer_config.json").read_text()
 
 
 def test_special_tokens_that_a_folder_leaves_to_the_class_are_those_of_the_class(tmp_path):
