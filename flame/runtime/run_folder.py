@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -39,8 +40,11 @@ def check_own(folder: Path) -> None:
     if _read_status(folder).get("status") in get_args(Status) or read_record(folder) is not None:
         return
     for path in (folder / name for name in _WRITTEN):
-        is_empty = not any(path.iterdir()) if path.is_dir() else path.exists() and not path.stat().st_size
-        if os.path.lexists(path) and not is_empty:  # a power cut can leave a file empty
+        if path.is_dir():
+            is_ours = all(re.fullmatch(r".+\.\d+\.tmp", name) for name in os.listdir(path))  # killed in `begin`
+        else:
+            is_ours = path.exists() and not path.stat().st_size  # a power cut can leave a file empty
+        if os.path.lexists(path) and not is_ours:
             hint = f"{path} is not a run's, and would be overwritten; move it, or name another folder"
             raise UserError("--job.dump_folder", folder, "a new folder or that of a run", hint)
 

@@ -171,14 +171,21 @@ def test_a_folder_with_a_file_that_a_run_would_overwrite_must_be_a_runs(name, co
 
 def test_a_folder_that_a_start_has_only_begun_is_a_runs(tmp_path):
     check_own(tmp_path / "new")
-    for name in ("lock", "comm_traces/rank_0", "metrics.jsonl", "checkpoint/step-0/.metadata", "mine.txt"):
+    for name in (
+        "lock",
+        "comm_traces/rank_0",
+        "model/config.json.7.tmp",
+        ".model.tmp/config.json",
+        "metrics.jsonl",
+        "checkpoint/step-0/.metadata",
+        "mine.txt",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     check_own(tmp_path)
     (tmp_path / "status.json").touch()  # a power cut can leave it empty
     check_own(tmp_path)
     (tmp_path / "config.toml").write_text(to_toml(JobConfig()))
-    (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     check_own(tmp_path)
     (tmp_path / "config.toml").write_text("mine")
