@@ -3,12 +3,14 @@
 import copy
 import math
 import os
+import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,7 @@ class Metrics(MetricsProcessor):
         """Open TensorBoard and W&B, whose files are made only when nothing can reject the start any more."""
         if self.job_config.metrics.enable_wandb:
             _name_wandb_run(self.context)
+        threading.excepthook = partial(_report_once, threading.excepthook)
         with self._surviving():
             self.logger = MetricsProcessor(self.job_config, self.parallel_dims).logger
 
@@ -130,6 +133,13 @@ def known_peak_flops(device_name: str) -> float | None:
     """Peak bf16 FLOP/s of a device torchtitan knows by name, else None."""
     peak = get_peak_flops(device_name)
     return peak if peak != _FALLBACK_PEAK or "A100" in device_name else None
+
+
+def _report_once(others: Callable[..., object], failure: threading.ExceptHookArgs) -> None:
+    """What a thread's exception is reported by; TensorBoard's writer raises its OSErrors again from every call."""
+    of_tensorboard = type(failure.thread).__module__.startswith("tensorboard.")
+    if not (of_tensorboard and isinstance(failure.exc_value, OSError)):
+        others(failure)
 
 
 def _name_wandb_run(context: RunContext) -> None:
