@@ -9,7 +9,10 @@ import sys
 
 import pytest
 
+from tests.fake_hub import serve
 from tests.launch import REPO, environment, metrics
+
+OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 
 
 def blocks(page, language):
@@ -34,6 +37,12 @@ def checkout(tmp_path_factory):
     for i in range(3):
         (folder / "data" / "notes" / f"{i}.txt").write_text("a note of several words\n" * 200)
     return folder
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with serve() as address:
+        yield address
 
 
 def shell(command, folder):
@@ -72,14 +81,14 @@ def test_the_quickstarts_two_ways_to_say_a_batch_are_one_run(checkout):
 
 
 @pytest.mark.parametrize("command", commands("README.md", "sh"))
-def test_commands_that_need_gpus_or_a_network_are_accepted(command, checkout):
+def test_commands_that_need_gpus_or_a_network_are_accepted(command, checkout, hub):
     words = shlex.split(command)
     settings = dict(word.split("=") for word in words[: words.index("bash")])
     flags = words[words.index("train.sh") + 1 :]
     done = subprocess.run(
         [sys.executable, "-m", "flame.preflight", *flags],
         cwd=checkout,
-        env=environment(**settings),
+        env=environment(**settings, HF_ENDPOINT=hub, **dict.fromkeys(OFFLINE, "0")),
         capture_output=True,
     )
     assert (done.returncode, done.stderr) == (0, b"")

@@ -11,7 +11,11 @@ CHECKOUT = Path(__file__).parents[2]
 KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".arrow": "arrow", ".txt": "text"}  # of `datasets`
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 PATTERN = frozenset("*?[")  # characters of a glob pattern
-_ENDINGS = (*KINDS, *COMPRESSED, ".toml", ".bin", ".idx")
+BUILDERS = ("json", "parquet", "text", "csv", "arrow")  # of load_dataset: the data is in data_files
+_ENDINGS = (
+    *(*KINDS, *COMPRESSED, ".toml", ".bin", ".idx", ".csv", ".tsv", ".ndjson", ".md", ".html", ".xml", ".yaml", ".yml"),
+    *(".py", ".log", ".pdf", ".zip", ".tar", ".tgz", ".model", ".safetensors", ".pt", ".pth", ".pkl", ".npy", ".h5"),
+)
 
 
 def command(script: str, *words: str | Path) -> str:
@@ -37,7 +41,7 @@ def is_local(name: str) -> bool:
     if "://" in name:
         return False
     deep = name.startswith(("/", ".", "~")) or name.count("/") > 1  # a hub id is NAME or OWNER/NAME
-    return deep or bool(PATTERN & set(name)) or name.endswith(_ENDINGS) or exists(name)
+    return deep or bool(PATTERN & set(name)) or name.lower().endswith(_ENDINGS) or exists(name)
 
 
 def check_path(setting: str, name: str) -> None:

@@ -52,6 +52,9 @@ def find_folder(source: str) -> Path:
         return Path(source)
     from huggingface_hub import snapshot_download  # here: what reads weights need not know the hub
 
+    from flame.config.hub import check_source as check_hub
+
+    check_hub(FLAG, source, "model")
     try:
         return Path(snapshot_download(source, allow_patterns=list(_FILES)))
     except (OSError, ValueError) as error:  # all that huggingface_hub raises is one of these

@@ -13,7 +13,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from flame.config.paths import KINDS, check_path, ending
+from flame.config.hub import check_source
+from flame.config.paths import KINDS, ending
 from flame.config.schema import Data, DataSource, Training, Validation
 from flame.data.document import Bad, Document
 from flame.data.files import JsonLines, LibraryFiles, TextFiles, describe_columns, is_json_lines
@@ -179,7 +180,7 @@ def _load(source: DataSource, kinds: Collection[str], options: Mapping[str, Any]
             raise UserError("path", path, f"files with one and the same ending, of {', '.join(KINDS)}")
         path, as_text, options = kind, kind == "text", {"data_files": {"train": found}}
     else:
-        check_path("path", path)
+        check_source("path", path, "dataset")
     by_document = {"sample_by": "document"} if as_text else {}
     return load_dataset(path, split=split, streaming=streaming, **options, **by_document)
 

@@ -13,7 +13,7 @@ import numpy as np
 from tokenizers.models import BPE
 from torchtitan.components.tokenizer import BaseTokenizer
 
-from flame.config.paths import check_path
+from flame.config.hub import check_source
 from flame.config.schema import JobConfig
 from flame.data.fast import covers_all_text, is_failure, open_fast
 from flame.errors import UserError, first_line
@@ -147,7 +147,7 @@ def build_tokenizer(path: str | None, trust_remote_code: bool = False, add_token
         raise UserError(FLAG, "nothing", '"byte", a folder, a tokenizer.json or a hub id')
     if path == "byte":
         return Tokenizer(_byte_level(), path, add_tokens)
-    check_path(FLAG, path)
+    check_source(FLAG, path, "model")
     try:
         return Tokenizer(_load(path, trust_remote_code), path, add_tokens)
     except BaseException as error:

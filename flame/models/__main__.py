@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from flame.config.paths import check_path
+from flame.config.hub import check_source
 from flame.errors import REFUSED, UserError
 from flame.runtime import device
 
@@ -57,12 +57,12 @@ def _check_numbers(given: Any, **least: int) -> None:
 
 
 def _audit(given: Any) -> int:
+    check_source("audit", given.config, "model")
     from flame.models.audit import audit
     from flame.models.hf import build_on_meta, import_models, load_hf_config, read_config
     from flame.models.shrink import shrink
 
     _check_numbers(given, depth=2, width=16, seq_len=8, seed=0)
-    check_path("audit", given.config)
     if given.module:
         import_models(given.module)
     family, config = load_hf_config(given.config, trust_remote_code=given.trust_remote_code)

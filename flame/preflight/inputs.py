@@ -2,16 +2,15 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from flame.config.files import parse_json, read_text
-from flame.config.paths import check_path, exists, is_local
+from flame.config.paths import BUILDERS, check_path, exists, is_local
 from flame.config.schema import Data, DataSource, JobConfig, Training, Validation
 from flame.data.settings import parse_sources, spelled_by_the_user
 from flame.errors import UserError
 from flame.models.vocabulary import fit_vocab_size
 
-_BUILDERS = ("json", "parquet", "text", "csv", "arrow")  # of load_dataset: the data is in data_files
 # torchtitan's models that train here; of the others flux makes images, llama3_ft needs torchft, gpt_oss always a GPU.
 TITAN = ("deepseek_v3", "llama3", "llama4", "qwen3")
 
@@ -92,15 +91,44 @@ def check_data(section: Training | Validation, data: Data) -> None:
             _check_source(source)
 
 
+def check_hub(config: JobConfig) -> None:
+    """Raises UserError for a hub id of a job whose files are neither on this machine nor, now, on the hub."""
+    model, checkpoint = config.model, config.checkpoint
+    if model.config:
+        _check_hub("--model.config", model.config, "model")
+    if model.tokenizer_path and model.tokenizer_path != "byte":
+        _check_hub("--model.tokenizer_path", model.tokenizer_path, "model")
+    if checkpoint.initial_load_in_hf and checkpoint.initial_load_path:
+        _check_hub("--checkpoint.initial_load_path", checkpoint.initial_load_path, "model")
+    sections: list[Training | Validation] = [
+        config.training,
+        *([config.validation] if config.validation.enable else []),
+    ]
+    for section in sections:
+        for index, source in enumerate(parse_sources(section, config.data)):
+            with spelled_by_the_user(section, config.data, index):
+                if source.path != "stdlib":
+                    _check_hub("path", source.path, "dataset")
+
+
+def _check_hub(setting: str, name: str, repo: Literal["model", "dataset"]) -> None:
+    if not exists(name):
+        from flame.config.hub import check_source  # here: most jobs have no hub id, and it takes its time to import
+
+        check_source(setting, name, repo)
+
+
 def _check_source(source: DataSource) -> None:
     if source.path == "stdlib":
         return
     check_path("path", source.path)
+    if source.path in BUILDERS and not source.data_files:
+        raise UserError("data_files", "nothing", f"the files that path {source.path} reads")
     root, folder = Path(source.path).expanduser(), source.data_dir or ""
     if os.path.isdir(root) and folder and not exists(str(root / folder)):
         raise UserError("data_dir", f"no folder {folder} in {source.path}")
     # What a hub id calls its files only the hub knows.
-    if source.data_files and (os.path.isdir(root) or source.path in _BUILDERS):
+    if source.data_files and (os.path.isdir(root) or source.path in BUILDERS):
         base = root / folder if os.path.isdir(root) else Path(folder)
         for file in source.data_files.split(","):
             if not exists(file.strip()) and not exists(str(base / file.strip())):

@@ -27,6 +27,7 @@ def test_a_name_that_no_file_can_have_does_not_exist(name):
     "name, local",
     [
         *[(name, True) for name in ("./x", "../x", "/x", "~/x", "a/b/c", "x.parquet", "x.json.gz", "folder", "gone/*")],
+        *[(name, True) for name in ("data/mine.csv", "nope.JSON", "data/notes.md", "weights/model.safetensors")],
         *[(name, False) for name in ("allenai/c4", "gpt2", "hf://x/y.json", "")],
     ],
 )
