@@ -12,6 +12,11 @@ from flame.runtime.stop import LAUNCHED, Signals, end_at_once, leave
 
 def main(argv: list[str], trainer: str = "flame.training.trainer:FlameTrainer") -> int:
     """Run the job that `argv` describes on this rank, with the class that `trainer` names; returns the exit code."""
+    if {"-h", "--help"} & set(argv):
+        from flame.preflight.__main__ import main as preflight
+
+        preflight(argv)
+        return 0
     signals = Signals(leave, end_at_once)
     signals.listen()  # before the seconds that imports take
     from torch.distributed.elastic.multiprocessing.errors import record

@@ -26,6 +26,8 @@ if find_spec("torchtitan") is None:  # another Python than the one that scripts/
 
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's flame
+
 from flame.checkpoint.commit import complete_steps, inspect_checkpoint
 from flame.checkpoint.dtypes import FLOATS, SIZES
 from flame.checkpoint.structure import ConversionError, Structure, check_structure

@@ -1,15 +1,19 @@
 """Writes docs/flags.md, every setting with its type, default and help: python scripts/flags_page.py"""
 
+import argparse
 import ast
 import dataclasses
 import inspect
 import itertools
 import json
 import operator
+import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's flame
 
 from flame.config import legacy
 from flame.config.schema import JobConfig
@@ -70,4 +74,5 @@ def page() -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     PAGE.write_text(page(), encoding="utf-8")

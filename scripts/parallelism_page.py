@@ -1,8 +1,12 @@
 """Writes the tables of what each model supports into docs/parallelism.md: python scripts/parallelism_page.py"""
 
+import argparse
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's flame
 
 from flame.models.family import Family, layouts
 from flame.models.table import BY_MODEL_TYPE
@@ -68,4 +72,5 @@ def page(text: str) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

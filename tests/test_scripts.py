@@ -315,3 +315,14 @@ def test_setup_rejects_an_old_python_in_one_line(shell, checkout):
     done = shell.run(checkout / "scripts/setup.sh", PATH=str(tools))
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "3.10 or newer" in done.stderr and "Python 3.8.10" in done.stderr
+
+
+def test_a_script_imports_the_flame_of_its_own_checkout_and_has_a_help_that_writes_nothing(tmp_path):
+    (tmp_path / "flame").mkdir()
+    (tmp_path / "flame" / "__init__.py").write_text("raise RuntimeError('another flame')")
+    before = (ROOT / "docs" / "flags.md").stat().st_mtime_ns
+    command = [sys.executable, str(ROOT / "scripts" / "flags_page.py"), "-h"]
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.split()[:2]) == (0, ["usage:", "flags_page.py"])
+    assert (ROOT / "docs" / "flags.md").stat().st_mtime_ns == before

@@ -233,24 +233,32 @@ def _translate(setting: Setting) -> Iterator[Setting]:
         if old.ignored:
             _log(f"{setting.where} is ignored: {old.ignored}")
     else:
-        yield replace(setting, value=_today(setting))
+        yield _replace_file(replace(setting, value=_rename_value(setting.path, setting.value)))
     for path, value in UNLESS_GIVEN.get(setting.path, {}).items():
         yield Setting(path, setting.where, value, Layer.OLDER_DEFAULT)
 
 
-def _today(setting: Setting) -> Any:
-    """The value of a setting that kept its name; of a path of the older systems with nothing there, our file."""
-    value = _rename_value(setting.path, setting.value)
+def log_job_file(older: Setting, brought: list[Setting], given: list[Setting]) -> None:
+    """Say that a job file of the older systems is not there, what took its place, and what that brought."""
+    paths = {setting.path for setting in given}
+    new = ", ".join(f"{s.path} {s.value}" for s in brought if s.path not in paths and not callable(s.value))
+    _log(f"{older.where}: there is no {older.older} here, using {older.value}, which sets {new or 'nothing else'}")
+
+
+def _replace_file(setting: Setting) -> Setting:
+    """A path of the older systems with nothing there becomes our file, the older one that it came from."""
+    value = setting.value
     is_file = setting.path in ("job.config_file", "model.config") and isinstance(value, str)
     if not is_file or os.path.exists(os.path.expanduser(value)):
-        return value
+        return setting
     name = value.removeprefix("./")
     name = "configs/jobs/pretrain.toml" if name in _JOB_FILES else name.removeprefix("llmonade/")
     ours = Path(__file__).resolve().parents[2] / name
     if not (name.startswith("configs/") and ours.is_file()):
-        return value
-    _log(f"{setting.where}: there is no {value} here, using {ours}")
-    return str(ours)
+        return setting
+    if setting.path != "job.config_file":  # log_job_file says it of that
+        _log(f"{setting.where}: there is no {value} here, using {ours}")
+    return replace(setting, value=str(ours), older=value)
 
 
 def _rename_value(path: str, value: Any) -> Any:

@@ -54,7 +54,10 @@ def parse(argv: list[str], *, trusted: bool = True) -> JobConfig:
     files = [s for s in settings if s.path == "job.config_file"]
     file = typed(files[-1], str) if files else None
     if file:
-        settings = [*legacy.translate(read_toml(file)), *settings]
+        brought = legacy.translate(read_toml(file))
+        if files[-1].older:
+            legacy.log_job_file(files[-1], brought, settings)
+        settings = [*brought, *settings]
     if not trusted:
         _check_no_code(settings)
     config = _config_class(settings)()

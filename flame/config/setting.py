@@ -53,7 +53,9 @@ def read_flags(argv: list[str]) -> list[Setting]:
             flag, equals, value = word.partition("=")
             found.append((flag, [value] if equals else []))
         elif not found:
-            raise UserError(repr(word), hint="not a flag; flags start with --, as in --training.steps 100")
+            named = {".toml": "--job.config_file", ".json": "--model.config"}.get(os.path.splitext(word)[1])
+            example = f"as in {named} {word}" if named else "as in --training.steps 100"
+            raise UserError(repr(word), hint=f"not a flag; flags start with --, {example}")
         else:
             found[-1][1].append(word)
     return [
@@ -211,9 +213,27 @@ def _arms(kind: Any) -> list[Any]:
     return sorted(arms, key=lambda arm: arm is not type(None))  # none first: any word would do as text
 
 
+_ELSEWHERE = {  # what transformers' Trainer and others call a setting
+    "learning_rate": "optimizer.lr",
+    "max_steps": "training.steps",
+    "num_train_epochs": "data.epochs",
+    "per_device_train_batch_size": "training.local_batch_size",
+    "micro_batch_size": "training.local_batch_size",
+    "max_seq_length": "training.seq_len",
+    "block_size": "training.seq_len",
+    "max_grad_norm": "training.max_norm",
+    "warmup_ratio": "lr_scheduler.warmup_steps",
+    "model_name_or_path": "model.config",
+    "output_dir": "job.dump_folder",
+    "save_steps": "checkpoint.interval",
+    "logging_steps": "metrics.log_freq",
+    "eval_steps": "validation.freq",
+}
+
+
 def nearest(path: str, known: Iterable[str]) -> str | None:
     """The known path a user most likely meant: the same last name in another section, else the closest spelling."""
-    known = list(known)
-    same = [k for k in known if k.rpartition(".")[2] == path.rpartition(".")[2]]
+    known, name = list(known), path.rpartition(".")[2]
+    same = [k for k in known if k.rpartition(".")[2] == name or k == _ELSEWHERE.get(name)]
     close = difflib.get_close_matches(path, same or known, 1, cutoff=0.0 if same else 0.6)
     return close[0] if close else None

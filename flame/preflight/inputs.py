@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flame.config.files import parse_json, read_text
-from flame.config.paths import BUILDERS, check_path, exists, is_local
+from flame.config.paths import BUILDERS, CHECKOUT, check_path, command, exists, is_local
 from flame.config.schema import Data, DataSource, JobConfig, Training, Validation
 from flame.data.settings import parse_sources, spelled_by_the_user
 from flame.errors import UserError
@@ -28,7 +28,9 @@ def check_model(config: JobConfig) -> None:
         hint = "model.flavor gives its sizes"
         raise UserError("--model.config", model.config, f"none with model.name {model.name}", hint)
     if model.name == "auto" and not model.config:
-        raise UserError("--model.config", "nothing", "a model JSON (configs/), a Hugging Face folder or a hub id")
+        allowed = "a model JSON (such as configs/gla_340M.json), a Hugging Face folder or a hub id"
+        debug = command("train.sh", "--job.config_file", CHECKOUT / "configs/jobs/debug.toml")
+        raise UserError("--model.config", "nothing", allowed, f"the debug job is {debug}")
     if not model.tokenizer_path:
         raise UserError("--model.tokenizer_path", "nothing", "byte, a folder, a tokenizer.json or a hub id")
     if twice := [token for i, token in enumerate(model.add_tokens) if token in model.add_tokens[:i]]:

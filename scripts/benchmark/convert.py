@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 from statistics import median
 
-SCRIPTS = Path(__file__).parents[1]
+SCRIPTS = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(SCRIPTS.parent))  # this checkout's flame
 BUFFER = 64 << 20
 VOCABULARY = 32_000
 BARE = ", no optimizer"  # in the checkpoint

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))  # this checkout's flame
 _LLAMA = {
     "model_type": "llama",
     "hidden_size": 512,
@@ -130,4 +131,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_rank(sys.argv[1:]) if len(sys.argv) > 1 else main()
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
+    elif len(sys.argv) > 1:
+        run_rank(sys.argv[1:])
+    else:
+        main()

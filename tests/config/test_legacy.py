@@ -319,7 +319,10 @@ def test_the_job_files_of_the_older_systems_mean_the_pretraining_job(name, caplo
     config = parse(["--job.config_file", name])
     assert config.job.config_file == str(ROOT / "configs/jobs/pretrain.toml")
     assert config.model.config == str(ROOT / "configs/transformer_340M.json")
-    assert name in caplog.text
+    assert name in caplog.text and "training.streaming True" in caplog.text and "optimizer.lr 0.0003" in caplog.text
+    caplog.clear()
+    parse(["--job.config_file", name, "--training.streaming=false"])  # what a flag sets is not of the file
+    assert "training.steps 20480" in caplog.text and "training.streaming" not in caplog.text
 
 
 def test_a_file_that_is_there_is_never_replaced():

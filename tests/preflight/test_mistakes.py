@@ -42,6 +42,13 @@ FLAGS = [  # what was typed, the setting that the line names, the rule
     ("--steps 10", "--steps", "did you mean --training.steps?"),
     ("training.steps 10", "'training.steps'", "flags start with --"),
     ("-training.steps 10", "'-training.steps'", "flags start with --"),
+    ("jobs/mine.toml", "'jobs/mine.toml'", "--job.config_file jobs/mine.toml"),
+    ("llama.json", "'llama.json'", "--model.config llama.json"),
+    ("--learning_rate 1e-4", "--learning_rate", "did you mean --optimizer.lr?"),
+    ("--max_steps 100", "--max_steps", "did you mean --training.steps?"),
+    ("--per_device_train_batch_size 4", "--per_device_train_batch_size", "did you mean --training.local_batch_size?"),
+    ("--model_name_or_path gpt2", "--model_name_or_path", "did you mean --model.config?"),
+    ("--output_dir out", "--output_dir", "did you mean --job.dump_folder?"),
     ("--training.steps", "--training.steps", "no value, an integer"),
     ("--training.steps 10k", "--training.steps", "'10k', an integer"),
     ("--training.steps 0", "--training.steps", "1 or more"),
@@ -129,7 +136,7 @@ TOMLS = [
     ("[[data.sources]]\nweight = 1", "job.toml: data.sources[0].path", "no value"),
     ('[[data.sources]]\npath = "data.jsonl"\nwieght = 1', "job.toml: data.sources[0].wieght", "did you mean weight?"),
     ('[[data.sources]]\npath = "data.jsonl"\nweight = 0', "data.sources[0].weight", "above 0"),
-    ("[training]\nlearning_rate = 1", "job.toml: training.learning_rate", "not a setting"),
+    ("[training]\nlearning_rate = 1", "job.toml: training.learning_rate", "did you mean optimizer.lr?"),
 ]
 
 

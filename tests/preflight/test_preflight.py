@@ -10,6 +10,7 @@ import pytest
 from flame.config.parser import help_text
 from flame.errors import REFUSED
 from flame.preflight.__main__ import HELP_SHOWN
+from flame.train import main as train
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,6 +36,11 @@ def test_the_help_made_without_torch_is_the_one_made_with_it(tmp_path, monkeypat
     done = preflight(tmp_path, "--training.steps", "5", flag)
     assert (done.returncode, done.stderr) == (HELP_SHOWN, "")
     assert done.stdout == help_text()
+
+
+def test_a_rank_prints_the_help_too(capsys):
+    assert train(["--training.steps", "5", "-h"]) == 0
+    assert capsys.readouterr().out.startswith("usage: train.sh")
 
 
 def test_help_cut_short_by_a_pipe_is_no_error(tmp_path):
