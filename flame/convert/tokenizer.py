@@ -31,11 +31,15 @@ def settle_tokenizer(folder: Path) -> None:
 def compare_tokenizer(folder: Path) -> dict[str, int] | str:
     """AutoTokenizer against an export's tokenizer.json, with and without special tokens, on some hundred texts.
 
-    Returns how much was compared, or why nothing was. Raises ConversionError if any id differs.
+    Returns how much was compared, or why nothing was. Raises ConversionError if any id differs or the file
+    is damaged.
     """
     if not (folder / "tokenizer.json").is_file():
         return "not compared: there is no tokenizer.json"
-    rules = _read_rules(folder)
+    try:
+        rules = _read_rules(folder)
+    except Exception as error:  # of the Rust code, for a file that is damaged
+        raise ConversionError(f"{folder}: its tokenizer.json is not that of a tokenizer ({error})") from None
     try:
         hf: Any = _load(folder)
     except Exception as error:  # whatever a tokenizer's class raises

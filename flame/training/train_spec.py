@@ -19,7 +19,7 @@ from flame.convert.initial import build_adapter
 from flame.data.loader import build_dataloader, typical_length
 from flame.data.source import build_sources
 from flame.data.tokenize import Tokenizer, load_tokenizer
-from flame.errors import UserError
+from flame.errors import UserError, first_line
 from flame.models.causal_lm import CausalLM, ModelArgs
 from flame.models.hf import (
     build_on_meta,
@@ -166,8 +166,11 @@ def _check_same_model(flag: str, today: dict[str, Any], tokenizer: Tokenizer, ru
     if recorded := _read_recorded(run, "tokenizer.json"):
         if changed := tokenizer.changed_rules(json.dumps(recorded)):
             logger.warning(f"changed since the last start: --model.tokenizer_path, its {', '.join(changed)}, applied")
-        tokens, added = tokenizer.hf.get_added_vocab(), recorded.get("added_tokens", [])
-        ids = {token["content"]: token["id"] for token in added}
+        tokens = tokenizer.hf.get_added_vocab()
+        try:
+            ids = {token["content"]: token["id"] for token in recorded.get("added_tokens", [])}
+        except (KeyError, TypeError) as error:
+            raise _unreadable(run / "model/tokenizer.json", error) from None
         if changed := _changes([*ids, *tokens], ids, tokens):
             hint = "give the same list, or another --job.dump_folder"
             found = f"other ids, {', '.join(changed[:3])}"
@@ -188,4 +191,8 @@ def _read_recorded(run: Path, name: str) -> dict[str, Any]:
     try:
         return read_json(path) if path.exists() else {}
     except (OSError, ValueError) as error:
-        raise UserError(str(path), f"a file that cannot be read ({error})", hint="move it away to do without") from None
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    return UserError(str(path), f"a file that cannot be read ({first_line(error)})", hint="move it away to do without")

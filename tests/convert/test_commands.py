@@ -175,7 +175,7 @@ def test_a_checkpoint_without_its_marker_is_not_converted(run, weights, tmp_path
         ("config.toml", "\udcff", r"cannot read .*config\.toml: .*; or give --path a checkpoint itself"),
         ("model/config.json", "{", r"model/config\.json: is corrupted \(.*\); --config and --tokenizer replace it"),
         ("model/torchtitan.json", "\0", r"model/torchtitan\.json: is corrupted"),
-        ("model/config.json", "[]", r"model/config\.json: is corrupted \(not an object\)"),
+        ("model/config.json", "[]", r"model/config\.json: is corrupted \(a list, not an object\)"),
     ],
 )
 def test_a_corrupted_record_of_the_run_is_one_line(name, content, text, run, tmp_path, capsys):

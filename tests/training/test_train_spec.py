@@ -45,8 +45,11 @@ def test_text_that_the_tokenizer_cannot_encode_is_rejected(tmp_path):
     assert error.setting == "--model.tokenizer_path" and "'b'" in error.found
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
-@pytest.mark.parametrize("content", ["{", "\0\0", "[1]"])
+BROKEN = [(name, content) for name in ("config.json", "tokenizer.json") for content in ("{", "\0\0", "[1]")]
+BROKEN += [("tokenizer.json", f'{{"added_tokens": {tokens}}}') for tokens in ("null", "5", "[5]", '[{"id": 3}]')]
+
+
+@pytest.mark.parametrize(("name", "content"), BROKEN)
 def test_a_damaged_record_of_the_runs_model_is_named(name, content, tmp_path):
     save_run(tmp_path, "llama")
     (tmp_path / "model" / name).write_text(content)
