@@ -1,6 +1,5 @@
 """Moments of a run at which its first rank stops, to be killed there: the audit events of Python."""
 
-import os
 import re
 import signal
 import sys
@@ -68,6 +67,6 @@ def stop_at(moment: Moment, reached: Path) -> None:
             left -= 1
             if left == 0:
                 reached.touch()
-                os.kill(os.getpid(), signal.SIGSTOP)
+                signal.raise_signal(signal.SIGSTOP)  # to this thread: at once
 
     sys.addaudithook(watch)
