@@ -64,7 +64,7 @@ def plan_start(job_config: JobConfig) -> StartPlan:
         steps = [step for step in steps if step > 0]
         if not steps:
             _check_restartable(job_config, folder, found)
-            if 0 not in found:
+            if 0 not in found or found[0].corruption:
                 return StartPlan(_choose_beginning(config, folder), checkpoints=found)
             steps = [0]  # a model to begin with
     if steps[0] > 0:
@@ -148,8 +148,9 @@ def _check_load_step(config: Checkpoint, folder: Path, found: Mapping[int, Statu
 def _check_restartable(job_config: JobConfig, folder: Path, found: Mapping[int, Status]) -> None:
     """Raises UserError if a corrupted checkpoint is more than the first save cut short: its run may be worth saving."""
     corrupted = {step: status for step, status in found.items() if status.corruption}
+    first = 0 if job_config.checkpoint.create_seed_checkpoint else 1  # a step-0 of other origin may be half copied
     latest = _latest_first_save(job_config)
-    if len(corrupted) > 1 or not all(0 < step <= latest and status.unfinished for step, status in corrupted.items()):
+    if len(corrupted) > 1 or not all(first <= step <= latest and s.unfinished for step, s in corrupted.items()):
         reasons = "; ".join(f"step-{step}: {status.corruption}" for step, status in corrupted.items())
         found_there = f"no complete checkpoint in {folder} ({reasons})"
         raise UserError("--checkpoint.folder", found_there, hint="move it away to start anew")

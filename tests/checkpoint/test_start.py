@@ -214,6 +214,7 @@ def test_a_seed_checkpoint_is_started_from_only_while_there_is_no_later_one(tmp_
 def test_an_incomplete_seed_checkpoint_is_rejected(tmp_path):
     (tmp_path / "step-0").mkdir(parents=True)
     assert "step-0: " in rejected(tmp_path).found
+    assert planned(tmp_path, create_seed_checkpoint=True).mode == "scratch"  # the command that was killed
 
 
 def test_a_model_alone_is_rejected_before_the_launch(tmp_path):
