@@ -25,8 +25,8 @@ def command(script: str, *words: str | Path) -> str:
 
 
 def ending(file: str) -> str:
-    """The last suffix of a file that is not a compressed file's: .jsonl of a.jsonl.gz."""
-    return next((suffix for suffix in reversed(Path(file).suffixes) if suffix not in COMPRESSED), "")
+    """The last suffix of a file that is not a compressed file's, in lower case: .jsonl of a.jsonl.gz and A.JSONL."""
+    return next((suffix for suffix in reversed(Path(file.lower()).suffixes) if suffix not in COMPRESSED), "")
 
 
 def exists(path: str) -> bool:

@@ -65,7 +65,8 @@ class Training(titan.Training):
     """Configuration of each source, a comma list as long as training.dataset; an empty item is none."""
 
     dataset_split: str | None = None
-    """Split of each source (default train), a comma list as long as training.dataset."""
+    """Split of each source, or a slice of one such as train[:98%]; default: all files of a folder, of a hub dataset
+    train. A comma list as long as training.dataset."""
 
     data_dir: str | None = None
     """Folder inside each source, a comma list as long as training.dataset; an empty item is none."""
@@ -118,7 +119,7 @@ class DataSource:
     """Column that holds its text or token ids; default data.column."""
 
     split: str | None = None
-    """Split; default train."""
+    """Split, or a slice of one; default: all files, of a hub dataset train."""
 
     subset: str | None = None
     """Configuration of a hub dataset."""
@@ -176,7 +177,7 @@ class Validation(titan.Validation):
     """Configuration of each source, as training.dataset_name."""
 
     dataset_split: str | None = None
-    """Split of each source (default train), as training.dataset_split."""
+    """Split of each source, as training.dataset_split."""
 
     data_files: str | None = None
     """Files or patterns inside each source, as training.data_files."""

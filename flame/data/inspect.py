@@ -3,13 +3,15 @@
 A step is decoded by the code that fed it: the run's own loader, from the newest checkpoint before the step.
 """
 
+import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from flame.checkpoint.commit import complete_steps, read_metadata
 from flame.checkpoint.reader import load
-from flame.config.files import read_json
+from flame.config.files import parse_json, read_json
 from flame.config.parser import parse_recorded
 from flame.config.schema import JobConfig
 from flame.data.lane import Row
@@ -35,6 +37,7 @@ class Fed(NamedTuple):
     """What one step was fed. first: sequence number of row 0; logged: the step whose digest was compared.
 
     expected: the digest that the run logged there (None: there is no such record); found: that of reading again.
+    about: lines about tokenizer and sources.
     """
 
     start: int
@@ -44,6 +47,7 @@ class Fed(NamedTuple):
     logged: int
     expected: str | None
     found: str
+    about: Sequence[str]
 
 
 def read_start(folder: Path, step: int) -> Start:
@@ -73,11 +77,12 @@ def replay(folder: Path, step: int, *, trusted: bool = False) -> Fed:
     last = step if logged is None else logged
     config.training.local_batch_size = _count_sequences(folder, config, start, records.get(last))
     config.training.global_batch_size = -1  # one batch is the whole step
-    sources = build_sources(config.training, config.data)
-    loader = build_dataloader(
-        sources=sources, dp_world_size=1, dp_rank=0, tokenizer=load_tokenizer(config), job_config=config
-    )
-    loader.load_state_dict(start.loader or {})
+    sources, tokenizer = build_sources(config.training, config.data), load_tokenizer(config)
+    loader = build_dataloader(sources=sources, dp_world_size=1, dp_rank=0, tokenizer=tokenizer, job_config=config)
+    if start.loader:  # other data is shown, and told by its digest
+        with suppress(ValueError, TypeError):  # what is damaged, the loader reports
+            start.loader["order"] = json.dumps({**parse_json(start.loader["order"]), "data": {}})
+        loader.load_state_dict(start.loader)
     batches, digest = iter(loader), start.data_digest
     rows: Sequence[Row] = ()
     for at in range(start.step + 1, last + 1):
@@ -87,7 +92,8 @@ def replay(folder: Path, step: int, *, trusted: bool = False) -> Fed:
         if at == step:
             rows, first = loader.rows, loader.position().sequence - len(loader.rows)
     expected = None if logged is None else records[logged]["data_digest"]
-    return Fed(start.step, first, rows, list(loader.counts()), last, expected, digest)
+    about = [tokenizer.describe(), *(line for source in sources for line in source.describe())]
+    return Fed(start.step, first, rows, list(loader.counts()), last, expected, digest, about)
 
 
 def show(folder: Path, step: int, rank: int | None, ranks: int | None, full: bool, trusted: bool) -> bool:
@@ -110,6 +116,7 @@ def show(folder: Path, step: int, rank: int | None, ranks: int | None, full: boo
         f"step {step} of {folder}: sequences {fed.first} to {fed.first + len(fed.rows) - 1} of the data, "
         f"rows of {config.training.seq_len} tokens and the last label, read again from {origin}"
     )
+    print("\n".join(fed.about))
     if rank is not None:
         print(f"rank {rank} of {dp_degree}: {len(chosen)} of {len(fed.rows)} rows")
     tokenizer = load_tokenizer(config)

@@ -18,7 +18,7 @@ from flame.data.cursor import Cursor, Encoder, encode
 from flame.data.document import NAMED, Bad
 from flame.data.lane import Lane, LaneState, Row, dump_state, initial_deficits, normalize, parse_state
 from flame.data.ledger import digest_batch
-from flame.data.order import Order
+from flame.data.order import OTHER_DATA, Order
 from flame.data.prefetch import read_in_turn
 from flame.data.settings import check_lanes, parse_skip
 from flame.data.source import Source
@@ -26,7 +26,6 @@ from flame.data.tokenize import Tokenizer
 from flame.data.window import IndexedWindows, Place, StreamedWindows, WindowShuffle
 from flame.errors import UserError, first_line
 
-SAMPLE = 16  # documents of a source whose lengths set the phases of the lanes
 AHEAD = 1 << 19  # tokens in rows read ahead, up to 4 rows per lane: a document of a megabyte delays no other lane
 
 
@@ -75,7 +74,8 @@ class Loader(BaseDataLoader):
         self._shares = normalize([source.weight for source in sources])
         self._shuffles = [WindowShuffle(name, data.window, data.lanes, seed) for name in self._names]
         step = training.global_batch_size if training.global_batch_size != -1 else self._batch_size * dp_degree
-        self._order = Order(data.lanes, data.window, seed, step, parse_skip(data.skip))
+        fingerprints = {source.name: source.fingerprint for source in sources}
+        self._order = Order(data.lanes, data.window, seed, step, parse_skip(data.skip), fingerprints)
         own_lanes, workers = range(dp_rank, data.lanes, dp_degree), training.dataloader.num_workers
         self._workers = min(workers, len(own_lanes))
         ready = self._workers * (training.dataloader.prefetch_factor or 2) * self._batch_size
@@ -242,6 +242,16 @@ class Loader(BaseDataLoader):
             raise UserError("data-parallel ranks", self._dp_degree, allowed)
         self._encoder.use(saved.get("engine", self._encoder.engine))
         self.rewind(Position(sequence, states))
+        if "data" not in saved:
+            self._check_counts()
+
+    def _check_counts(self) -> None:
+        """Raise UserError for a source that has not the rows its lanes have read: older checkpoints record no more."""
+        logger.warning("an older flame did not record the data of this checkpoint; flame.sh data show compares it")
+        for source, shuffle, places in zip(self._sources, self._shuffles, self._places(), strict=True):
+            if not source.streamed and not all(shuffle.may_have_read(place, len(source.rows)) for place in places):
+                found, allowed = f"{len(source.rows):,} rows", "as many as when the checkpoint was made"
+                raise UserError(f"source {source.name}", found, allowed, OTHER_DATA)
 
 
 def build_dataloader(
@@ -257,6 +267,6 @@ def typical_length(source: Source, encoder: Encoder) -> float:
 
     Raises UserError if the encoder fails on one of them.
     """
-    documents = [row for row in source.sample(SAMPLE) if not isinstance(row, Bad)]
+    documents = [row for row in source.head if not isinstance(row, Bad)]
     lengths = np.array([float(len(ids)) for ids in encode(encoder, documents, source.name)])
     return float((lengths**2).sum() / lengths.sum()) if lengths.any() else 1.0

@@ -9,7 +9,6 @@ import os
 import struct
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -90,14 +89,6 @@ class IndexedRows:
         owner = int(np.searchsorted(self._firsts, index, "right")) - 1
         file, row = self._files[owner], int(index - self._firsts[owner])
         return accept(file.document(row), f"{file.path}: document {row}")
-
-
-def find_prefixes(path: str) -> list[str]:
-    """The pairs that a path stands for: PREFIX, PREFIX.bin, PREFIX.idx, a pattern of those, or a folder of them."""
-    local = Path(path).expanduser()
-    names = [*map(str, local.rglob("*.idx"))] if local.is_dir() else [*glob(str(local), recursive=True), str(local)]
-    prefixes = {name[:-4] if name.endswith((".bin", ".idx")) else name for name in names}
-    return sorted(prefix for prefix in prefixes if all(os.path.isfile(prefix + end) for end in (".bin", ".idx")))
 
 
 def write(prefix: str | Path, documents: Iterable[np.ndarray], vocab_size: int) -> tuple[int, int]:

@@ -22,7 +22,7 @@ LANES = 2**17  # each has a state in memory and in every checkpoint
 
 
 def parse_sources(section: Training | Validation, data: Data) -> list[DataSource]:
-    """The sources of a section, each with its name, split and column; a weight is a share of the sum of all weights.
+    """The sources of a section, each with its name and column; a weight is a share of the sum of all weights.
 
     They are its aligned comma lists or, of training, data.sources if there are any. Raises UserError for lists of
     unequal length, weights that are not positive numbers or, in data_probs, do not sum to 1, names that are not unique,
@@ -44,8 +44,7 @@ def parse_sources(section: Training | Validation, data: Data) -> list[DataSource
                 raise UserError("name", f"{source.name!r} twice", "unique: every source has a name of its own")
         name = source.name or _choose_name(source, taken)
         taken.add(name)
-        column, split = source.column or data.column, source.split or "train"
-        parsed.append(replace(source, name=name, column=column, split=split))
+        parsed.append(replace(source, name=name, column=source.column or data.column))
     return parsed
 
 

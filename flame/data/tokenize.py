@@ -129,6 +129,10 @@ class Tokenizer(BaseTokenizer):
             logger.warning(f"{self.path} lacks tokens for some bytes or characters: it leaves them out of the text")
         return True
 
+    def describe(self) -> str:
+        """A line for the log: the number of ids, and who makes them."""
+        return f"tokenizer {self.path}: {self.vocab_size:,} ids, made by {self.engine}"
+
     def encode(self, text: str) -> list[int]:
         """Ids of one text, without special tokens."""
         return self.encode_batch([text])[0].tolist()

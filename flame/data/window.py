@@ -55,9 +55,25 @@ class WindowShuffle:
 
     def permute(self, epoch: int, window: int, rows: int) -> tuple[np.ndarray, int]:
         """The order of a window's rows (at most `size`), and the shift."""
-        key = [((self.seed & 0xFFFFFFFF) << 32) + zlib.crc32(self.source.encode()), (epoch << 32) + window]
+        key = [
+            ((self.seed & 0xFFFFFFFF) << 32) + zlib.crc32(self.source.encode(errors="surrogateescape")),
+            (epoch << 32) + window,
+        ]
         rng = np.random.Generator(np.random.Philox(key=key))
         return rng.permutation(rows), int(rng.integers(self.lanes))
+
+    def may_have_read(self, place: Place, rows: int) -> bool:
+        """Whether a lane of a source of so many rows may have read as many in whole windows as its place counts."""
+        whole, rest = divmod(rows, self.size)
+
+        def sum_slices(share: Callable[[int], int]) -> int:
+            epoch = whole * share(self.size) + share(rest)
+            return (
+                place.epoch * epoch + min(place.window, whole) * share(self.size) + (place.window > whole) * share(rest)
+            )
+
+        fewest, most = sum_slices(lambda size: size // self.lanes), sum_slices(lambda size: -(-size // self.lanes))
+        return fewest <= place.documents + place.skipped - place.at <= most
 
     def slice(self, order: np.ndarray, shift: int, lane: int) -> np.ndarray:
         """A lane's rows in that order, counted from the window's first."""

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from flame.config.files import parse_json, read_text
 from flame.config.paths import BUILDERS, CHECKOUT, check_path, command, exists, is_local
 from flame.config.schema import Data, DataSource, JobConfig, Training, Validation
+from flame.data.listing import expand, is_pair
 from flame.data.settings import parse_sources, spelled_by_the_user
 from flame.errors import UserError
 from flame.models.vocabulary import fit_vocab_size
@@ -123,15 +124,16 @@ def _check_hub(setting: str, name: str, repo: Literal["model", "dataset"]) -> No
 def _check_source(source: DataSource) -> None:
     if source.path == "stdlib":
         return
-    check_path("path", source.path)
-    if source.path in BUILDERS and not source.data_files:
-        raise UserError("data_files", "nothing", f"the files that path {source.path} reads")
+    if not is_pair(source.path):  # named by the part of their names that a Megatron pair has in common
+        check_path("path", source.path)
     root, folder = Path(source.path).expanduser(), source.data_dir or ""
+    if source.path in BUILDERS and not source.data_files and not os.path.isdir(root):
+        raise UserError("data_files", "nothing", f"the files that path {source.path} reads")
     if os.path.isdir(root) and folder and not exists(str(root / folder)):
         raise UserError("data_dir", f"no folder {folder} in {source.path}")
     # What a hub id calls its files only the hub knows.
     if source.data_files and (os.path.isdir(root) or source.path in BUILDERS):
         base = root / folder if os.path.isdir(root) else Path(folder)
-        for file in source.data_files.split(","):
-            if not exists(file.strip()) and not exists(str(base / file.strip())):
-                raise UserError("data_files", f"no file {file.strip()}, here or in {base}")
+        for file in map(str.strip, source.data_files.split(",")):
+            if "://" not in file and not expand(file, base):
+                raise UserError("data_files", f"no file {file}, here or in {base}")

@@ -82,6 +82,8 @@ def register(job_config: JobConfig, context: RunContext | None = None) -> None:
     if not tokenizer.encodes_all:
         for source in (*sources, *held_out_sources):
             typical_length(source, tokenizer)  # fails now rather than when the loader is made
+    for line in (tokenizer.describe(), *(line for s in (*sources, *held_out_sources) for line in s.describe())):
+        logger.info(line)
     spec = TrainSpec(
         **fields,
         build_lr_schedulers_fn=build_lr_schedule,

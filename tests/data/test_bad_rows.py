@@ -8,7 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from flame.data import files
+from flame.data import cache, files, lines
 from flame.data.document import LONGEST, Bad, accept, allow_bad
 from flame.data.source import Source
 from flame.errors import UserError
@@ -112,7 +112,7 @@ def test_a_document_that_is_too_long_is_bad_and_one_at_the_limit_is_not():
 
 
 def test_a_line_far_too_long_is_not_even_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "LONGEST", 10)
+    monkeypatch.setattr(lines, "LONGEST", 10)
     (tmp_path / "l.jsonl").write_text(json.dumps({"text": "x" * 100}) + '\n{"text": "y"}\n')
     assert build(tmp_path / "l.jsonl")[0].rows.texts([0, 1]) == [
         Bad("a line of 113 bytes", f"{tmp_path}/l.jsonl:1"),
@@ -135,10 +135,10 @@ def test_an_index_is_made_anew_when_the_file_changes(tmp_path):
 
 
 def test_lines_across_the_chunks_in_which_a_file_is_read_are_found(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "CHUNK", 7)
+    monkeypatch.setattr(cache, "CHUNK", 7)
     path = tmp_path / "f.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in GOOD))
-    starts = files._index(path)
+    starts = lines.index_lines(str(path))
     assert [path.read_bytes()[a:b].endswith(b"}\n") for a, b in pairwise(starts)] == [True] * 60
 
 

@@ -335,14 +335,48 @@ def test_a_checkpoint_whose_sequences_the_ranks_do_not_divide_is_rejected():
     assert error.value.found == 2 and "divisor of the 3 sequences" in error.value.allowed
 
 
-def test_text_or_a_tokenizer_that_has_changed_since_the_checkpoint_is_rejected():
+class Short(Bytes):
+    """The first ten ids alone."""
+
+    def encode_batch(self, texts):
+        return [ids[:10] for ids in super().encode_batch(texts)]
+
+
+def test_a_tokenizer_that_has_changed_since_the_checkpoint_is_rejected():
     run = loader([Source("a", 1.0, Texts(["x" * 1000]))], lanes=1)
     take(iter(run), 5)
-    other = loader([Source("a", 1.0, Texts(["x" * 10]))], lanes=1)
+    other = loader([Source("a", 1.0, Texts(["x" * 1000]))], lanes=1, encoder=Short())
     other.load_state_dict(run.state_dict())
     with pytest.raises(UserError) as error:
         take(iter(other), 1)
     assert error.value.setting == "source a" and "not the text" in error.value.hint
+
+
+@pytest.mark.parametrize("kind", [Texts, Tape])
+def test_other_data_under_the_name_of_a_source_is_rejected_and_other_sources_are_not(kind):
+    run = loader([Source("a", 1.0, kind(["x"] * 40)), Source("b", 1.0, kind(["y"] * 40))])
+    take(iter(run), 5)
+    loader([Source("a", 3.0, kind(["x"] * 40)), Source("c", 1.0, kind(["z"] * 9))]).load_state_dict(run.state_dict())
+    for rows in (["X", *["x"] * 39], [None, *["x"] * 39], *([["x"] * 41] if kind is Texts else [])):
+        with pytest.raises(UserError) as error:
+            loader([Source("a", 1.0, kind(rows)), Source("b", 1.0, kind(["y"] * 40))]).load_state_dict(run.state_dict())
+        assert error.value.setting == "source a" and "in the checkpoint" in error.value.allowed
+
+
+def test_a_checkpoint_that_records_no_data_is_reported_and_rows_that_its_counts_rule_out_are_rejected(caplog):
+    run = loader([Source("a", 1.0, Texts(documents("a", 90, 20)))])
+    read = iter(run)
+    for batches in (1, 60):
+        take(read, batches)
+        state = run.state_dict()
+        order = json.loads(state["order"])
+        state["order"] = json.dumps({key: order[key] for key in order if key != "data"})
+        loader([Source("a", 1.0, Texts(documents("a", 90, 20)))]).load_state_dict(state)
+        assert "older flame" in caplog.text
+    for other in (45, 180):
+        with pytest.raises(UserError) as error:
+            loader([Source("a", 1.0, Texts(documents("a", other, 20)))]).load_state_dict(state)
+        assert (error.value.setting, error.value.found) == ("source a", f"{other} rows")
 
 
 @pytest.mark.parametrize("rows", [Texts(["", None] * 9), Tape([""] * 9), Tape([])])

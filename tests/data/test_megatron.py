@@ -132,10 +132,11 @@ def test_packing_overwrites_nothing(name, tmp_path, capsys):
 
 
 def test_packing_rejects_too_many_bad_rows_and_sources_without_documents(tmp_path, capsys):
-    (tmp_path / "t.jsonl").write_text('{"text": ""}\n{"text": ""}\n')
-    job = ["pack", str(tmp_path / "out"), "--dataset", f"{tmp_path}/t.jsonl", "--tokenizer", "byte"]
-    assert main([*job, "--max-bad-rows", "1"]) == 2
-    assert "--max-bad-rows: found 2 bad rows among 2 of source t, must be at most 1" in capsys.readouterr().err
-    assert main(job) == 2
-    assert "no document to write" in capsys.readouterr().err
+    (tmp_path / "t.jsonl").write_text('{"text": ""}\n{"text": ""}\n{"text": "a"}\n')
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
+    job = ["pack", str(tmp_path / "out"), "--tokenizer", "byte", "--dataset"]
+    assert main([*job, f"{tmp_path}/t.jsonl", "--max-bad-rows", "1"]) == 2
+    assert "--max-bad-rows: found 2 bad rows among 3 of source t, must be at most 1" in capsys.readouterr().err
+    assert main([*job, f"{tmp_path}/empty.jsonl"]) == 2
+    assert f"no document in {tmp_path}/empty.jsonl" in capsys.readouterr().err
     assert not list(tmp_path.glob("out*"))

@@ -113,7 +113,7 @@ def lists(**training):
 
 def test_comma_lists_are_aligned():
     one, two = lists(dataset="a.jsonl, stdlib", dataset_name="x,", dataset_split=",few", data_probs="0.7,0.3")
-    assert one == DataSource("a.jsonl", name="a-x", weight=0.7, column="body", split="train", subset="x")
+    assert one == DataSource("a.jsonl", name="a-x", weight=0.7, column="body", subset="x")
     assert two == DataSource("stdlib", name="stdlib", weight=0.3, column="body", split="few")
     assert [source.weight for source in lists(dataset="a,b")] == [1.0, 1.0]
     assert lists(dataset="a", data_files="b.jsonl,c.jsonl")[0].data_files == "b.jsonl,c.jsonl"
@@ -179,4 +179,4 @@ def test_ranges_of_steps_are_read_in_any_order_and_merged(text, ranges):
 def test_what_is_not_a_range_of_steps_is_rejected_before_the_start(text):
     with pytest.raises(UserError) as error:
         check(parse([f"--data.skip={text}"]), 1)
-    assert error.value.setting == "--data.skip" and error.value.allowed == "steps such as 120-135,400"
+    assert error.value.setting == "--data.skip" and "120-135,400" in error.value.allowed
