@@ -118,7 +118,9 @@ def read_config(
         else:
             config = CONFIG_MAPPING[model_type].from_dict(fields)
     except Exception as error:  # whatever a config class raises about its fields
-        raise UserError("--model.config", source, hint=first_line(error)) from None
+        cause = error.__cause__  # transformers' dataclasses wrap what a check raises
+        reason = first_line(cause if isinstance(cause, Exception) else error)
+        raise UserError("--model.config", source, hint=reason) from None
     limits.validate(config, source)
     if vars(config).pop("quantization_config", None):
         logger.warning(f"{source}: quantization_config is ignored: flame trains and exports weights as they are")

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from flame.config.parser import parse
+from flame.checkpoint.commit import write_marker
+from flame.config.parser import parse, world_size
 from flame.errors import UserError
 from flame.preflight.validate import check
+from flame.training.train_spec import register
 
 LLAMA = {"model_type": "llama", "vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -26,8 +28,9 @@ def rejected(argv: list[str]) -> UserError:
     """The error of a command line, which is one line and comes before anything is written."""
     before = sorted(os.listdir())
     with pytest.raises(UserError) as caught:
-        config = parse(argv if "--model.config" in argv else [*argv, "--model.config=model.json"])
-        check(config, 1)
+        config = parse(argv if {"--model.config", "--model.name"} & {*argv} else [*argv, "--model.config=model.json"])
+        check(config, world_size())
+        register(config)
     assert str(caught.value).isprintable() and len(str(caught.value)) < 2100 and sorted(os.listdir()) == before
     return caught.value
 
@@ -144,3 +147,149 @@ TOMLS = [
 def test_a_mistake_in_a_toml(text, setting, rule):
     Path("job.toml").write_text(text)
     assert holds(error := rejected(["--job.config_file", "job.toml"]), setting, rule), error
+
+
+LAYOUTS = [
+    ("NGPU=two", "", "NGPU", "an integer of 1 or more"),
+    ("NNODE=0", "", "NNODE", "an integer of 1 or more"),
+    ("WORLD_SIZE=-1", "", "WORLD_SIZE", "an integer of 1 or more"),
+    ("NGPU=3", "", "--data.lanes", "63 or 66 would work"),
+    ("NGPU=4", "--training.global_batch_size 50", "--training.global_batch_size", "32 or 64 would work"),
+    (
+        "NGPU=4",
+        "--parallelism.tensor_parallel_degree 3",
+        "--parallelism.tensor_parallel_degree",
+        "a divisor of the 4 ranks",
+    ),
+    (
+        "NGPU=4",
+        "--parallelism.data_parallel_shard_degree 2",
+        "--parallelism.data_parallel_shard_degree",
+        "the number of ranks",
+    ),
+    (
+        "NGPU=2",
+        "--parallelism.expert_parallel_degree 2",
+        "--parallelism.expert_parallel_degree",
+        "1 for models of transformers",
+    ),
+    (
+        "NGPU=8",
+        "--parallelism.tensor_parallel_degree 8",
+        "--parallelism.tensor_parallel_degree",
+        "a divisor of the model's num_attention_heads, 4",
+    ),
+    (
+        "NGPU=4",
+        "--parallelism.pipeline_parallel_degree 4",
+        "--parallelism.pipeline_parallel_degree",
+        "none of the model's 2 blocks",
+    ),
+    ("NGPU=1", "--training.enable_cpu_offload", "--training.enable_cpu_offload", "needs a GPU"),
+    ("NGPU=1", "--compile.enable --compile.backend inductr", "--compile.backend", "one of"),
+    ("NGPU=1", "--model.converters float8,fp4", "--model.converters", "among quantize"),
+]
+
+
+@pytest.mark.parametrize("environment, typed, setting, rule", LAYOUTS)
+def test_a_mistake_in_the_environment_or_the_layout(environment, typed, setting, rule, monkeypatch):
+    monkeypatch.setenv(*environment.split("="))
+    assert holds(error := rejected(typed.split()), setting, rule), error
+
+
+MODELS = [  # the file, what is in it, the setting and the rule
+    ("model.json", "{", "--model.config", "valid JSON"),
+    ("model.json", "model_type: llama", "--model.config", "valid JSON"),
+    ("model.json", "[]", "--model.config", "a JSON object"),
+    ("model.json", "{}", "--model.config", "no model_type"),
+    ("model.json", "[" * 50_000, "--model.config", "valid JSON"),
+    ("model.json", {"model_type": "lama"}, "model.json: model_type", "one of"),
+    ("model.json", {"model_type": "bert"}, "--model.config", "not children of its backbone"),
+    ("model.json", {"vocab_size": None}, "--model.config", "'vocab_size' expected int"),
+    ("model.json", {"vocab_size": 256}, "--model.tokenizer_path", "--model.grow_vocab"),
+    ("model.json", {"hidden_size": "64"}, "--model.config", "'hidden_size' expected int"),
+    ("model.json", {"num_hidden_layers": 0}, "model.json: num_hidden_layers", "from 1 to 4096"),
+    (
+        "model.json",
+        {"num_key_value_heads": 3},
+        "model.json: num_key_value_heads",
+        "a divisor of num_attention_heads, 4",
+    ),
+    ("model.json", {"head_dim": 15}, "--model.config", "even rotary dimension"),
+    (
+        "model.json",
+        {"auto_map": {"AutoConfig": "mine.C"}, "model_type": "mine"},
+        "model.json: model_type",
+        "trust_remote",
+    ),
+    (
+        "model.json",
+        {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64},
+        "--training.seq_len",
+        "n_positions in the model's config",
+    ),
+    ("model.json", {"model_type": "gla", "num_heads": 7}, "--model.config", "cannot be built"),
+    ("data.jsonl", "", "--training.dataset", "no rows"),
+]
+
+
+@pytest.mark.parametrize("name, content, setting, rule", MODELS)
+def test_a_mistake_in_a_model(name, content, setting, rule):
+    Path(name).write_text(content if isinstance(content, str) else json.dumps(LLAMA | content))
+    assert holds(error := rejected(["--training.dataset=data.jsonl"]), setting, rule), error
+
+
+PATHS = [
+    ("--model.config modle.json", "--model.config", "no file or folder modle.json"),
+    ("--model.config ./folder", "--model.config", "config.json"),
+    ("--model.config model.json --model.name llama3", "--model.config", "none with model.name llama3"),
+    ("--model.name lama3", "--model.name", "auto"),
+    ("--model.name llama3 --model.flavor 8b", "--model.flavor", "8B"),
+    ("--model.import my_modle", "--model.import", "no module my_modle"),
+    ("--model.tokenizer_path ./tok", "--model.tokenizer_path", "no file or folder ./tok"),
+    ("--model.tokenizer_path none", "--model.tokenizer_path", "byte, a folder"),
+    ("--model.tokenizer_path model.json", "--model.tokenizer_path", "the JSON of a tokenizer"),
+    ("--model.tokenizer_path data.jsonl", "--model.tokenizer_path", "not loadable as a tokenizer"),
+    ("--model.tokenizer_path folder", "--model.tokenizer_path", "not loadable as a tokenizer"),
+    ("--model.add_tokens <a>,<a>", "--model.add_tokens", "different tokens"),
+    ("--training.dataset dta.jsonl", "--training.dataset", "dta.jsonl"),
+    ("--training.dataset 'data.jsonl'", "--training.dataset", "'data.jsonl'"),
+    ("--training.dataset data.jsonl,", "--training.dataset", "every item"),
+    ("--training.dataset data.jsonl,data.jsonl --training.data_probs 0.5,0.6", "--training.data_probs", "sum to 1"),
+    ("--training.dataset data.jsonl,data.jsonl --training.data_probs 1", "--training.data_probs", "1 items"),
+    ("--training.dataset folder", "--training.dataset", "no files to read"),
+    ("--training.dataset model.json --data.column text", "--data.column", "one of model_type"),
+    ("--training.dataset data.jsonl --data.column txt", "--data.column", "text"),
+    ("--training.dataset data.jsonl --training.dataset_split test", "--training.dataset", 'Unknown split "test"'),
+    ("--training.varlen --training.context_len 4096", "--training.context_len", "at most training.seq_len 2048"),
+    ("--validation.enable --validation.dataset held.jsonl", "--validation.dataset", "held.jsonl"),
+    ("--job.dump_folder data.jsonl", "--job.dump_folder", "a folder"),
+    ("--job.dump_folder s3://bucket/run", "--job.dump_folder", "this machine's file system"),
+    ("--checkpoint.folder ../else", "--checkpoint.folder", "inside job.dump_folder"),
+    ("--checkpoint.keep_latest_k 1", "--checkpoint.keep_latest_k", "0 (keep all) or 2 or more"),
+    ("--checkpoint.interval 0", "--checkpoint.interval", "1 or more"),
+    ("--checkpoint.load_step 5", "--checkpoint.load_step", "there is none"),
+    ("--checkpoint.start resume", "--checkpoint.start", "no complete checkpoint"),
+    ("--checkpoint.start init", "--checkpoint.start", "initial_load_path is not set"),
+    ("--checkpoint.start restart", "--checkpoint.start", "auto, resume, init, scratch"),
+    ("--checkpoint.initial_load_path gone/step-5", "--checkpoint.initial_load_path", "gone/step-5"),
+    ("--checkpoint.initial_load_in_hf", "--checkpoint.initial_load_path", "a folder or hub id"),
+    ("--checkpoint.initial_load_in_hf --checkpoint.initial_load_path folder", "folder", "model.safetensors"),
+    ("--checkpoint.initial_load_path pickled --checkpoint.initial_load_in_hf", "pickled", "model.safetensors"),
+    (
+        "--job.dump_folder run --checkpoint.load_step 7",
+        "--checkpoint.load_step",
+        "a complete checkpoint in run/checkpoint: 10",
+    ),
+    ("--job.dump_folder run --checkpoint.start scratch", "--checkpoint.start", "auto or resume"),
+]
+
+
+@pytest.mark.parametrize("typed, setting, rule", PATHS)
+def test_a_mistake_in_a_path_or_a_choice(typed, setting, rule):
+    for folder in ("folder", "pickled", "run/checkpoint/step-10"):
+        Path(folder).mkdir(parents=True)
+    Path("folder/notes.md").write_text("x")
+    Path("pickled/pytorch_model.bin").write_bytes(b"")
+    write_marker(Path("run/checkpoint/step-10"), [], {"resumable": True})
+    assert holds(error := rejected(typed.split()), setting, rule), error
