@@ -4,8 +4,9 @@ import copy
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -153,7 +154,9 @@ def build_tokenizer(path: str | None, trust_remote_code: bool = False, add_token
         return Tokenizer(_byte_level(), path, add_tokens)
     check_source(FLAG, path, "model")
     try:
-        return Tokenizer(_load(path, trust_remote_code), path, add_tokens)
+        with without_warnings():
+            hf = _load(path, trust_remote_code)
+        return Tokenizer(hf, path, add_tokens)
     except BaseException as error:
         if isinstance(error, UserError) or not is_failure(error):
             raise
@@ -174,6 +177,19 @@ def load_tokenizer(job_config: JobConfig) -> Tokenizer:
     return tokenizer
 
 
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """A block in which transformers warns of nothing, such as of model types that flame adds to those it has."""
+    from transformers.utils import logging as transformers_logging
+
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
 def _load(path: str, trust_remote_code: bool) -> Any:
     """The tokenizer as its tokenizer.json says, if it has one and is not made by trusted code of its own.
 
@@ -188,9 +204,18 @@ def _load(path: str, trust_remote_code: bool) -> Any:
     if local.is_file():
         return PreTrainedTokenizerFast(tokenizer_file=str(local))
     found = str(local) if local.exists() else path
-    file = cached_file(found, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
-    if file is None or (trust_remote_code and "auto_map" in get_tokenizer_config(found)):
+    find = partial(cached_file, found, _raise_exceptions_for_missing_entries=False)
+    if trust_remote_code and "auto_map" in get_tokenizer_config(found):
         return AutoTokenizer.from_pretrained(found, trust_remote_code=trust_remote_code)
+    if find("tokenizer.json") is None:
+        reason = ""
+        try:
+            hf: Any = AutoTokenizer.from_pretrained(found, trust_remote_code=trust_remote_code)
+            if not hf.is_fast or any(map(find, hf.vocab_files_names.values())):  # else it has special tokens alone
+                return hf
+        except Exception as error:  # whatever the class raises about the files that it has instead
+            reason = first_line(error)
+        raise UserError(FLAG, f"no tokenizer.json in {path}", "a tokenizer with one", reason)
     hf = PreTrainedTokenizerFast.from_pretrained(found)
     hf.init_kwargs.pop("auto_map", None)  # it names code, which is not run and which an export would not have
     if hf.eos_token is None:  # GPT-2's folder leaves its name to the class

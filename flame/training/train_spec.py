@@ -167,7 +167,8 @@ def _check_same_model(flag: str, today: dict[str, Any], tokenizer: Tokenizer, ru
             logger.info(f"changed since the last start: {flag} {key} {known[key]} -> {today.get(key)}, applied")
     if recorded := _read_recorded(run, "tokenizer.json"):
         if changed := tokenizer.changed_rules(json.dumps(recorded)):
-            logger.warning(f"changed since the last start: --model.tokenizer_path, its {', '.join(changed)}, applied")
+            former = f"the former is in {run}/model"
+            logger.warning(f"changed since the last start: tokenizer, its {', '.join(changed)}, applied; {former}")
         tokens = tokenizer.hf.get_added_vocab()
         try:
             ids = {token["content"]: token["id"] for token in recorded.get("added_tokens", [])}
