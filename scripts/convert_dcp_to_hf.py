@@ -17,7 +17,7 @@ from functools import partial
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 if find_spec("torchtitan") is None:  # another Python than the one that scripts/setup.sh finds or makes
     command = f"bash {Path(__file__).resolve().with_name('flame.sh')} export ..."
@@ -32,8 +32,6 @@ from flame.checkpoint.commit import complete_steps, inspect_checkpoint
 from flame.checkpoint.dtypes import FLOATS, SIZES
 from flame.checkpoint.structure import ConversionError, Structure, check_structure
 from flame.config.files import read_json
-from flame.config.parser import parse_recorded
-from flame.config.schema import JobConfig
 from flame.convert.dcp_file import CorruptedError, read_tensors
 from flame.convert.export import export_checkpoint
 from flame.convert.hf_structure import read_trained_structure
@@ -42,6 +40,9 @@ from flame.convert.output import REPORT
 from flame.convert.tokenizer import compare_tokenizer
 from flame.convert.verify import HOLDS, check_logits, too_large
 from flame.errors import FULL, UserError
+
+if TYPE_CHECKING:
+    from flame.config.schema import JobConfig
 
 OURS = {"--model.config": "--config", "--model.tokenizer_path": "--tokenizer"}  # settings of a job: flags of this
 
@@ -60,8 +61,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def read_run(given: argparse.Namespace) -> JobConfig:
+def read_run(given: argparse.Namespace) -> "JobConfig":
     """The config of the run that the command line names, the default if it has none. Raises UserError."""
+    from flame.runtime import device
+
+    device.choose()  # before the import of torchtitan, which reads the device
+    from flame.config.parser import parse_recorded
+    from flame.config.schema import JobConfig
+
     if not (given.path / "config.toml").is_file():
         return JobConfig()
     try:
@@ -71,7 +78,7 @@ def read_run(given: argparse.Namespace) -> JobConfig:
         raise UserError(error.setting, error.found, error.allowed, hint) from None
 
 
-def find_checkpoint(path: Path, step: int, run: JobConfig) -> Path:
+def find_checkpoint(path: Path, step: int, run: "JobConfig") -> Path:
     """The checkpoint of a run's step (-1: the newest). `run` is its config. Raises UserError if it has none."""
     if (path / ".metadata").is_file():
         if step != -1:
@@ -99,11 +106,8 @@ def check_json(recorded: Path) -> None:
 
 
 @contextmanager
-def models_enabled(run: JobConfig) -> Iterator[None]:
+def models_enabled(run: "JobConfig") -> Iterator[None]:
     """A block that builds models without a log, the run's own (--model.import) too. Raises UserError."""
-    from flame.runtime import device
-
-    device.choose()  # before the import of torchtitan, which reads the device
     from flame.models.hf import import_models
 
     with warnings.catch_warnings():
@@ -117,7 +121,7 @@ def models_enabled(run: JobConfig) -> Iterator[None]:
             logging.disable(logging.NOTSET)
 
 
-def build_structure(given: argparse.Namespace, run: JobConfig, assets: Path) -> Structure | None:
+def build_structure(given: argparse.Namespace, run: "JobConfig", assets: Path) -> Structure | None:
     """The tensors of the model, whose config is written to `assets` if the command line names it or the tokenizer.
 
     None if it cannot be built and need not be verified. Raises UserError if it must.
@@ -141,7 +145,7 @@ def build_structure(given: argparse.Namespace, run: JobConfig, assets: Path) -> 
         raise UserError(" ".join([OURS.get(flag, flag), *value]), error.found, error.allowed, hint) from None
 
 
-def verify(given: argparse.Namespace, run: JobConfig, checkpoint: Path, tensors: Any, export: Path) -> dict:
+def verify(given: argparse.Namespace, run: "JobConfig", checkpoint: Path, tensors: Any, export: Path) -> dict:
     """The findings for the report of an export; its structure was checked. Raises ConversionError."""
     if given.no_verify:
         return {"structure": "not checked", "logits": "not compared", "tokenizer": "not compared"}

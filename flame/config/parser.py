@@ -100,7 +100,7 @@ def parse_recorded(run: Path, *, trusted: bool) -> JobConfig:
     path = run / "config.toml"
     if not path.is_file():
         raise UserError(str(run), "no file config.toml", "the folder of a run")
-    return parse([f"--job.config_file={path}"], trusted=trusted)
+    return parse([f"--job.config_file={path}", f"--job.dump_folder={run}"], trusted=trusted)
 
 
 def _check_no_code(settings: list[Setting]) -> None:

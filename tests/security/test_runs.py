@@ -1,6 +1,7 @@
 """No code that a run's config.toml or its files name is run by a tool, unless the user trusts the run."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -9,6 +10,7 @@ from flame.config.parser import parse, parse_recorded
 from flame.data.__main__ import main as data
 from flame.errors import UserError
 from tests.convert.test_commands import to_hf
+from tests.launch import REPO, environment
 
 CODE = ["job.custom_config_module", "experimental.custom_args_module", "experimental.custom_import", "model.import"]
 MODULE = "import pathlib; from flame.config.schema import JobConfig; pathlib.Path({!r}).touch()"
@@ -81,3 +83,12 @@ def test_a_job_file_that_the_user_names_is_the_users_own_word(run):
     with pytest.raises(UserError) as error:
         parse_recorded(run, trusted=False)
     assert error.value.setting == f"{run}/config.toml: model.trust_remote_code"
+
+
+def test_the_commands_read_a_run_from_elsewhere(run, tmp_path):
+    env = environment(FLAME_PYTHON=sys.executable)
+    for words in (["data", "show", run, "--step", "4"], ["export", "--path", run, "--output", tmp_path / "hf"]):
+        command = ["bash", f"{REPO}/scripts/flame.sh", *map(str, words)]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+        assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert (tmp_path / "hf" / "model.safetensors").is_file()
