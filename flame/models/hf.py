@@ -222,7 +222,7 @@ def choose_attention(config: PreTrainedConfig, family: Family, dtype: str) -> No
 
 def _fit_to_tokenizer(config: PreTrainedConfig, tokenizer: Any, source: str, grow: bool) -> None:
     config.vocab_size = fit_vocab_size(config.vocab_size, tokenizer.vocab_size, source, grow, tokenizer.added)
-    if tokenizer.eos_id not in _ids(config.eos_token_id):  # else it stays, with further ends of text
+    if tokenizer.eos_id not in _ids(getattr(config, "eos_token_id", None)):  # else it stays, with further ends of text
         config.eos_token_id = tokenizer.eos_id
     with contextlib.suppress(StrictDataclassError):  # CWM's config requires one, and the tokenizer may have none
         config.bos_token_id = tokenizer.bos_id
