@@ -8,6 +8,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from flame.checkpoint.commit import complete_steps
 from flame.training.trainer import step_seed
 from tests.launch import SMALL, metrics, train, train_each, trajectory
 from tests.tiny import write_config
@@ -250,8 +251,14 @@ def test_the_run_folder_says_what_happened_and_its_config_runs_again_as_it_is(ro
     assert needed | {"data/stdlib/tokens", "data/stdlib/epoch"} <= record.keys()
     assert record["mfu"] is None  # a CPU's peak is not known
     shutil.copy(folder / "config.toml", root / "again.toml")
-    train_each([[f"--job.config_file={root}/again.toml", f"--job.dump_folder={root}/again"]])
+    shutil.copytree(folder, root / "copied run")
+    extended = [f"--job.config_file={root}/copied run/config.toml", "--training.steps=4"]
+    log = train_each([[f"--job.config_file={root}/again.toml", f"--job.dump_folder={root}/again"], extended])
     assert trajectory(root / "again") == trajectory(folder)
+    assert [record["step"] for record in metrics(root / "copied run")] == [1, 2, 3, 4]
+    assert len(metrics(folder)) == 3 and complete_steps(folder / "checkpoint") == [3]  # a copy is a run of its own
+    today = metrics(root / "copied run")[3]["lr"]
+    assert f"learning rate at step 4: 0.00e+00 by the settings of its checkpoint, {today:.2e} by today's" in log
 
 
 def test_torch_takes_the_seed_of_every_step_and_the_seeds_of_shorter_runs_stay():
