@@ -2,6 +2,7 @@
 
 import runpy
 import sys
+from importlib import import_module
 from pathlib import Path
 
 from flame.errors import INTERRUPTED, REFUSED
@@ -27,15 +28,12 @@ def main() -> int:
     if command not in COMMANDS:
         print(f"flame: command: found {command or 'nothing'}, must be one of {', '.join(COMMANDS)}", file=sys.stderr)
         return REFUSED
-    sys.argv = [f"flame {command}", *words]
     try:
         if command in SCRIPTS:
-            runpy.run_path(str(FOLDER / SCRIPTS[command]), run_name="__main__")
-        else:
-            runpy.run_module(f"flame.{command}", run_name="__main__")
+            return runpy.run_path(str(FOLDER / SCRIPTS[command]))["main"](words)
+        return import_module(f"flame.{command}.__main__").main(words)
     except KeyboardInterrupt:
         return INTERRUPTED
-    return 0
 
 
 if __name__ == "__main__":

@@ -49,7 +49,9 @@ OURS = {"--model.config": "--config", "--model.tokenizer_path": "--tokenizer"}  
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line; argparse exits with code 2 for what it does not know."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="flame export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--path", type=Path, required=True, help="a run folder, or a DCP checkpoint itself")
     parser.add_argument("--step", type=int, default=-1, help="of the run; default: -1, its newest complete checkpoint")
     parser.add_argument("--config", help="config.json, folder or hub id; default: what the run recorded")

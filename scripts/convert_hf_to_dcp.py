@@ -34,7 +34,9 @@ TITAN = "torchtitan.json"  # beside the config.json of what was trained as one o
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line; argparse exits with code 2 for what it does not know."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="flame import", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, nargs="+", required=True, help="a Hugging Face folder, or its files")
     parser.add_argument("--checkpoint", type=Path, required=True, help="the folder to write, which must not exist")
     parser.add_argument("--no_verify", action="store_true", help="do not check the tensors against config.json")

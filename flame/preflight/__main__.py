@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
     """Exit code for a command line: 0 fine, HELP_SHOWN, DRY_RUN, or REFUSED with one line on stderr. Writes no file."""
     with without_torch():
         from flame.config.parser import help_text, parse, world_size
-        from flame.preflight.inputs import check_hub
+        from flame.preflight.inputs import check_hub, check_wandb
         from flame.preflight.validate import check
         from flame.runtime.launch import check_port
         from flame.runtime.lock import check_free
@@ -39,6 +39,7 @@ def main(argv: list[str]) -> int:
             check_free(Path(config.job.dump_folder))
             check_port()
             check_hub(config)
+            check_wandb(config)
     except UserError as e:
         print(f"flame: {e}", file=sys.stderr)
         return REFUSED

@@ -1,6 +1,7 @@
 """Validation of the files and hub ids that a job names: those that must be on this machine exist and fit together."""
 
 import os
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,7 +10,7 @@ from flame.config.paths import BUILDERS, CHECKOUT, check_path, command, exists, 
 from flame.config.schema import Data, DataSource, JobConfig, Training, Validation
 from flame.data.listing import expand, is_pair
 from flame.data.settings import parse_sources, spelled_by_the_user
-from flame.errors import UserError
+from flame.errors import UserError, first_line
 from flame.models.vocabulary import fit_vocab_size
 
 # torchtitan's models that train here; of the others flux makes images, llama3_ft needs torchft, gpt_oss always a GPU.
@@ -112,6 +113,23 @@ def check_hub(config: JobConfig) -> None:
             with spelled_by_the_user(section, config.data, index):
                 if source.path != "stdlib":
                     _check_hub("path", source.path, "dataset")
+
+
+def check_wandb(config: JobConfig) -> None:
+    """Raises UserError if a job is to be logged to W&B, and W&B would not take it."""
+    if not config.metrics.enable_wandb or os.environ.get("WANDB_MODE", "online") not in ("online", "shared"):
+        return
+    import wandb
+
+    found = "no API key"
+    try:
+        if wandb.login(prompt=False):
+            return
+    except wandb.errors.Error as error:
+        found = first_line(error)
+    login = Path(sys.executable).with_name("wandb")
+    hint = f"set WANDB_API_KEY, run {login} login, or set WANDB_MODE=offline, to upload it later with {login} sync"
+    raise UserError("--metrics.enable_wandb", found, hint=hint)
 
 
 def _check_hub(setting: str, name: str, repo: Literal["model", "dataset"]) -> None:

@@ -14,17 +14,33 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torchtitan.components.metrics import MetricsProcessor
+import torch.distributed as dist
+from torch.utils.tensorboard import SummaryWriter
+from torchtitan.components.metrics import (
+    LoggerContainer,
+    MetricsProcessor,
+    TensorBoardLogger,
+    WandBLogger,
+    _get_metrics_rank,
+)
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import NoColor, get_peak_flops
 
 from flame.config.files import read_text
 from flame.config.schema import JobConfig
+from flame.errors import first_line
 from flame.runtime.atomic import write_atomically
 from flame.training.context import RunContext
 
 _FALLBACK_PEAK = 312e12  # torchtitan 0.2.2 (tools/utils.py) takes an unknown device for an A100
+
+
+class TensorBoard(TensorBoardLogger):
+    """torchtitan's, which makes a folder for each start, in one folder for all starts of a run."""
+
+    def __init__(self, folder: str, step: int) -> None:
+        self.tag, self.writer = None, SummaryWriter(folder, max_queue=1000, purge_step=step + 1)
 
 
 class Metrics(MetricsProcessor):
@@ -45,13 +61,29 @@ class Metrics(MetricsProcessor):
             self.color = NoColor()
         self.peak_flops = known_peak_flops(self.device_memory_monitor.device_name)
 
-    def open(self) -> None:
-        """Open TensorBoard and W&B, whose files are made only when nothing can reject the start any more."""
-        if self.job_config.metrics.enable_wandb:
+    def open(self, step: int) -> None:
+        """Open TensorBoard and W&B after `step`, when nothing can reject the start any more; both write into tb/.
+
+        TensorBoard drops what earlier starts logged of later steps.
+        """
+        settings, rank = self.job_config.metrics, dist.get_rank()
+        if settings.enable_wandb:
             _name_wandb_run(self.context)
         threading.excepthook = partial(_report_once, threading.excepthook)
+        if not settings.save_for_all_ranks and rank != _get_metrics_rank(self.parallel_dims, self.job_config):
+            return
+        folder = str(
+            self.run.folder / settings.save_tb_folder / (f"rank_{rank}" if settings.save_for_all_ranks else "")
+        )
+        self.logger = loggers = LoggerContainer()
+        if settings.enable_wandb:
+            try:
+                loggers.add_logger(WandBLogger(folder, self.job_config))
+            except Exception as error:  # wandb's own, and whatever its service raises
+                logger.warning(f"W&B could not be started: {first_line(error)}; the run goes on without")
         with self._surviving():
-            self.logger = MetricsProcessor(self.job_config, self.parallel_dims).logger
+            if settings.enable_tensorboard:
+                loggers.add_logger(TensorBoard(folder, step))
 
     def log(self, step: int, loss: float, max_loss: float, grad_norm: float, extra_metrics: dict[str, Any]) -> None:
         """Log a step. `loss` is the mean over the step's global valid tokens, `grad_norm` the norm before clipping.

@@ -123,7 +123,7 @@ class FlameTrainer(torchtitan.train.Trainer):
         self.context.consensus.first(self._record)
         self.started = True
         if self.step < self.job_config.training.steps:
-            self.metrics_processor.open()
+            self.metrics_processor.open(self.step)
 
     def _record(self) -> None:
         trains = self.step < self.job_config.training.steps  # else the records of the finished run stay

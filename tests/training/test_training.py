@@ -224,16 +224,17 @@ def test_a_new_learning_rate_takes_effect_on_resume(root, job):
 
 def test_tensorboard_and_wandb_are_written_and_a_resumed_run_goes_on_in_the_same_wandb_run(root, job):
     logs = ("--metrics.enable_wandb", "--metrics.enable_tensorboard", "--parallelism.pipeline_parallel_degree=2")
-    for steps in (2, 4):
-        train_each([job("logged", *logs, steps=steps)], ranks=2, WANDB_MODE="offline")
+    for more in (("--training.steps=3",), ("--training.steps=5", "--checkpoint.load_step=2"), ("--training.steps=5",)):
+        train_each([job("logged", *logs, "--checkpoint.interval=2", *more)], ranks=2, WANDB_MODE="offline")
     folder = root / "logged"
     run_id = (folder / "wandb_run_id").read_text().splitlines()[0]
-    runs = list(folder.glob("tb/*/wandb/offline-run-*"))
-    assert len(runs) == 2
+    runs = list(folder.glob("tb/wandb/offline-run-*"))
+    assert len(runs) == 2  # the third start trained nothing
     assert all(run.name.endswith(run_id) for run in runs)
-    events = EventAccumulator(str(next(folder.glob("tb/*"))))
+    assert {path.name.split(".")[0] for path in (folder / "tb").iterdir()} == {"wandb", "events"}
+    events = EventAccumulator(str(folder / "tb"))
     events.Reload()
-    assert "loss" in events.Tags()["scalars"]
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5]
 
 
 def test_the_run_folder_says_what_happened_and_its_config_runs_again_as_it_is(root, job):
