@@ -136,7 +136,7 @@ class FlameTrainer(torchtitan.train.Trainer):
             files |= {"environment.json": to_json(environment), "config.toml": to_toml(recorded(self.job_config))}
         if trains or not (self.run.folder / "model").exists():
             files |= self.run.capture(lambda folder: self.model_parts[0].save_assets(folder, self.tokenizer.hf))
-        with self.run.begin(files, start=self.checkpointer.origin):
+        with self.run.begin(files, step=self.step, tokens=self.tokens, start=self.checkpointer.origin):
             self.checkpointer.archive_replaced()
 
     def _train_steps(self, last: int) -> None:
