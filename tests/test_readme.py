@@ -1,14 +1,19 @@
 """The README and the quickstart hold what they say: ```bash and ```python blocks run, ```sh blocks are checked."""
 
-import json
 import math
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 
 import pytest
 
+from flame.__main__ import SCRIPTS
+from flame.config.parser import parse
+from flame.data import __main__ as data_command
+from flame.drills import __main__ as drills_command
+from flame.models import __main__ as models_command
 from tests.fake_hub import serve
 from tests.launch import REPO, environment, metrics
 
@@ -27,15 +32,10 @@ def commands(page, language):
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    """A folder that looks like a checkout to whoever types relative paths, with some text of the user's."""
+    """A folder that looks like a checkout to whoever types relative paths."""
     folder = tmp_path_factory.mktemp("user")
-    for name in ("train.sh", "configs", "scripts", "flame", "tests"):
+    for name in ("train.sh", "configs", "scripts", "flame", "tests", "README.md", "CONTRIBUTING.md"):
         (folder / name).symlink_to(REPO / name)
-    (folder / "data" / "notes").mkdir(parents=True)
-    rows = [json.dumps({"text": f"line {i}: " + "some words that repeat. " * (i % 9 + 1)}) for i in range(300)]
-    (folder / "data" / "mine.jsonl").write_text("\n".join(rows))
-    for i in range(3):
-        (folder / "data" / "notes" / f"{i}.txt").write_text("a note of several words\n" * 200)
     return folder
 
 
@@ -92,6 +92,33 @@ def test_commands_that_need_gpus_or_a_network_are_accepted(command, checkout, hu
         capture_output=True,
     )
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+PAGES = ("README.md", *sorted(f"docs/{path.name}" for path in (REPO / "docs").glob("*.md")))
+COMMANDS = [command for page in PAGES for language in ("bash", "sh") for command in commands(page, language)]
+PARSERS = {"data": data_command.parse, "models": models_command.parse, "drills": drills_command.parse} | {
+    name: runpy.run_path(str(REPO / "scripts" / script))["parse"] for name, script in SCRIPTS.items()
+}
+
+
+@pytest.mark.parametrize("command", sorted({line for line in COMMANDS if "flame.sh" in line}))
+def test_every_command_of_the_pages_is_one_that_flame_has(command):
+    bash, script, name, *flags = shlex.split(command)
+    assert (bash, script) == ("bash", "scripts/flame.sh")
+    PARSERS[name](flags)
+
+
+@pytest.mark.parametrize("command", sorted({line for line in COMMANDS if "train.sh" in line}))
+def test_every_job_of_the_pages_has_flags_that_flame_has(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(REPO / "configs")
+    (tmp_path / "exp/mine").mkdir(parents=True)
+    (tmp_path / "exp/mine/config.toml").write_text('[model]\nconfig = "configs/gla_debug.json"\n')
+    words = shlex.split(command)
+    for name, value in (word.split("=") for word in words[: words.index("bash")]):
+        monkeypatch.setenv(name, value)
+    assert words[words.index("bash") + 1] == "train.sh"
+    parse([flag for flag in words[words.index("train.sh") + 1 :] if flag != "..."])
 
 
 def test_the_readmes_refusal_is_what_is_said(checkout):

@@ -18,8 +18,8 @@ BENCHMARK = Path(__file__).parents[2] / "scripts/benchmark/stream.py"
 LISTS = ("dataset_name", "dataset_split", "data_dir", "data_files")
 
 
-def main(argv: list[str]) -> int:
-    """Exit code: 0 fine, 1 the data differ, 2 a mistake of the user, reported in one line."""
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The command line, and the flags of the job that follow bench; argparse exits with code 2 if it is wrong."""
     parser = argparse.ArgumentParser(prog="flame data", description="What runs were fed, and how fast.")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("show", help="decode what a step was fed, and compare it with the run's ledger")
@@ -47,6 +47,12 @@ def main(argv: list[str]) -> int:
     given, flags = parser.parse_known_args(argv)
     if flags and given.command != "bench":
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
+    return given, flags
+
+
+def main(argv: list[str]) -> int:
+    """Exit code: 0 fine, 1 the data differ, 2 a mistake of the user, reported in one line."""
+    given, flags = parse(argv)
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # checkpoints are read without it
     same = True
     try:

@@ -12,8 +12,8 @@ from flame.errors import REFUSED, UserError
 from flame.runtime import device
 
 
-def main(argv: list[str]) -> int:
-    """Exit code: 0 success, 1 a failed check, 2 a UserError, printed as one line."""
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line; argparse exits with code 2 if it is wrong."""
     parser = argparse.ArgumentParser(prog="flame models", description="List model configs, or check one.")
     commands = parser.add_subparsers(dest="command", required=True)
     listing = commands.add_parser("list", help="the configs of configs/, or those given, with their sizes")
@@ -27,7 +27,12 @@ def main(argv: list[str]) -> int:
     audit.add_argument("--seed", type=int, default=0)
     audit.add_argument("--import", dest="module", help="as --model.import")
     audit.add_argument("--trust_remote_code", action="store_true", help="as --model.trust_remote_code")
-    given = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    """Exit code: 0 success, 1 a failed check, 2 a UserError, printed as one line."""
+    given = parse(argv)
     warnings.simplefilter("ignore")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     logging.getLogger("fla").setLevel(logging.ERROR)

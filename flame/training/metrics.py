@@ -72,9 +72,8 @@ class Metrics(MetricsProcessor):
         threading.excepthook = partial(_report_once, threading.excepthook)
         if not settings.save_for_all_ranks and rank != _get_metrics_rank(self.parallel_dims, self.job_config):
             return
-        folder = str(
-            self.run.folder / settings.save_tb_folder / (f"rank_{rank}" if settings.save_for_all_ranks else "")
-        )
+        own = f"rank_{rank}" if settings.save_for_all_ranks else ""
+        folder = str(self.run.folder / settings.save_tb_folder / own)
         self.logger = loggers = LoggerContainer()
         if settings.enable_wandb:
             try:

@@ -70,6 +70,15 @@ def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, flags, line):
     assert [path.name for path in tmp_path.iterdir()] == ["model.json"]
 
 
+def test_a_job_for_wandb_without_a_key_is_rejected_unless_it_is_offline(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    flags = ["--model.config", "model.json", "--metrics.enable_wandb"]
+    done = preflight(tmp_path, *flags, WANDB_MODE="online", HOME=str(tmp_path), NETRC=str(tmp_path / "none"))
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (REFUSED, "", 1)
+    assert "--metrics.enable_wandb: found no API key" in done.stderr
+    assert preflight(tmp_path, *flags, WANDB_MODE="offline").returncode == 0
+
+
 def test_the_ranks_are_those_of_the_launcher(tmp_path):
     done = preflight(tmp_path, "--model.config", "model.json", NNODE="3", NGPU="1")
     assert done.returncode == REFUSED and "3 data-parallel ranks" in done.stderr
