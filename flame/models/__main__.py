@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -74,7 +75,14 @@ def _audit(given: Any) -> int:
     if given.depth or given.width:
         fields = shrink(config.to_dict(), config, given.depth, given.width)
         family, config = read_config(fields, given.config, given.trust_remote_code)
-    build_on_meta(config, given.config, given.trust_remote_code)
+    hf = build_on_meta(config, given.config, given.trust_remote_code)
+    count = sum(parameter.numel() for parameter in hf.parameters())
+    # in float32: flame's model, transformers' with the same weights, one with its own, and two sets of gradients
+    if 5 * 4 * count > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
+        found = f"{count:,} parameters in {given.config}"
+        raise UserError(
+            "audit", found, f"at most {memory // 20:,} on this machine", "--depth and --width make it small"
+        )
     ok = True
     for finding in audit(family, config, given.seq_len, given.seed):
         print(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.name:<14}  {finding.figure}", flush=True)

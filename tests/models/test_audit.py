@@ -133,6 +133,14 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, words, capsys):
     assert words in message and message.count("\n") == 1
 
 
+def test_a_model_that_memory_cannot_hold_is_one_line_that_says_how_to_make_it_small(tmp_path, capsys):
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps(fields_of("linear_attn", hidden_ratio=1e9)))
+    assert main(["audit", str(path)]) == 2
+    message = capsys.readouterr().err
+    assert "parameters in" in message and "--depth" in message and message.count("\n") == 1
+
+
 def test_a_model_of_fla_without_a_reference_is_rejected_on_a_cpu(tmp_path, capsys):
     if torch.cuda.is_available():
         pytest.skip("its kernels run here")

@@ -49,7 +49,7 @@ def validator(held_out, rank=0, ranks=1, *flags):
     from flame.data.source import build_sources
     from flame.data.tokenize import build_tokenizer
 
-    config = parse([f"--validation.dataset={held_out}", f"--validation.seq_len={SEQ}", *flags])
+    config = parse(["--validation.enable", f"--validation.dataset={held_out}", f"--validation.seq_len={SEQ}", *flags])
     logged = Logged()
     sources = build_sources(config.validation, config.data)
     made = Validator(
