@@ -257,7 +257,10 @@ def _sizes_by_metadata(data: bytes) -> tuple[dict[str, int], bool]:
 
     Raises ValueError if it is corrupted, and _MarkerMissingError if it expects a marker.
     """
-    metadata, sizes = parse_metadata(data), {METADATA: len(data)}
+    try:
+        metadata, sizes = parse_metadata(data), {METADATA: len(data)}
+    except ValueError as error:
+        raise ValueError(f"{METADATA} is corrupted ({error})") from None
     if metadata.save_id.endswith(EXPECTS_MARKER):
         raise _MarkerMissingError(f"{MARKER} is missing")
     for place in metadata.places.values():

@@ -105,7 +105,7 @@ def parse_metadata(data: bytes) -> Metadata:
         origin = getattr(found, "storage_meta", None)
         return Metadata(tensors, _places(found.storage_data), _text(origin.save_id or "") if origin else "")
     except Exception as error:  # a foreign or corrupted pickle may raise anything
-        raise ValueError(f"{METADATA} is corrupted ({first_line(error)})") from None
+        raise ValueError(first_line(error)) from None
 
 
 def _tensor(info: Any) -> TensorInfo | None:
