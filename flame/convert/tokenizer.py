@@ -6,7 +6,6 @@ from typing import Any
 
 from flame.checkpoint.structure import ConversionError
 from flame.data.fast import sample_texts
-from flame.data.tokenize import without_warnings
 
 
 def settle_tokenizer(folder: Path) -> None:
@@ -58,6 +57,8 @@ def compare_tokenizer(folder: Path) -> dict[str, int] | str:
 
 def _load(folder: Path) -> Any:
     from transformers import AutoTokenizer
+
+    from flame.data.tokenize import without_warnings  # here: it imports torchtitan, before which the device is chosen
 
     with without_warnings():
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
