@@ -24,6 +24,7 @@ RANGES = (
     *((0x1100, 0x1200), (0x2000, 0x2070), (0x20A0, 0x2C00), (0x3000, 0x3100), (0x4E00, 0x9FFF), (0xAC00, 0xD7A4)),
     *((0xE000, 0xE100), (0xFB00, 0xFFFF), (0x1F300, 0x1FB00), (0x10000, 0x10FFFF)),
 )
+NEVER = {0xC0, 0xC1, *range(0xF5, 0x100)}  # bytes that UTF-8 does not have; ByteLevel writes them as these characters
 SPACES = (" ", "  ", "\n", "\r\n", "\t", " \n", "\u00a0", "\u3000")
 
 logger = logging.getLogger("flame")
@@ -35,7 +36,7 @@ def is_failure(error: BaseException) -> bool:
 
 
 def covers_all_text(backend: Any) -> bool:
-    """Whether a `tokenizers.Tokenizer` is a byte-pair encoding that has a token for each of the 256 bytes.
+    """Whether a `tokenizers.Tokenizer` is a byte-pair encoding that has a token for each byte that UTF-8 has.
 
     Where one is missing, `tokenizers` leaves it out of the text or takes the unknown token, and fastokens fails.
     """
@@ -44,10 +45,10 @@ def covers_all_text(backend: Any) -> bool:
         return False
     vocab = rules["model"]["vocab"]
     if rules["model"]["byte_fallback"]:
-        return all(f"<0x{byte:02X}>" in vocab for byte in range(256))
+        return all(f"<0x{byte:02X}>" in vocab for byte in set(range(256)) - NEVER)
     steps = rules["pre_tokenizer"] or {}
     bytewise = any(step["type"] == "ByteLevel" for step in steps.get("pretokenizers", [steps]) if step)
-    return bytewise and all(character in vocab for character in pre_tokenizers.ByteLevel.alphabet())
+    return bytewise and vocab.keys() >= set(pre_tokenizers.ByteLevel.alphabet()) - set(map(chr, NEVER))
 
 
 def open_fast(backend: Any) -> Encode | None:

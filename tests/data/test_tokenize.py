@@ -273,17 +273,34 @@ def test_a_text_that_cannot_be_encoded_is_one_line_that_names_it(model, tmp_path
     assert "'a stranger'" in error.value.found and str(tmp_path) in error.value.found
 
 
+def test_bytes_that_no_text_has_need_no_token(library, folder, tmp_path, caplog):
+    rules = json.loads((folder / "tokenizer.json").read_text())
+    for byte in (0xC0, 0xC1, *range(0xF5, 0x100)):
+        del rules["model"]["vocab"][chr(byte)]
+    tokens = sorted(rules["model"]["vocab"], key=rules["model"]["vocab"].get)
+    rules["model"]["vocab"] = {token: id for id, token in enumerate(tokens)}
+    tokenizer = build_tokenizer(save(tmp_path, rules))
+    assert "leaves them out" not in caplog.text
+    right = [
+        encoding.ids
+        for encoding in Backend.from_str(json.dumps(rules)).encode_batch_fast(HARD, add_special_tokens=False)
+    ]
+    assert [ids.tolist() for ids in tokenizer.encode_batch(HARD)] == right
+
+
 @pytest.mark.parametrize("rare", [False, True])
 def test_bytes_without_a_token_are_left_out_as_the_tokenizer_leaves_them_out(rare, library, folder, tmp_path, caplog):
     rules = json.loads((folder / "tokenizer.json").read_text())
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     merged = {part for merge in rules["model"]["merges"] for part in merge}
     unmerged = [token for token in rules["model"]["vocab"] if token in alphabet and token not in merged]
-    for token in ["\u00ae"] if rare else unmerged:  # byte 0xAE, of few characters
+    for token in ["\u00df"] if rare else unmerged:  # byte 0xDF, that of few letters
         del rules["model"]["vocab"][token]
+    tokens = sorted(rules["model"]["vocab"], key=rules["model"]["vocab"].get)
+    rules["model"]["vocab"] = {token: id for id, token in enumerate(tokens)}  # without gaps
     tokenizer, backend = build_tokenizer(save(tmp_path, rules)), Backend.from_str(json.dumps(rules))
     assert "leaves them out" in caplog.text
-    texts = ["\u2e2e\u00ae \U0001f3ae", *HARD, *library[:5]]
+    texts = ["\u07c1 \u07fa", *HARD, *library[:5]]
     right = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
     assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == right
 
