@@ -49,7 +49,7 @@ class Tokenizer(BaseTokenizer):
             if not known:
                 hint = "it separates documents; set it in tokenizer_config.json"
                 raise UserError(FLAG, f"no EOS token in {path}", "a tokenizer with one", hint)
-            hf.eos_token = known[0]
+            hf.add_special_tokens({"eos_token": known[0]})  # as it is when it is read again
         self.hf, self.path = hf, path
         before = _count_ids(hf)
         special: dict[str, Any] = {"extra_special_tokens": list(add_tokens)}

@@ -393,3 +393,13 @@ def test_a_text_that_the_fast_tokenizer_encodes_otherwise_stops_the_run(library)
     assert "text a" in error.value.found and len(error.value.found) < 1100
     for _ in range(100):
         Checked(right, backend)(["plain", "a text " * 500, ""])
+
+
+def test_an_end_of_text_known_by_its_name_alone_is_the_same_token_in_what_a_run_keeps(tmp_path):
+    vocab = {"<unk>": 0, "</s>": 1, "</": 2, "s": 3, ">": 4, "a": 5}
+    rules = {"added_tokens": [], "pre_tokenizer": {"type": "Whitespace"}}
+    rules["model"] = {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", **rules}))
+    tokenizer = build_tokenizer(str(tmp_path / "tokenizer.json"))
+    tokenizer.hf.save_pretrained(tmp_path / "kept")
+    assert tokenizer.encode("a </s>") == build_tokenizer(str(tmp_path / "kept")).encode("a </s>") == [5, 1]
