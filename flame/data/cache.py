@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
+from flame.config.files import regular
 from flame.config.paths import COMPRESSED, ending
 from flame.errors import UserError
 from flame.runtime.atomic import open_atomically
@@ -36,7 +37,7 @@ def open_decompressed(path: Path) -> Iterator[Any]:
     import pyarrow
 
     codec = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}.get(path.suffix.lower())
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=regular) as file:
         try:
             if path.suffix.lower() == ".xz":
                 with lzma.open(file) as stream:

@@ -4,8 +4,10 @@ Local files (flame.data.listing) are read by a reader for each kind: JSON (flame
 Megatron's .bin and .idx (flame.data.megatron), and tables by `datasets` (flame.data.table), as the hub's data are.
 """
 
+import logging
 import os
 import re
+import sys
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -159,6 +161,7 @@ def _open(source: DataSource, streaming: bool) -> Source:
     name = str(source.name)
     if source.path == "stdlib":
         return Source(name, source.weight, LibraryFiles(), "Python's own source code")
+    _quiet_datasets()
     try:
         rows, about, left_out = _read_here(source, streaming) or _read_hub(source, streaming)
     except UserError:
@@ -170,6 +173,15 @@ def _open(source: DataSource, streaming: bool) -> Source:
         reason = " ".join(str(cause).split())[:300] or type(cause).__name__
         raise UserError("path", source.path, hint=f"not loadable: {reason}") from error
     return Source(name, source.weight, rows, about, left_out)
+
+
+def _quiet_datasets() -> None:
+    """No progress bars of `datasets` in a log, nor its own account of errors that are raised."""
+    from datasets import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
 
 
 Opened = tuple[Any, str, Sequence[str]]  # Rows or Stream, and a source's `about` and `left_out`

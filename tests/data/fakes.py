@@ -1,6 +1,11 @@
-"""Small hand-made sources and an encoder of bytes."""
+"""Small hand-made sources, an encoder of bytes, and compressors."""
+
+import bz2
+import gzip
+import lzma
 
 import numpy as np
+import pyarrow
 
 from flame.config.schema import Data, DataLoader, JobConfig, Training
 from flame.data.document import accept
@@ -8,6 +13,12 @@ from flame.data.loader import Loader
 from flame.data.source import Source, build_sources
 
 EOS = 256
+COMPRESS = {  # {ending: compressor of bytes}
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda content: pyarrow.Codec("zstd").compress(content, asbytes=True),
+}
 
 
 class Bytes:

@@ -1,14 +1,18 @@
 """What holds for any way of reading: the sequence of rows, each row once, and the shares."""
 
 import json
+import tempfile
 from functools import cache
+from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flame.data.source import Source
-from tests.data.fakes import Tape, Texts, build, documents, loader, three
+from tests.data.fakes import COMPRESS, Tape, Texts, build, documents, loader, three
 
 STEPS = 60  # of 8 rows: past three epochs of the first source and twenty of the last
 
@@ -89,6 +93,58 @@ def test_every_row_of_any_number_of_files_is_read_once_by_any_ranks_and_workers(
             read += [bytes(row).decode() for fed, _ in run for row in fed["input"].tolist()]
         assert sorted(read) == texts, "each once, in another order"
         assert read != texts
+
+
+def as_lines(texts, end, last_end):
+    return end.join(json.dumps({"text": text}, ensure_ascii=len(text) % 2 == 0) for text in texts) + last_end * end
+
+
+def as_table(texts, ending):
+    table, out = pyarrow.table({"text": texts, "other": range(len(texts))}), pyarrow.BufferOutputStream()
+    if ending == ".parquet":
+        pyarrow.parquet.write_table(table, out, row_group_size=2)
+    else:
+        with pyarrow.ipc.new_stream(out, table.schema) as writer:
+            writer.write_table(table, max_chunksize=2)
+    return out.getvalue().to_pybytes()
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufeff"), min_size=1, max_size=30)
+FILES = st.lists(  # documents of each file, and how they are written
+    st.tuples(
+        st.lists(TEXT, min_size=1, max_size=7),
+        st.sampled_from((".jsonl", ".json", "array.json", "indented.json", ".txt", ".parquet", ".arrow")),
+        st.sampled_from(("", *COMPRESS)),
+        st.sampled_from(("utf-8", "utf-8-sig")),
+        st.sampled_from(("\n", "\r\n")),
+        st.booleans(),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow])
+@given(files=FILES, streaming=st.booleans())
+def test_documents_that_are_written_in_any_way_are_read_each_once_and_none_else(files, streaming):
+    with tempfile.TemporaryDirectory() as folder:
+        expected = []
+        for number, (texts, ending, compression, encoding, end, last_end) in enumerate(files):
+            if ending == ".txt":
+                texts = texts[:1]
+                content = texts[0].encode(encoding)
+            elif ending in (".parquet", ".arrow"):
+                content = as_table(texts, ending)
+            elif ending in (".jsonl", ".json"):
+                content = as_lines(texts, end, last_end).encode(encoding)
+            else:
+                indent = 1 if ending == "indented.json" else None
+                content = json.dumps([{"text": text} for text in texts], indent=indent).encode(encoding)
+            path = Path(folder, f"{number}{ending}{compression}")
+            path.write_bytes(COMPRESS[compression](content) if compression else content)
+            expected += texts
+        (source,) = build(folder, streaming=streaming)
+        assert sorted(row for rows in source.blocks(5) for row in rows) == sorted(expected)
 
 
 def test_shares_of_tokens_hold_to_half_a_point_after_2000_sequences():

@@ -1,0 +1,125 @@
+"""Copies and indices of files: made once for all processes, again when the file changes, nothing of a kill left."""
+
+import gzip
+import lzma
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from flame.data import cache
+from flame.data.cache import decompress, make
+from flame.errors import UserError
+from tests.data.fakes import COMPRESS, build
+
+MAKER = """
+import logging, sys, time
+logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
+from flame.data.cache import make
+
+def write(out):
+    print("writing", flush=True)
+    out.write(b"one ")
+    time.sleep(float(sys.argv[2]))
+    out.write(b"two")
+    yield 7
+
+print(make(sys.argv[1], ".made", "making", write))
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """The cache, empty."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "flame"
+
+
+def start(file, seconds):
+    words = [sys.executable, "-c", MAKER, str(file), str(seconds)]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
+
+
+def test_one_process_makes_a_copy_and_the_others_say_that_they_wait(tmp_path):
+    (tmp_path / "a").write_bytes(b"content")
+    first = start(tmp_path / "a", 2)
+    assert first.stdout.readline() == "writing\n"
+    others = [start(tmp_path / "a", 0) for _ in range(2)]
+    made = first.communicate()[0].strip()
+    assert Path(made).read_bytes() == b"one two"
+    for other in others:
+        said = other.communicate()[0]
+        assert "writing" not in said and said.endswith(f"{made}\n")
+        assert f"{tmp_path}/a: waiting for another process" in said
+
+
+def test_what_a_killed_process_left_is_removed_and_its_work_is_done(tmp_path, folder):
+    (tmp_path / "a").write_bytes(b"content")
+    killed = start(tmp_path / "a", 600)
+    assert killed.stdout.readline() == "writing\n"
+    killed.kill()
+    killed.communicate()
+    assert list(folder.glob("*.tmp"))
+    assert start(tmp_path / "a", 0).communicate()[0].startswith("writing\n")
+    assert sorted(path.suffix for path in folder.iterdir()) == ["", ".made"]
+
+
+def test_a_copy_is_made_anew_when_the_file_changes_and_not_otherwise(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(b"a"))
+    copy = decompress(str(path))
+    assert Path(copy).read_bytes() == b"a" and decompress(str(path)) == copy
+    path.write_bytes(gzip.compress(b"b"))
+    os.utime(path, (0, time.time() + 5))
+    assert Path(decompress(str(path))).read_bytes() == b"b"
+
+
+def test_a_failure_leaves_no_copy(tmp_path, folder):
+    (tmp_path / "a.jsonl.xz").write_bytes(lzma.compress(os.urandom(9000))[:-5000])
+    with pytest.raises(UserError) as error:
+        decompress(str(tmp_path / "a.jsonl.xz"))
+    assert error.value.setting == str(tmp_path / "a.jsonl.xz")
+    assert [path.name for path in folder.iterdir()] == ["lock"]
+
+
+def test_the_log_says_what_is_made_of_a_large_file_and_how_far_it_is(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(cache, "LARGE", 1)
+    monkeypatch.setattr(cache, "SECONDS", 0)
+    monkeypatch.setattr(cache, "CHUNK", 1 << 20)
+    (tmp_path / "a").write_bytes(bytes(3 << 20))
+    with caplog.at_level("INFO", "flame"):
+        made = make(str(tmp_path / "a"), ".x", "copying", lambda out: iter([1 << 20, 1 << 20]))
+    assert [record.getMessage() for record in caplog.records] == [
+        f"copying {tmp_path}/a, 3 MiB, once",
+        f"copying {tmp_path}/a: 1 MiB so far",
+        f"copying {tmp_path}/a: 2 MiB so far",
+    ]
+    assert os.path.exists(made)
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+@pytest.mark.parametrize("damage", ["cut", "other", "tail"])
+def test_a_damaged_compressed_file_is_a_bad_row_of_text_and_rejected_as_lines(tmp_path, ending, damage):
+    def write(name, content):
+        whole = COMPRESS[ending](content)
+        damaged = {"cut": whole[:-6], "other": b"not compressed at all", "tail": whole + whole[:9]}[damage]
+        (tmp_path / f"{name}{ending}").write_bytes(damaged)
+
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("a")
+    write("text/b.txt", b"a text " * 99)
+    (source,) = build(tmp_path / "text")
+    good, bad = source.rows.texts([0, 1])
+    assert good == "a" and bad.place == f"{tmp_path}/text/b.txt{ending}" and "decompressed" in bad.reason
+    for name, content in (
+        ("c.jsonl", b'{"text": "a"}\n' * 9),
+        ("c.json", b'[{"text": "a"}]'),
+        ("c.parquet", b"PAR1" * 9),
+    ):
+        write(name, content)
+        with pytest.raises(UserError) as error:
+            build(tmp_path / f"{name}{ending}")
+        assert error.value.setting == f"{tmp_path}/{name}{ending}" and "decompressed" in error.value.hint
