@@ -75,7 +75,7 @@ def make(file: str, suffix: str, work: str, write: Callable[[BinaryIO], Iterator
         return str(path)
     lock = FileLock(path.with_name("lock"))
     try:
-        lock.acquire(blocking=False)
+        lock.acquire(timeout=1)  # second
     except Timeout:
         logger.info(f"{file}: waiting for another process that is at work in {path.parent}")
         lock.acquire()

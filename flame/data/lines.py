@@ -6,6 +6,7 @@ A file holds an object per line; what else is JSON is copied as such. Lines are 
 import json
 import re
 from bisect import bisect_right
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, groupby, islice
 from pathlib import Path
@@ -68,7 +69,7 @@ class JsonLines:
 def parse_line(line: bytes, place: str) -> dict[str, Any] | Bad:
     """The object in a line, or why there is none."""
     try:
-        record = json.loads(line.decode("utf-8-sig"))
+        record = json.loads(line.removeprefix(BOM_UTF8).decode())
     except UnicodeDecodeError:
         return Bad("invalid UTF-8", place)
     except (ValueError, RecursionError) as error:
@@ -112,7 +113,7 @@ def _holds_lines(file: str) -> bool:
         return True
     with cache.open_decompressed(Path(file)) as stream:
         for line in _read_head(stream):
-            if line.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+            if line.removeprefix(BOM_UTF8).lstrip().startswith(b"["):
                 return False
             if isinstance(parse_line(line, file), dict):
                 return True

@@ -4,10 +4,8 @@ Local files (flame.data.listing) are read by a reader for each kind: JSON (flame
 Megatron's .bin and .idx (flame.data.megatron), and tables by `datasets` (flame.data.table), as the hub's data are.
 """
 
-import logging
 import os
 import re
-import sys
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,6 +31,7 @@ from flame.data.table import (
     TableStream,
     describe_fields,
     open_column,
+    quiet_datasets,
     read_schema,
     stream_column,
 )
@@ -161,7 +160,6 @@ def _open(source: DataSource, streaming: bool) -> Source:
     name = str(source.name)
     if source.path == "stdlib":
         return Source(name, source.weight, LibraryFiles(), "Python's own source code")
-    _quiet_datasets()
     try:
         rows, about, left_out = _read_here(source, streaming) or _read_hub(source, streaming)
     except UserError:
@@ -173,15 +171,6 @@ def _open(source: DataSource, streaming: bool) -> Source:
         reason = " ".join(str(cause).split())[:300] or type(cause).__name__
         raise UserError("path", source.path, hint=f"not loadable: {reason}") from error
     return Source(name, source.weight, rows, about, left_out)
-
-
-def _quiet_datasets() -> None:
-    """No progress bars of `datasets` in a log, nor its own account of errors that are raised."""
-    from datasets import disable_progress_bars
-
-    if not sys.stderr.isatty():
-        disable_progress_bars()
-    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
 
 
 Opened = tuple[Any, str, Sequence[str]]  # Rows or Stream, and a source's `about` and `left_out`
@@ -238,8 +227,9 @@ def _read_saved(source: DataSource, split: str) -> Opened:
 
 def _read_kind(source: DataSource, kind: str, files: Sequence[str], streaming: bool) -> tuple[Any, str]:
     """The rows of local files of one kind, and what the log says of them."""
-    size = sum(os.path.getsize(file) for file in files) / 1e6
-    about = f"{len(files):,} {kind} file{'s' if len(files) > 1 else ''}, {size:,.1f} MB"
+    size = sum(os.path.getsize(file) for file in files)
+    amount = f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size:,} bytes"
+    about = f"{len(files):,} {kind} file{'s' if len(files) > 1 else ''}, {amount}"
     if kind == "megatron":
         return IndexedRows([file.removesuffix(".idx") for file in files]), about
     if kind == "text":
@@ -266,6 +256,7 @@ def _read_hub(source: DataSource, streaming: bool) -> Opened:
     """The rows of a hub dataset, or of files elsewhere."""
     from datasets import load_dataset
 
+    quiet_datasets()
     path, split = source.path, source.split or "train"
     check_source("path", path, "dataset")
     files = [file.strip() for file in source.data_files.split(",")] if source.data_files else None

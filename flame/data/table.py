@@ -5,6 +5,7 @@ import copy
 import json
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -98,6 +99,15 @@ def describe_fields(schema: Any) -> dict[str, str]:
     return {field.name: describe_type(field.type) for field in schema}
 
 
+def quiet_datasets() -> None:
+    """No progress bars of `datasets` in a log, nor its own account of errors that are raised."""
+    from datasets import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
+
+
 def read_schema(kind: str, file: str) -> Any:
     """The Arrow schema of a local .parquet or .arrow file. Raises UserError if the file is not of that kind."""
     with _open_table(kind, file) as table:
@@ -179,6 +189,7 @@ def stream_column(files: Sequence[str], column: str) -> TableStream | None:
         return None
     chosen = next((kind for kind in types if describe_type(kind) != NOTHING), types[0])
     chosen = pyarrow.string() if describe_type(chosen) == TEXT and not pyarrow.types.is_large_string(chosen) else chosen
+    quiet_datasets()
     dataset = load_dataset(
         "parquet",
         data_files={"train": [escape(os.path.abspath(file)) for file in heads]},
