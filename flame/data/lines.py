@@ -4,6 +4,7 @@ A file holds an object per line; what else is JSON is copied as such. Lines are 
 """
 
 import json
+import os
 import re
 from bisect import bisect_right
 from codecs import BOM_UTF8
@@ -44,6 +45,8 @@ class JsonLines:
         for file, chosen in groupby(sorted(set(indices)), lambda i: bisect_right(self._firsts, i) - 1):
             try:
                 with open(self._paths[file], "rb") as lines:
+                    if os.fstat(lines.fileno()).st_size != self._starts[file][-1]:
+                        raise UserError(self._names[file], "another size", "that of the start of the run")
                     for index in chosen:
                         found[index] = self._read(lines, file, index - self._firsts[file])
             except OSError as error:

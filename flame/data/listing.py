@@ -9,7 +9,7 @@ from pathlib import Path
 
 from flame.config.paths import KINDS, ending
 from flame.config.schema import DataSource
-from flame.errors import UserError
+from flame.errors import UserError, first_line
 
 NO_ROWS = ("README.md", "config.json", "dataset_info.json", "dataset_infos.json")  # as `datasets` has it
 
@@ -151,9 +151,13 @@ def _names_splits(card: Path) -> bool:
 def _read_card(folder: Path, subset: str | None, found: Sequence[str]) -> dict[str, list[str]]:
     """The files of each split that a dataset card names. Raises OSError or ValueError as `datasets` does."""
     from datasets import load_dataset_builder
+    from yaml import YAMLError
 
     names = {os.path.abspath(file): file for file in found}
-    files = load_dataset_builder(str(folder), subset).config.data_files or {}
+    try:
+        files = load_dataset_builder(str(folder), subset).config.data_files or {}
+    except YAMLError as error:
+        raise UserError(str(folder / "README.md"), hint=f"its configs are no YAML: {first_line(error)}") from error
     return {str(split): [names.get(os.path.abspath(file), file) for file in files[split]] for split in files}
 
 

@@ -61,10 +61,11 @@ class _Index:
     def document(self, row: int) -> np.ndarray:
         """All sequences of a document, joined."""
         first, last = self._bounds[row : row + 2]
-        parts = [
-            self._tokens[int(offset) : int(offset) + int(length) * self._dtype.itemsize].view(self._dtype)
-            for offset, length in zip(self._offsets[first:last], self._lengths[first:last], strict=True)
-        ]
+        begins = self._offsets[first:last]
+        ends = begins + self._lengths[first:last] * np.int64(self._dtype.itemsize)
+        if not 0 <= first <= last or (begins < 0).any() or (ends < begins).any() or (ends > len(self._tokens)).any():
+            raise UserError(self.path, hint=f"not the data of its .idx, or damaged: document {row} lies outside")
+        parts = [self._tokens[begin:end].view(self._dtype) for begin, end in zip(begins, ends, strict=True)]
         return np.concatenate(parts) if parts else np.empty(0, self._dtype)
 
 

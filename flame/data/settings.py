@@ -38,6 +38,8 @@ def parse_sources(section: Training | Validation, data: Data) -> list[DataSource
     taken, parsed = set(names), []
     for index, source in enumerate(sources):
         with spelled_by_the_user(section, data, index):
+            if not source.path:
+                raise UserError("path", "''", "stdlib, a local path or a hub id")
             if not 0 < source.weight < math.inf:
                 raise UserError("weight", source.weight, "a number above 0")
             if names.count(source.name or "") > 1:

@@ -126,3 +126,17 @@ def test_ids_beyond_64_bits_are_bad_rows_in_every_form(tmp_path):
         assert good.tolist() == [1, 2] and all(isinstance(row, Bad) for row in bad)
     text = read(tmp_path / "b.jsonl", b'{"text": "a"}\n{"text": [9223372036854775808]}\n{"text": 1e19}')
     assert text[0] == "a" and all(isinstance(row, Bad) for row in text[1:])
+
+
+def test_a_file_that_changes_or_goes_away_while_it_is_read_ends_the_run_in_one_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n{"text": "b"}\n')
+    (source,) = build(path)
+    path.write_text('{"text": "a"}\n')
+    with pytest.raises(UserError) as error:
+        source.rows.texts([1])
+    assert error.value.setting == str(path) and "size" in error.value.found
+    path.unlink()
+    with pytest.raises(UserError) as error:
+        source.rows.texts([1])
+    assert error.value.setting == str(path) and "cannot be read" in error.value.hint

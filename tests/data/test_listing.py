@@ -76,6 +76,10 @@ def test_the_splits_of_a_dataset_card_are_those_of_the_source(tmp_path):
     (tmp_path / "README.md").write_text(card + "    path: two*\n---\n# Title\n")
     assert read(tmp_path) == ["one"] and left_out(tmp_path) == ["train.jsonl", "two.jsonl"]
     assert read(tmp_path, dataset_split="rest") == ["two"]
+    (tmp_path / "README.md").write_text("---\nconfigs: [}\n---\n")
+    with pytest.raises(UserError) as error:
+        build(tmp_path)
+    assert error.value.setting == f"{tmp_path}/README.md" and "\n" not in str(error.value)
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\nconfigs:\n")
     assert len(read(tmp_path)) == 3 and left_out(tmp_path) == []
 

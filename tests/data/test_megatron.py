@@ -88,6 +88,18 @@ def test_files_that_are_cut_short_or_of_another_format_are_rejected(tmp_path, id
     assert error.value.setting.startswith(f"{tmp_path}/x.") and rule in str(error.value)
 
 
+@pytest.mark.parametrize("offset", ["0100000000000000", "ffffffffffffffff", "0a00000000000000"])
+def test_an_index_that_points_outside_its_data_or_between_ids_is_no_traceback(tmp_path, offset):
+    at = 34 + 12
+    idx = IDX[:at] + bytes.fromhex(offset) + IDX[at + 8 :]
+    try:
+        found = read(pair(tmp_path, idx))
+    except UserError as error:
+        assert error.setting == f"{tmp_path}/x.bin"
+    else:
+        assert offset == "0100000000000000" and found[1:] == [[300], [5, 6]]
+
+
 def test_documents_of_ids_are_trained_on_as_they_are_with_one_eos_after_each(tmp_path):
     (tmp_path / "ids.jsonl").write_text('{"input_ids": [1, 2, 3, 256]}\n{"input_ids": [4, 5]}\n')
     for sources in (build(tmp_path / "ids.jsonl"), build(pair(tmp_path, data=bytes(12)))):

@@ -70,6 +70,7 @@ def test_the_recorded_config_holds_the_tables_with_paths_that_hold_anywhere(tmp_
 @pytest.mark.parametrize(
     "before, after, setting, rule",
     [
+        ('path = "folder"', 'path = ""', "data.sources[1].path", "a hub id"),
         ("weight = 3", "weight = 0", "data.sources[0].weight", "found 0.0, must be a number above 0"),
         ('path = "folder"', 'path = "fodler.jsonl"', "data.sources[1].path", "no file or folder fodler.jsonl"),
         ("b.jsonl", "c.jsonl", "data.sources[1].data_files", "no file c.jsonl"),
