@@ -258,19 +258,17 @@ def _sizes_by_metadata(data: bytes) -> tuple[dict[str, int], bool]:
     Raises ValueError if it is corrupted, and _MarkerMissingError if it expects a marker.
     """
     try:
-        metadata, sizes = parse_metadata(data), {METADATA: len(data)}
+        metadata = parse_metadata(data)
     except ValueError as error:
         raise ValueError(f"{METADATA} is corrupted ({error})") from None
     if metadata.save_id.endswith(EXPECTS_MARKER):
         raise _MarkerMissingError(f"{MARKER} is missing")
-    for place in metadata.places.values():
-        sizes[place.file] = max(place.start + place.length, sizes.get(place.file, 0))
-    return sizes, "train_state.step" in metadata.tensors
+    return {METADATA: len(data), **metadata.file_sizes()}, "train_state.step" in metadata.tensors
 
 
 def _wrong_fields(marker: Mapping[str, Any]) -> str:
     """What of a marker this version cannot read; "" if nothing."""
-    optional = {"tokens": int, "data_digest": str, "config": dict}
+    optional = {"step": int, "tokens": int, "data_digest": str, "config": dict}
     kinds = {"files": dict, "resumable": bool, **{name: kind for name, kind in optional.items() if name in marker}}
     for name, kind in kinds.items():
         if not isinstance(value := marker.get(name), kind):

@@ -89,6 +89,13 @@ class Metadata:
     places: Mapping[tuple[str, Sizes | None], Place]
     save_id: str
 
+    def file_sizes(self) -> dict[str, int]:
+        """{file: bytes in use}."""
+        sizes: dict[str, int] = {}
+        for place in self.places.values():
+            sizes[place.file] = max(place.start + place.length, sizes.get(place.file, 0))
+        return sizes
+
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:

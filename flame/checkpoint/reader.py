@@ -2,6 +2,7 @@
 
 import io
 import pickle
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import ReadItem
 
-from flame.checkpoint.commit import read_metadata
-from flame.checkpoint.metadata import TensorInfo
+from flame.checkpoint.commit import MARKER, read_marker, read_metadata
+from flame.checkpoint.metadata import METADATA, TensorInfo
 from flame.errors import UserError
 
 
@@ -43,7 +44,13 @@ class Reader(FileSystemReader):
 
     def __init__(self, checkpoint: Path) -> None:
         super().__init__(checkpoint)
-        found = read_metadata(checkpoint)
+        found, listed = read_metadata(checkpoint), read_marker(checkpoint).get("files")
+        for name, size in found.file_sizes().items():
+            if listed is not None and name not in listed:
+                raise UserError(str(checkpoint / METADATA), f"the file {name}", f"one that {MARKER} lists")
+            with suppress(FileNotFoundError):  # torch names it
+                if (has := (checkpoint / name).stat().st_size) < size:
+                    raise UserError(str(checkpoint / name), f"{has:,} bytes", f"{size:,}, by {METADATA}")
         self.metadata = Metadata(
             {name: _tensor(info) if info else BytesStorageMetadata() for name, info in found.tensors.items()},
             storage_data={

@@ -6,17 +6,19 @@ A chunk of a tensor is a file of `torch.save` inside a rank's file. Nothing in a
 
 import io
 import pickle
+import stat
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from flame.checkpoint.commit import read_metadata, report_unreadable
-from flame.checkpoint.dtypes import CODES, Box, slices
+from flame.checkpoint.dtypes import CODES, SIZES, Box, slices
 from flame.checkpoint.metadata import Place, TensorInfo
 from flame.config.files import regular
 from flame.errors import UserError, first_line
@@ -48,11 +50,14 @@ class Chunk:
         return inside if all(start < stop for start, stop in inside) else None
 
     def modified(self) -> int:
-        """When the file was last modified, in nanoseconds."""
+        """When the file was last modified, in nanoseconds. Raises CorruptedError if it cannot hold the chunk."""
         try:
-            return self.file.stat().st_mtime_ns
+            status = self.file.stat()
         except FileNotFoundError:
             raise self.corrupted("no file") from None
+        if stat.S_ISREG(status.st_mode) and 0 < status.st_size < self.start + self.length:
+            raise self.corrupted("no file of torch.save (the file ends before it)")
+        return status.st_mtime_ns
 
     def corrupted(self, found: str) -> CorruptedError:
         return CorruptedError(f"{self.file}: found {found} where {self.name} should be")
@@ -74,16 +79,20 @@ class StoredTensor:
         file cannot be read, as that may be intact.
         """
         box = tuple((0, size) for size in self.shape) if box is None else box
-        result, filled = torch.empty([stop - start for start, stop in box], dtype=getattr(torch, self.dtype)), 0
-        for chunk in self.chunks:
-            if (inside := chunk.overlap(box)) is None:
-                continue
+        shape = [stop - start for start, stop in box]
+        parts = [(chunk, inside) for chunk in self.chunks if (inside := chunk.overlap(box)) is not None]
+        filled = sum(prod(stop - start for start, stop in inside) for _, inside in parts)
+        if filled != prod(shape):
+            raise CorruptedError(f"{self.name}: the chunks hold {filled} of its {prod(shape)} elements in {box}")
+        for chunk, _ in parts:  # before there is memory for what they say they hold
+            chunk.modified()
+            if prod(chunk.sizes) * SIZES[self.dtype] > chunk.length:
+                raise chunk.corrupted(f"{chunk.length:,} bytes for {chunk.sizes} of {self.dtype}")
+        result = torch.empty(shape, dtype=getattr(torch, self.dtype))
+        for chunk, inside in parts:
             local = [(a - low, b - low) for (a, b), low in zip(inside, chunk.offsets, strict=True)]
             part = _read_chunk(chunk, chunk.modified())[slices(tuple(local))]
             result[tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(inside, box, strict=True))] = part
-            filled += part.numel()
-        if filled != result.numel():
-            raise CorruptedError(f"{self.name}: the chunks hold {filled} of its {result.numel()} elements in {box}")
         return result
 
 

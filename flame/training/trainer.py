@@ -326,6 +326,9 @@ class FlameTrainer(torchtitan.train.Trainer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         counted = {"skipped_steps": 0, **state_dict}
+        for name, kind in {"step": int, "tokens": int, "skipped_steps": int, "data_digest": str}.items():
+            if not isinstance(value := counted.get(name, kind()), kind):
+                raise UserError("train_state", f"{name} {str(value)[:40]!r}", f"of type {kind.__name__}")
         self.skips.total = counted.pop("skipped_steps")
         for name, value in counted.items():
             setattr(self, name, value)

@@ -7,17 +7,19 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
 from flame.checkpoint.commit import inspect_checkpoint, read_metadata
 from flame.checkpoint.metadata import METADATA
 from flame.checkpoint.reader import load
 from flame.checkpoint.writer import Writer
-from flame.convert.dcp_file import read_tensors
+from flame.convert.dcp_file import CorruptedError, read_tensors
 from flame.data.__main__ import main as data
 from flame.errors import UserError
 from tests.checkpoint.managed import Job
 from tests.convert.test_commands import to_hf
-from tests.security.forged import codes, forge_metadata, forge_value
+from tests.security.forged import codes, forge_metadata, forge_value, sign
 
 NAMES = sorted(codes(Path("ran")))
 VALUE = "train_state.step"
@@ -126,3 +128,33 @@ def test_the_tools_run_no_code_of_a_run(how, run, tmp_path, capsys):
     # a value is no part of the model, which is all that is converted
     assert (shown, converted) == ({"unforged": 0}.get(how, 2), 0 if how in ("unforged", "value") else 2)
     assert capsys.readouterr().err.count("\n") == (shown > 0) + (converted > 0)
+
+
+@pytest.mark.parametrize("length, sizes", [(2**62, None), (None, (2**40, 2**20)), (2**62, (2**40, 2**20))])
+def test_sizes_that_no_file_can_hold_cost_no_memory(length, sizes, tmp_path):
+    checkpoint = save(tmp_path / "step-3")
+    metadata = FileSystemReader(checkpoint).read_metadata()
+    info = metadata.state_dict_metadata["weight"]
+    (index,) = [index for index in metadata.storage_data if index.fqn == "weight"]
+    place = metadata.storage_data.pop(index)
+    if sizes:
+        info.size, info.chunks = torch.Size(sizes), [ChunkStorageMetadata(torch.Size((0, 0)), torch.Size(sizes))]
+        index = MetadataIndex("weight", (0, 0))
+    place.length = length or place.length
+    metadata.storage_data[index] = place
+    (checkpoint / METADATA).write_bytes(pickle.dumps(metadata))
+    sign(checkpoint)
+    with pytest.raises(CorruptedError):
+        read_tensors(checkpoint)["weight"].read()
+    with pytest.raises((UserError, CheckpointException)):
+        load({"weight": torch.zeros(8)}, checkpoint, no_dist=True)
+
+
+def test_a_file_that_the_marker_does_not_list_is_not_read(tmp_path):
+    checkpoint = save(tmp_path / "step-3")
+    (checkpoint / "__0_0.distcp").rename(tmp_path / "aside")
+    sign(checkpoint)
+    (tmp_path / "aside").rename(checkpoint / "__0_0.distcp")
+    with pytest.raises(UserError) as error:
+        load({"weight": torch.zeros(8)}, checkpoint, no_dist=True)
+    assert error.value.setting == str(checkpoint / METADATA) and "__0_0.distcp" in error.value.found
