@@ -34,6 +34,9 @@ export NNODE=${NNODE:-${SLURM_NNODES:-1}} NGPU=${NGPU:-$(visible_gpus)}
 [[ $NNODE =~ ^[1-9][0-9]*$ ]] || reject "NNODE: found '$NNODE', must be an integer of 1 or more"
 [[ $NGPU =~ ^[1-9][0-9]*$ ]] || reject "NGPU: found '$NGPU', must be an integer of 1 or more"
 [[ ${LOG_RANK:-0} =~ ^[0-9]+(,[0-9]+)*$ ]] || reject "LOG_RANK: found '$LOG_RANK', must be a list of ranks such as 0,3"
+for rank in $(tr , ' ' <<<"${LOG_RANK:-0}"); do
+  ((10#$rank < NGPU)) || reject "LOG_RANK: found '$LOG_RANK', must be ranks of this node, below NGPU=$NGPU"
+done
 [[ ${MASTER_PORT:-0} =~ ^[0-9]{1,5}$ ]] && ((10#${MASTER_PORT:-0} <= 65535)) || reject "MASTER_PORT: found '$MASTER_PORT', must be a port, at most 65535"
 for name in SLURM_JOB_ID SLURM_NODEID; do # bash evaluates what it computes with
   [[ ${!name:-0} =~ ^[0-9]{1,18}$ ]] || reject "$name: found '${!name}', must be a number"

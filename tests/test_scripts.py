@@ -176,6 +176,12 @@ def test_a_layout_that_is_not_a_number_is_rejected_in_one_line(shell, name, valu
     assert shell.calls == []
 
 
+@pytest.mark.parametrize("value, ngpu, expected", [("5", "1", 2), ("0,2", "2", 2), ("1", "2", 0), ("08", "9", 0)])
+def test_a_rank_to_show_is_one_of_the_nodes(shell, value, ngpu, expected):
+    done = shell.train("--x", LOG_RANK=value, NGPU=ngpu)
+    assert (done.returncode, done.stderr.count("LOG_RANK")) == (expected, expected // 2)
+
+
 @pytest.mark.parametrize("code", ["0", "1", "7"])
 def test_the_exit_code_is_torchruns(shell, code):
     assert shell.train("--x", TORCHRUN_CODE=code).returncode == int(code)

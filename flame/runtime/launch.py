@@ -120,7 +120,8 @@ def launch(argv: list[str]) -> int:
         except SignalException as signalled:
             return 128 + signalled.sigval
         except RendezvousError as error:
-            _print(f"MASTER_ADDR, MASTER_PORT: found {args.rdzv_endpoint}, where no first node answers ({error})")
+            found = f"{args.rdzv_endpoint}, where no first node answers"
+            _print(str(UserError("MASTER_ADDR, MASTER_PORT", found, hint=str(error.__cause__ or error))))
             return 1
         finally:
             output.finish()
