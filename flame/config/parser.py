@@ -152,6 +152,10 @@ def _check_is_section(setting: Setting, known: list[str]) -> None:
     """Raises UserError, with the setting that was meant, unless it is an empty section of a TOML."""
     if setting.value == {} and any(path.startswith(setting.path + ".") for path in known):
         return
+    if any(path.startswith(setting.path + ".") for path in known):
+        raise UserError(
+            setting.where, hint=f"not a setting, but a section of them; -h lists {setting.path}. and its names"
+        )
     near = nearest(setting.path, known)
     meant = f", did you mean {'--' if setting.layer is Layer.FLAGS else ''}{near}?" if near else "; -h lists all"
     raise UserError(setting.where, hint=f"not a setting{meant}")

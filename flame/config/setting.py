@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import sys
 import types
 from collections.abc import Container, Iterable
@@ -72,7 +73,7 @@ def read_toml(file: str) -> list[Setting]:
     except FileNotFoundError:
         raise UserError("--job.config_file", f"no file {file}") from None
     except (OSError, UnicodeDecodeError) as e:
-        raise UserError("--job.config_file", hint=f"cannot read {file}: {e}") from None
+        raise UserError("--job.config_file", hint=f"cannot read {file} as text in UTF-8: {e}") from None
     except (ValueError, RecursionError) as e:  # RecursionError: tables in tables by the thousand
         raise UserError(file, hint=f"not valid TOML: {e}") from None
     return list(_flatten(tables, "", file))
@@ -106,7 +107,7 @@ def typed(setting: Setting, kind: Any) -> Any:
         if value == ():
             raise UserError(setting.where, "no value", describe(kind))
         if list[str] not in arms:
-            raise UserError(setting.where, " ".join(value), "one value", "quote a value that has spaces")
+            raise UserError(setting.where, " ".join(value), "one value", _misread(value[1:]))
         value = ",".join(value)
     if (table := _table(kind)) is not None and isinstance(value, list) and all(isinstance(v, dict) for v in value):
         return [_fill(table, row, f"{setting.where}[{i}]") for i, row in enumerate(value)]
@@ -121,6 +122,15 @@ def typed(setting: Setting, kind: Any) -> Any:
         except ValueError:
             continue
     raise UserError(setting.where, repr(value), describe(kind))
+
+
+def _misread(words: Iterable[str]) -> str:
+    """What further words of a flag most likely are: a flag without its two hyphens, or a value with spaces."""
+    for word in words:
+        name = word.lstrip("-\u2013\u2014")  # a web page makes one dash of two hyphens
+        if name != word or re.fullmatch(r"[a-z]\w*(\.[a-z]\w*)+(=.*)?", word):
+            return f"{word} is no flag, did you mean --{name}?"
+    return "quote a value that has spaces"
 
 
 _TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
@@ -233,6 +243,7 @@ _ELSEWHERE = {  # what transformers' Trainer and others call a setting
 
 def nearest(path: str, known: Iterable[str]) -> str | None:
     """The known path a user most likely meant: the same last name in another section, else the closest spelling."""
+    path = path.lower()
     known, name = list(known), path.rpartition(".")[2]
     same = [k for k in known if k.rpartition(".")[2] == name or k == _ELSEWHERE.get(name)]
     close = difflib.get_close_matches(path, same or known, 1, cutoff=0.0 if same else 0.6)
