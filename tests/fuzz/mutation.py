@@ -54,7 +54,7 @@ def spoil_bytes(data: bytes, steps: list[Step]) -> bytes:
 def spoil_json(tree: Any, steps: list[Step]) -> Any:
     """Apply steps of JSON: each walks down by the numbers of children, counted around, and sets or deletes one."""
     tree = json.loads(json.dumps(tree))
-    for kind, path, *value in steps:
+    for kind, path, *value in steps if isinstance(tree, dict | list) else ():
         node = tree
         for depth, number in enumerate(path):
             keys = list(node) if isinstance(node, dict) else range(len(node))
