@@ -67,6 +67,9 @@ def plan_start(job_config: JobConfig) -> StartPlan:
             if 0 not in found or found[0].corruption:
                 return StartPlan(_choose_beginning(config, folder), checkpoints=found)
             steps = [0]  # a model to begin with
+    for step in filter(None, steps):  # a copy called step-0 is a model to begin with
+        if (saved := read_marker(folder / f"step-{step}").get("step", step)) != step:
+            raise UserError(str(folder / f"step-{step}"), f"step {saved}", f"called step-{saved}, or moved away")
     if steps[0] > 0:
         checkpoint = folder / f"step-{steps[0]}"
         check_resumable(checkpoint, found[steps[0]], last_step)

@@ -294,3 +294,13 @@ def test_every_changed_setting_is_listed():
         "optimizer.lr 0.1 -> 0.2, applied",
         "training.varlen none -> True, applied",
     ]
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_rejected(tmp_path):
+    checkpoint = tmp_path / "saved/step-7"
+    checkpoint.mkdir(parents=True)
+    write_marker(checkpoint, [], {"step": 2, "resumable": True})
+    error = rejected(tmp_path / "saved")
+    assert (error.setting, error.found) == (str(checkpoint), "step 2")
+    checkpoint.rename(tmp_path / "saved/step-2")
+    assert planned(tmp_path / "saved").steps == (2,)
