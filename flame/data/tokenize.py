@@ -14,6 +14,7 @@ import numpy as np
 from tokenizers.models import BPE
 from torchtitan.components.tokenizer import BaseTokenizer
 
+from flame.config.files import read_json
 from flame.config.hub import check_source
 from flame.config.schema import JobConfig
 from flame.data.fast import covers_all_text, is_failure, open_fast
@@ -204,6 +205,12 @@ def _load(path: str, trust_remote_code: bool) -> Any:
     if local.is_file():
         return PreTrainedTokenizerFast(tokenizer_file=str(local))
     found = str(local) if local.exists() else path
+    names = local / "tokenizer_config.json"
+    try:
+        if names.exists():
+            read_json(names)
+    except (OSError, ValueError) as error:
+        raise UserError(FLAG, f"{names}, which is damaged", "a JSON object", first_line(error)) from None
     find = partial(cached_file, found, _raise_exceptions_for_missing_entries=False)
     if trust_remote_code and "auto_map" in get_tokenizer_config(found):
         return AutoTokenizer.from_pretrained(found, trust_remote_code=trust_remote_code)

@@ -174,6 +174,15 @@ def test_a_folder_without_a_tokenizer_json_is_one_line(family, file, tmp_path, c
     assert "".join(capfd.readouterr()) == ""
 
 
+@pytest.mark.parametrize("content", ["null", "[]", "{", ""])
+def test_a_damaged_tokenizer_config_is_named(content, tmp_path):
+    save(tmp_path, GROUPED)
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    with pytest.raises(UserError) as error:
+        build_tokenizer(str(tmp_path))
+    assert error.value.setting == "--model.tokenizer_path" and "tokenizer_config.json" in error.value.found
+
+
 def test_a_broken_tokenizer_file_is_one_line(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(UserError) as error:
