@@ -221,6 +221,8 @@ def mark_for_deletion(checkpoint: Path) -> Path:
     """
     target = _free(checkpoint.with_name(f"{DELETING}{checkpoint.name}"))
     os.rename(checkpoint, target)
+    if target.is_symlink():  # what it names is left alone
+        target.unlink()
     return target
 
 

@@ -15,6 +15,7 @@ from flame.checkpoint.commit import (
     archive,
     complete_steps,
     inspect_checkpoint,
+    mark_for_deletion,
     read_marker,
     scan_checkpoints,
     verify_hashes,
@@ -227,3 +228,10 @@ def test_a_save_writes_through_no_link_in_the_place_of_its_files(name, tmp_path)
     (tmp_path / "step-3" / name).symlink_to(tmp_path / "theirs")
     checkpoint = save(tmp_path / "step-3")
     assert (tmp_path / "theirs").read_text() == "kept" and found(checkpoint) is None
+
+
+def test_of_a_checkpoint_that_is_a_link_the_link_alone_is_deleted(tmp_path):
+    elsewhere = save(tmp_path / "elsewhere")
+    (tmp_path / "step-3").symlink_to(elsewhere)
+    mark_for_deletion(tmp_path / "step-3")
+    assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"] and found(elsewhere) is None
