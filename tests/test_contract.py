@@ -34,7 +34,6 @@ METHODS = {
         "train": [],
         "train_step": ["data_iterator"],
         "forward_backward_step": ["input_dict", "labels", "global_valid_tokens"],
-        "post_dataloading_process": ["input_dict", "labels"],
         "state_dict": [],
         "load_state_dict": ["state_dict"],
         "close": [],
