@@ -1,6 +1,5 @@
 """The data settings of a job as values, each rule in one place. Imports neither torch nor numpy: preflight calls it."""
 
-import math
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -40,8 +39,10 @@ def parse_sources(section: Training | Validation, data: Data) -> list[DataSource
         with spelled_by_the_user(section, data, index):
             if not source.path:
                 raise UserError("path", "''", "stdlib, a local path or a hub id")
-            if not 0 < source.weight < math.inf:
-                raise UserError("weight", source.weight, "a number above 0")
+            if not 0 < source.weight < 1e100:  # the sum is finite, and so is every share
+                raise UserError("weight", source.weight, "a number above 0 and below 1e100")
+            if not (source.name or "").isprintable():
+                raise UserError("name", repr(source.name), "printable: it is in the log and the metrics")
             if names.count(source.name or "") > 1:
                 raise UserError("name", f"{source.name!r} twice", "unique: every source has a name of its own")
         name = source.name or _choose_name(source, taken)

@@ -260,6 +260,11 @@ def _check_folders(config: JobConfig) -> None:
             raise UserError(f"--{path}", repr(name), f"a name of at most {longest} bytes")
     for path in _FOLDERS:
         _check_inside(f"--{path}", attrgetter(path)(config), Path(dump_folder))
+    checkpoints = os.path.normpath(config.checkpoint.folder)
+    for path in _FOLDERS[1:]:
+        name = os.path.normpath(attrgetter(path)(config))
+        if Path(name).is_relative_to(checkpoints):
+            raise UserError(f"--{path}", name, "another folder", f"checkpoint.folder is {checkpoints}")
     if "/" in (prefix := config.comm.save_traces_file_prefix):
         raise UserError("--comm.save_traces_file_prefix", repr(prefix), "without /")
 

@@ -72,6 +72,8 @@ def test_the_recorded_config_holds_the_tables_with_paths_that_hold_anywhere(tmp_
     [
         ('path = "folder"', 'path = ""', "data.sources[1].path", "a hub id"),
         ("weight = 3", "weight = 0", "data.sources[0].weight", "found 0.0, must be a number above 0"),
+        ("weight = 3", "weight = 1e308", "data.sources[0].weight", "below 1e100"),
+        ("weight = 0.5", r'name = "two\nlines"', "data.sources[2].name", "printable"),
         ('path = "folder"', 'path = "fodler.jsonl"', "data.sources[1].path", "no file or folder fodler.jsonl"),
         ("b.jsonl", "c.jsonl", "data.sources[1].data_files", "no file c.jsonl"),
         ("weight = 0.5", 'name = "two"', "data.sources[1].name", "'two' twice"),

@@ -157,6 +157,7 @@ def test_a_job_that_can_train_passes(flags, ranks):
                 ("file --job.dump_folder run", "the file run/file, a folder"),
             )
         ),
+        ("--metrics.save_tb_folder checkpoint/x", "--metrics.save_tb_folder", "checkpoint.folder is checkpoint"),
         ("--comm.save_traces_file_prefix ../x", "--comm.save_traces_file_prefix", "without /"),
         ("--job.dump_folder mine", "--job.dump_folder", "config.toml is not a run's"),
         ("--checkpoint.initial_load_path gone", "--checkpoint.initial_load_path", "gone"),
