@@ -73,9 +73,11 @@ def parse_line(line: bytes, place: str) -> dict[str, Any] | Bad:
     """The object in a line, or why there is none."""
     try:
         record = json.loads(line.removeprefix(BOM_UTF8).decode())
-    except UnicodeDecodeError:
-        return Bad("invalid UTF-8", place)
     except (ValueError, RecursionError) as error:
+        if b"\0" in line:
+            return Bad("UTF-16 or binary data, not UTF-8", place)
+        if isinstance(error, UnicodeDecodeError):
+            return Bad("invalid UTF-8", place)
         return Bad(f"broken JSON ({error})" if line.strip() else "blank line", place)
     return record if isinstance(record, dict) else Bad(f"{type(record).__name__}, not a JSON object", place)
 

@@ -28,6 +28,7 @@ LINES = {  # what stands in a line: a word of the reason
     b'{"text": "a"} {"text": "b"}': "broken JSON",
     b'["text"]': "not a JSON object",
     b'{"text": "\xff\xfe"}': "invalid UTF-8",
+    '{"text": "a"}'.encode("utf-16"): "UTF-16",
     b'{"text": "\\ud800 alone"}': "surrogate",
     b"": "blank line",
     b"[" * 100_000: "broken JSON",
