@@ -1,6 +1,6 @@
 """DCP -> Hugging Face: bash scripts/flame.sh export --path RUN [--step N] [--config C] [--tokenizer T]
 
-Streams tensor after tensor, so that memory does not grow with the model, and checks what it wrote; the findings are in
+Streams tensor after tensor, so that memory does not grow with the model, and checks what it wrote; the results are in
 conversion_report.json. Exit code 2: a mistake, in one line; 1: the tensors are not those of the config's model, or the
 export is not the model that was trained, or the disk is full.
 """
@@ -148,7 +148,7 @@ def build_structure(given: argparse.Namespace, run: "JobConfig", assets: Path) -
 
 
 def verify(given: argparse.Namespace, run: "JobConfig", checkpoint: Path, tensors: Any, export: Path) -> dict:
-    """The findings for the report of an export; its structure was checked. Raises ConversionError."""
+    """The results for the report of an export; its structure was checked. Raises ConversionError."""
     if given.no_verify:
         return {"structure": "not checked", "logits": "not compared", "tokenizer": "not compared"}
     with models_enabled(run):

@@ -53,7 +53,8 @@ _KNOWN: dict[tuple[str, str], Any] = {
     ("pathlib._local", "PosixPath"): _Ignored,  # of Python 3.13
 }
 _NO_SAFETENSORS = ("complex32", "complex64", "complex128", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
-_KNOWN.update({("torch", dtype): dtype for dtype in (*CODES, *_NO_SAFETENSORS)})
+_DTYPES = (*CODES, *_NO_SAFETENSORS)
+_KNOWN.update({("torch", dtype): dtype for dtype in _DTYPES})
 
 Sizes = tuple[int, ...]
 
@@ -120,7 +121,9 @@ def _tensor(info: Any) -> TensorInfo | None:
         return None
     offsets, sizes = [chunk.offsets for chunk in info.chunks], [chunk.sizes for chunk in info.chunks]
     _check_sizes([info.size, *offsets, *sizes])
-    return TensorInfo(_text(info.properties.dtype), info.size, list(map(Chunk, offsets, sizes)))
+    if (dtype := info.properties.dtype) not in _DTYPES:
+        raise ValueError(f"dtype {dtype!r}")
+    return TensorInfo(dtype, info.size, list(map(Chunk, offsets, sizes)))
 
 
 def _places(stored: Mapping[Any, Any]) -> dict[tuple[str, Sizes | None], Place]:

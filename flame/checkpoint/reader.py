@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import ReadItem
 
-from flame.checkpoint.commit import MARKER, read_marker, read_metadata
+from flame.checkpoint.commit import MARKER, read_marker, read_metadata, report_unreadable
 from flame.checkpoint.metadata import METADATA, TensorInfo
 from flame.errors import UserError
 
@@ -48,7 +48,7 @@ class Reader(FileSystemReader):
         for name, size in found.file_sizes().items():
             if listed is not None and name not in listed:
                 raise UserError(str(checkpoint / METADATA), f"the file {name}", f"one that {MARKER} lists")
-            with suppress(FileNotFoundError):  # torch names it
+            with suppress(FileNotFoundError), report_unreadable(checkpoint / name):  # torch names one that is missing
                 if (has := (checkpoint / name).stat().st_size) < size:
                     raise UserError(str(checkpoint / name), f"{has:,} bytes", f"{size:,}, by {METADATA}")
         self.metadata = Metadata(

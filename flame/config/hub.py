@@ -23,6 +23,7 @@ TIMEOUT = 5.0  # seconds, in which a hub that can be reached answers
 ABSENT = (401, 403, 404)  # HTTP status of a name that the hub does not have, or does not show to everybody
 
 logger = logging.getLogger("flame")
+_unreachable: list[str] = []  # why the hub is not asked again in this process
 
 
 def check_source(setting: str, name: str, repo: Repo) -> None:
@@ -33,10 +34,15 @@ def check_source(setting: str, name: str, repo: Repo) -> None:
     check_path(setting, name)
     if exists(name) or "://" in name or name in BUILDERS:
         return
-    offline = constants.HF_HUB_OFFLINE or (repo == "dataset" and os.environ.get("HF_DATASETS_OFFLINE", "0") != "0")
-    status, reason = (0, "") if offline else _ask(f"{constants.ENDPOINT}/api/{repo}s/{name}")
+    offline = repo == "dataset" and os.environ.get("HF_DATASETS_OFFLINE", "0") != "0"
+    offline = offline or (constants.HF_HUB_OFFLINE and not _unreachable)
+    if offline or _unreachable:
+        status, reason = 0, "".join(_unreachable)
+    else:
+        status, reason = _ask(f"{constants.ENDPOINT}/api/{repo}s/{name}")
     if _is_cached(name, repo):
-        if not status and not offline:
+        if not status and not offline and not _unreachable:
+            _unreachable.append(reason)
             logger.warning(f"{constants.ENDPOINT} cannot be reached ({reason}); the cache of {name} is used")
             constants.HF_HUB_OFFLINE = True
         return

@@ -94,7 +94,7 @@ def _layer_count(model_config: str | None) -> int:
     try:
         described = read_json(path)
         return int(described.get("num_hidden_layers") or described["n_layer"])
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         hint = f"needs model.config to be a local model JSON with a number of layers, found {model_config}"
         raise UserError("", hint=hint) from None
 

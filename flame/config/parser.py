@@ -23,7 +23,7 @@ from flame.config.record import run_of
 from flame.config.schema import DataSource, JobConfig
 from flame.config.setting import Layer, Setting, nearest, read_flags, read_toml, resolve_negation, typed
 from flame.config.user_module import import_module
-from flame.errors import UserError
+from flame.errors import UserError, first_line
 
 logger = logging.getLogger("flame")
 _PATHS = ("job.dump_folder", "model.config", "model.tokenizer_path", "checkpoint.initial_load_path")
@@ -119,8 +119,8 @@ def _config_class(settings: list[Setting]) -> type[JobConfig]:
         return JobConfig
     try:
         return ConfigManager._merge_configs(JobConfig, import_module(named.value).JobConfig)
-    except (ImportError, AttributeError, TypeError, ValueError) as e:
-        raise UserError(named.where, named.value, "a module with a JobConfig", str(e)) from None
+    except Exception as e:  # whatever the user's module raises
+        raise UserError(named.where, named.value, "a module with a JobConfig", first_line(e)) from None
 
 
 def _place(config: JobConfig, settings: list[Setting]) -> None:

@@ -31,7 +31,7 @@ def export_and_verify(checkpoint: Path, assets: Path, folder: Path, dtype: str |
 
 
 def verify_export(checkpoint: Path, dtype: str | None, folder: Path) -> dict[str, Any]:
-    """Check an export made from `checkpoint` with a cast to `dtype`; returns the findings for its report.
+    """Check an export made from `checkpoint` with a cast to `dtype`; returns the results for its report.
 
     What cannot be checked is reported and is not a failure. Raises ConversionError.
     """

@@ -156,8 +156,8 @@ def _read_card(folder: Path, subset: str | None, found: Sequence[str]) -> dict[s
     names = {os.path.abspath(file): file for file in found}
     try:
         files = load_dataset_builder(str(folder), subset).config.data_files or {}
-    except YAMLError as error:
-        raise UserError(str(folder / "README.md"), hint=f"its configs are no YAML: {first_line(error)}") from error
+    except (YAMLError, TypeError, AttributeError, KeyError) as error:  # of a header that anybody wrote
+        raise UserError(str(folder / "README.md"), hint=f"its configs are damaged: {first_line(error)}") from error
     return {str(split): [names.get(os.path.abspath(file), file) for file in files[split]] for split in files}
 
 

@@ -235,7 +235,7 @@ class Loader(BaseDataLoader):
             }
         except UserError:
             raise
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise UserError("dataloader", f"a state without its parts ({first_line(error)})", "flame's") from None
         if sequence % self._dp_degree:
             allowed = f"a divisor of the {sequence} sequences that the checkpoint has read"

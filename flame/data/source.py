@@ -43,7 +43,7 @@ LOAD_ERRORS = (OSError, ValueError, RuntimeError, ImportError)  # and one of `da
 SAVED_ERRORS = (*LOAD_ERRORS, KeyError, TypeError, AttributeError)  # of load_from_disk, whose JSON files are damaged
 SAMPLE = 16  # rows of a source by which it is known
 BLOCK = 1024  # rows read at once to look for a document
-NAMED = 5  # files that are not read and are named
+NAMED_FILES = 5  # files that are not read and are named
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ class Source:
         size = "streamed" if self.streamed else f"{len(self.rows):,} rows"
         yield f"source {self.name}: {size}{self.about and ', '}{self.about}"
         if self.left_out:
-            more = f" and {len(self.left_out) - NAMED:,} more" if len(self.left_out) > NAMED else ""
-            yield f"source {self.name}: not read: {', '.join(self.left_out[:NAMED])}{more}"
+            more = f" and {len(self.left_out) - NAMED_FILES:,} more" if len(self.left_out) > NAMED_FILES else ""
+            yield f"source {self.name}: not read: {', '.join(self.left_out[:NAMED_FILES])}{more}"
 
 
 class Joined:

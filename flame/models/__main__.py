@@ -84,9 +84,9 @@ def _audit(given: Any) -> int:
             "audit", found, f"at most {memory // 20:,} on this machine", "--depth and --width make it small"
         )
     ok = True
-    for finding in audit(family, config, given.seq_len, given.seed):
-        print(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.name:<14}  {finding.figure}", flush=True)
-        ok = ok and finding.ok
+    for result in audit(family, config, given.seq_len, given.seed):
+        print(f"{'ok  ' if result.ok else 'FAIL'}  {result.name:<14}  {result.figure}", flush=True)
+        ok = ok and result.ok
     return 0 if ok else 1
 
 

@@ -1,4 +1,4 @@
-"""What the config of no model says: numbers that are none, and sizes that fit nothing or are beyond all memory."""
+"""Rejects a model config with values that are not numbers, or with sizes that do not fit together or fit no memory."""
 
 from typing import Any
 

@@ -43,7 +43,7 @@ def write_atomically(path: Path, data: str | bytes, fsync: bool = False) -> None
 
 @contextmanager
 def replace_together(files: Mapping[Path, str | bytes]) -> Iterator[None]:
-    """Files that are replaced at the end of the block, in this order, or stay as they are if one cannot be written.
+    """Files that are replaced at the end of the block, in this order; none is if the content of one cannot be written.
 
     One process at a time may do this to a file; what killed ones left beside it is deleted. Raises OSError.
     """

@@ -41,8 +41,9 @@ def hold(folder: Path) -> Iterator[None]:
 
     A UserError of the block leaves no empty folder that was not there before.
     """
-    path, before = folder / NAME, set(folder.iterdir()) if folder.is_dir() else None
+    path = folder / NAME
     try:
+        before = set(folder.iterdir()) if folder.is_dir() else None
         folder.mkdir(parents=True, exist_ok=True)
         file = _open(path, folder)
     except OSError as error:
@@ -52,8 +53,9 @@ def hold(folder: Path) -> Iterator[None]:
             _write_holder(file, path)
             yield
         except UserError:
-            for made in set(folder.iterdir()) - {path} - (before or set()):
-                _remove_empty(made)
+            with suppress(OSError):
+                for made in set(folder.iterdir()) - {path} - (before or set()):
+                    _remove_empty(made)
             raise
         finally:
             with suppress(OSError):

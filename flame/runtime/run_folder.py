@@ -21,15 +21,8 @@ from flame.runtime.atomic import replace_together, write_atomically
 Status = Literal["running", "completed", "data_exhausted", "preempted", "failed"]
 logger = logging.getLogger("flame")
 _WRITTEN = ("config.toml", "environment.json", "status.json", "model")  # anew at each start
-FILES = (
-    *_WRITTEN,
-    "metrics.jsonl",
-    "metrics.replaced.jsonl",
-    "lock",
-    "logs",
-    "hf",
-    "wandb_run_id",
-)  # all under fixed names
+# All that a run keeps under fixed names.
+FILES = (*_WRITTEN, "metrics.jsonl", "metrics.replaced.jsonl", "lock", "logs", "hf", "wandb_run_id")
 
 
 def check_own(folder: Path) -> None:
@@ -40,10 +33,13 @@ def check_own(folder: Path) -> None:
     if _read_status(folder).get("status") in get_args(Status) or read_record(folder) is not None:
         return
     for path in (folder / name for name in _WRITTEN):
-        if path.is_dir():
-            is_ours = all(re.fullmatch(r".+\.\d+\.tmp", name) for name in os.listdir(path))  # killed in `begin`
-        else:
-            is_ours = path.exists() and not path.stat().st_size  # a power cut can leave a file empty
+        try:
+            if path.is_dir():
+                is_ours = all(re.fullmatch(r".+\.\d+\.tmp", name) for name in os.listdir(path))  # killed in `begin`
+            else:
+                is_ours = path.exists() and not path.stat().st_size  # a power cut can leave a file empty
+        except OSError as error:
+            raise UserError("--job.dump_folder", hint=str(error)) from None
         if os.path.lexists(path) and not is_ours:
             hint = f"{path} is not a run's, and would be overwritten; move it, or name another folder"
             raise UserError("--job.dump_folder", folder, "a new folder or that of a run", hint)

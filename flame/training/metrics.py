@@ -135,9 +135,9 @@ class Metrics(MetricsProcessor):
     def _surviving(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:  # TensorBoard raises it from every call after the first that failed
+        except Exception as error:  # W&B has its own; TensorBoard raises an OSError again from every call
             if not self.failed:
-                logger.warning(f"TensorBoard or W&B could not be written: {error.strerror}; the run goes on without")
+                logger.warning(f"TensorBoard or W&B could not be written: {first_line(error)}; the run goes on without")
             self.failed = True
 
     def _print(self, record: dict[str, Any]) -> None:
@@ -179,9 +179,11 @@ def _name_wandb_run(context: RunContext) -> None:
 
     def name() -> str:
         known = folder / "wandb_run_id"
-        number, _, made_in = read_text(known).strip().partition("\n") if known.exists() else ("", "", "")
+        number = made_in = ""
+        with suppress(OSError, ValueError):  # not there, or damaged
+            number, _, made_in = read_text(known).strip().partition("\n")
         is_copy = made_in and Path(made_in, known.name).exists() and not os.path.samefile(made_in, folder)
-        if number and not is_copy:
+        if number and number.isprintable() and not is_copy:
             return number
         number = os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12]
         with suppress(OSError):

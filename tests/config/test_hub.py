@@ -23,6 +23,7 @@ def here(monkeypatch, tmp_path, address):
         monkeypatch.delenv(name, raising=False)
     Path("data").mkdir()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "_unreachable", [])
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home/hub"))
     monkeypatch.setattr(constants, "ENDPOINT", address)
@@ -79,6 +80,7 @@ def test_without_a_network_what_is_in_the_cache_is_used_without_asking_again(mon
     assert constants.HF_HUB_OFFLINE
     for name in ("HuggingFaceFW/fineweb-edu", "Owner/MyName"):
         hub.check_source("--flag", name, "dataset")
+    assert "cannot be reached" in rejected("other/name")  # and not that somebody set HF_HUB_OFFLINE
 
 
 def test_a_hub_that_does_not_answer_is_waited_for_a_few_seconds_only(monkeypatch):
