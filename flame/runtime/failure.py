@@ -49,6 +49,29 @@ def describe(rank: int, failure: ProcessFailure) -> str:
     return f"rank {rank} was killed by signal {-failure.exitcode} ({failure.signal_name()}){hint}"
 
 
+def version_of_status(folder: Path) -> tuple[int, int] | None:
+    """What differs after each write of a run's status; None if there is none."""
+    try:
+        found = (folder / "status.json").stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def has_begun(folder: Path, before: tuple[int, int] | None, is_first: bool) -> bool:
+    """Whether a start whose ranks have ended began its run: a rejected one writes no status.
+
+    before: the version of the status at the start. is_first: whether rank 0 was on this node; if the folder is held
+    after its end, the status is another run's.
+    """
+    try:
+        if is_first:
+            check_free(folder)
+    except UserError:
+        return False
+    return version_of_status(folder) not in (None, before)
+
+
 def record(folder: Path, reason: str, by: int) -> None:
     """Set the status of a run to "failed": rank 0 cannot if it was killed, and does not know why another one failed."""
     run = Run(folder, writes=True)

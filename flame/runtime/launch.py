@@ -23,6 +23,7 @@ from flame.runtime.stop import LAUNCHED, SIGNALS, Signals, leave
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.api import SubprocessContext
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
 
     from flame.runtime.output import RankOutput
 
@@ -78,8 +79,8 @@ def check_port() -> None:
     if port and os.environ.get("NNODE", "1") == "1":
         try:
             socket.create_server(("", int(port))).close()
-        except OSError as error:
-            raise UserError("MASTER_PORT", port, "a free port", error.strerror or "") from None
+        except (OSError, ValueError, OverflowError) as error:  # the last two: not a number, not that of a port
+            raise UserError("MASTER_PORT", port, "a free port", getattr(error, "strerror", "") or "") from None
 
 
 def launch(argv: list[str]) -> int:
@@ -100,6 +101,7 @@ def launch(argv: list[str]) -> int:
     from torch.distributed.launcher.api import elastic_launch
     from torch.distributed.run import config_from_args, parse_args
 
+    from flame.runtime.failure import version_of_status
     from flame.runtime.output import RankOutput
 
     for name in ("multiprocessing", "multiprocessing.errors"):
@@ -110,6 +112,7 @@ def launch(argv: list[str]) -> int:
     shown = {int(rank) for rank in args.local_ranks_filter.split(",")} if args.local_ranks_filter else None
     if config.max_nodes > 1:
         _print(f"waiting for {config.max_nodes} nodes at {args.rdzv_endpoint}")
+    before = version_of_status(run)
     with TemporaryDirectory(prefix="flame-") as errors:
         config.logs_specs = output = RankOutput(run, shown, errors)
         try:
@@ -120,38 +123,61 @@ def launch(argv: list[str]) -> int:
         except SignalException as signalled:
             return 128 + signalled.sigval
         except RendezvousError as error:
-            found = f"{args.rdzv_endpoint}, where no first node answers"
-            _print(str(UserError("MASTER_ADDR, MASTER_PORT", found, hint=str(error.__cause__ or error))))
+            _print(str(_explain(error, args.rdzv_endpoint, config.max_nodes)))
             return 1
         finally:
             output.finish()
-        return 128 + ranks.ended_by if ranks.ended_by else _report(failures, run, output)
+        return 128 + ranks.ended_by if ranks.ended_by else _report(failures, run, output, before)
 
 
 def _print(line: str) -> None:
     print(f"flame: {line}", file=sys.stderr, flush=True)
 
 
-def _report(failures: "Mapping[int, ProcessFailure]", run: Path, output: "RankOutput") -> int:
-    """The exit code after ranks failed. Prints why, unless a rank has done so."""
-    from flame.runtime.failure import describe, find_cause, read_error, record
+def _explain(error: "RendezvousError", endpoint: str, nodes: int) -> UserError:
+    """Why the nodes did not find each other."""
+    from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousTimeoutError
+
+    if isinstance(error, RendezvousTimeoutError | RendezvousClosedError):
+        return UserError("NNODE", nodes, hint=f"not all of {nodes} nodes came to {endpoint}")
+    found = f"{endpoint}, where no first node answers"
+    return UserError("MASTER_ADDR, MASTER_PORT", found, hint=str(error.__cause__ or error))
+
+
+def _report(
+    failures: "Mapping[int, ProcessFailure]", run: Path, output: "RankOutput", before: tuple[int, int] | None
+) -> int:
+    """The exit code after ranks failed. Prints why, unless a rank that is shown has done so.
+
+    before: the version of the run's status when this start began.
+    """
+    from flame.runtime.failure import describe, find_cause, has_begun, read_error, record
     from flame.runtime.output import show
 
     rank, cause = find_cause(failures)
     if cause.exitcode in EXIT_CODES:
-        if cause.exitcode == REFUSED:
+        said = output.logs[rank].said
+        shown = {log.said for log in output.logs.values() if log.is_shown}
+        if said and said not in shown:
+            show(2, output.logs[rank].prefix + said + b"\n")
+        if has_begun(run, before, is_first=0 in output.logs):
+            if 0 in output.logs and cause.exitcode != PREEMPTED:
+                why = said.decode(errors="backslashreplace").removeprefix("flame: ")
+                by = 0 if output.logs[0].said else rank  # what rank 0 says is in the status too
+                record(run, f"rank {rank}: {why}" if why else describe(rank, cause), by)
+        elif cause.exitcode == REFUSED:
             for log in output.logs.values():
                 log.discard()
         return EXIT_CODES[cause.exitcode]
     for failed, failure in failures.items():
-        output.logs[failed].write(read_error(failure)[1].encode())
+        output.logs[failed].write(read_error(failure)[1].encode(errors="backslashreplace"))
     reason, log = describe(rank, cause), output.logs[rank]
     if 0 in output.logs:
         record(run, reason, by=rank)
     kept = [f"{name} {path}" for name, path in (("status", run / "status.json"), ("log", log.path)) if path.exists()]
     line = f"flame: {'; '.join(filter(None, (reason, ', '.join(kept))))}\n"
-    log.write(line.encode())
-    show(2, (read_error(cause)[1] + line).encode())
+    log.write(line.encode(errors="backslashreplace"))
+    show(2, (read_error(cause)[1] + line).encode(errors="backslashreplace"))
     return 1
 
 

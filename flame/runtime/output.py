@@ -16,15 +16,19 @@ from typing import IO
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
 
 STARTS = 10  # whose logs are kept
+PATIENCE = 10.0  # seconds for what is left in the pipes, which a process that outlives its rank may keep filling
 SIZE = 1 << 25  # bytes, at which a log goes on in another file; of both the last one before is kept, as .1
 WAITING = 1 << 20  # bytes that wait for the run folder, or for room on its disk
+LONGEST = WAITING // 2  # bytes without an end of line, which are then taken for a line
 
 
 class Log:
     """The log of a rank; its lines wait in memory until the run folder exists."""
 
-    def __init__(self, run: Path, rank: int) -> None:
+    def __init__(self, run: Path, rank: int, is_shown: bool = True, prefix: bytes = b"") -> None:
         self.run, self.rank = run, rank
+        self.is_shown, self.prefix = is_shown, prefix
+        self.said = b""  # the rank's last line that begins with "flame: ", which is why it ends
         self.path = run / "logs" / f"{time.strftime('%Y%m%d-%H%M%S')}-rank{rank}.log"
         self._is_new = not run.exists()
         self._file: IO[bytes] | None = None
@@ -68,13 +72,19 @@ class Stream:
     log: Log
     shown: int | None  # file descriptor
     prefix: bytes
-    rest: bytes = field(default=b"")
+    rest: bytearray = field(default_factory=bytearray)
 
     def receive(self, text: bytes) -> None:
         """Take what the rank printed; b"" is the end."""
-        *lines, self.rest = re.split(rb"\r\n|\n|\r(?!$)", self.rest + text)
-        if not text and self.rest:
-            lines.append(self.rest)
+        self.rest += text
+        if text and len(self.rest) < LONGEST and not re.search(rb"[\r\n]", self.rest[-len(text) - 1 :]):
+            return
+        *lines, rest = re.split(rb"\r\n|\n|\r(?!$)", bytes(self.rest))
+        if rest and (not text or len(rest) >= LONGEST):
+            lines.append(rest)
+            rest = b""
+        self.rest = bytearray(rest)
+        self.log.said = next((line for line in reversed(lines) if line.startswith(b"flame: ")), self.log.said)
         self.log.write(b"".join(line + b"\n" for line in lines))
         if self.shown is not None:
             show(self.shown, b"".join(self.prefix + line + b"\n" for line in lines))
@@ -112,22 +122,25 @@ class RankOutput(LogsSpecs):
         destination = LogsDest()
         for local, env in envs.items():
             rank = int(env["RANK"])
-            log = self.logs[rank] = Log(self.run, rank)
+            is_shown = self.shown is None or local in self.shown
             prefix = f"[rank{rank}]:".encode() if int(env["WORLD_SIZE"]) > 1 else b""
+            if rank not in self.logs:  # torchrun starts the ranks again when a node comes or goes
+                self.logs[rank] = Log(self.run, rank, is_shown, prefix)
             for shown, paths in ((1, destination.stdouts), (2, destination.stderrs)):
                 readable, writable = os.pipe()
                 paths[local] = f"/dev/fd/{writable}"
-                stream = Stream(log, shown if self.shown is None or local in self.shown else None, prefix)
+                stream = Stream(self.logs[rank], shown if is_shown else None, prefix)
                 self._selector.register(readable, EVENT_READ, stream)
             destination.error_files[local] = env["TORCHELASTIC_ERROR_FILE"] = f"{self.errors}/{rank}.json"
-        self._thread.start()
+        if self._thread.ident is None:
+            self._thread.start()
         return destination
 
     def finish(self) -> None:
         """Take what is left in the pipes, once the ranks have ended."""
         if self._thread.ident is not None:
             os.close(self._end)
-            self._thread.join()
+            self._thread.join(PATIENCE)
 
     def _read(self) -> None:
         ended = False

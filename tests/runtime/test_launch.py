@@ -10,11 +10,13 @@ import textwrap
 from types import SimpleNamespace
 
 import pytest
+from torch.distributed.elastic.rendezvous import api
 
-from flame.errors import FAILED, REFUSED, UserError
-from flame.runtime.failure import describe, find_cause
-from flame.runtime.launch import check_port
-from flame.runtime.output import SIZE, STARTS, Log, Stream
+from flame.errors import FAILED, PREEMPTED, REFUSED, UserError
+from flame.runtime import output
+from flame.runtime.failure import describe, find_cause, version_of_status
+from flame.runtime.launch import _explain, _report, check_port
+from flame.runtime.output import LONGEST, SIZE, STARTS, Log, RankOutput, Stream
 from tests.launch import environment
 
 RANK = """
@@ -133,6 +135,111 @@ def test_a_cause_is_one_line(tmp_path):
     assert describe(0, failure(tmp_path, -11)) == "rank 0 was killed by signal 11 (SIGSEGV)"
 
 
+def set_status(run, status, **fields):
+    run.mkdir(exist_ok=True)
+    (run / "status.new").write_text(json.dumps({"status": status} | fields))
+    (run / "status.new").replace(run / "status.json")
+
+
+def reported(run, failures, said, before):
+    """The exit code and the status after ranks ended, each having said a line; only rank 0 is shown."""
+    logs = {rank: Log(run, rank, is_shown=rank == 0, prefix=f"[rank{rank}]:".encode()) for rank in said}
+    for rank, line in said.items():
+        Stream(logs[rank], None, b"").receive(f"before\n{line}\nafter\n".encode())
+    code = _report(failures, run, SimpleNamespace(logs=logs), before)
+    path = run / "status.json"
+    return code, json.loads(path.read_text()) if path.exists() else None
+
+
+LINE = "flame: --data.x: found 3, must be 1"
+
+
+@pytest.mark.parametrize("exitcode, code", [(REFUSED, REFUSED), (FAILED, 1), (PREEMPTED, PREEMPTED)])
+def test_why_a_hidden_rank_ended_is_shown_unless_a_shown_one_said_the_same(exitcode, code, tmp_path, capfd):
+    ended = {1: failure(tmp_path, exitcode)}
+    assert reported(tmp_path / "run", ended, {0: "", 1: LINE}, None) == (code, None)
+    assert capfd.readouterr().err == f"[rank1]:{LINE}\n"
+    reported(tmp_path / "run", ended, {0: LINE, 1: LINE}, None)
+    reported(tmp_path / "run", {0: failure(tmp_path, exitcode)}, {0: LINE, 1: ""}, None)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("was_killed", [False, True])
+def test_a_mistake_found_in_training_keeps_the_logs_and_fails_the_run(was_killed, tmp_path):
+    run = tmp_path / "run"
+    if was_killed:
+        set_status(run, "running", step=1)
+    before = version_of_status(run)
+    set_status(run, "running", step=3)
+    code, status = reported(run, {1: failure(tmp_path, REFUSED)}, {0: "", 1: LINE}, before)
+    assert (code, status["status"], status["step"]) == (REFUSED, "failed", 3)
+    assert status["reason"] == f"rank 1: {LINE.removeprefix('flame: ')}"
+    assert len([*(run / "logs").iterdir()]) == 2
+
+
+def test_the_status_that_rank_0_set_stays_if_it_said_why_itself(tmp_path):
+    run, ended = tmp_path / "run", {1: failure(tmp_path, REFUSED)}  # rank 0 may end after the launcher looked
+    for first, reason in ((LINE, "its own"), ("", f"rank 1: {LINE.removeprefix('flame: ')}")):
+        set_status(run, "failed", reason="its own")
+        assert reported(run, ended, {0: first, 1: LINE}, None)[1]["reason"] == reason
+
+
+def test_a_rejected_start_leaves_the_status_of_the_one_before_and_no_log(tmp_path):
+    run = tmp_path / "run"
+    set_status(run, "running", step=3)  # it was killed
+    ended = {1: failure(tmp_path, REFUSED)}
+    status = {"status": "running", "step": 3}
+    assert reported(run, ended, {0: "", 1: LINE}, version_of_status(run)) == (REFUSED, status)
+    assert [path.name for path in run.iterdir()] == ["status.json"]
+
+
+def test_a_traceback_with_half_a_character_is_shown(tmp_path, capfd):
+    raised = failure(tmp_path, 1, raised=1.0)
+    message = {"message": "ValueError: \ud800", "extraInfo": {"py_callstack": "Traceback \ud800\n"}}
+    with open(raised.error_file, "w") as file:
+        json.dump({"message": message}, file)
+    assert reported(tmp_path / "run", {0: raised}, {0: ""}, None)[0] == 1
+    assert capfd.readouterr().err == "Traceback \\ud800\nflame: rank 0: ValueError: \\ud800\n"
+
+
+def test_nodes_that_did_not_all_come_are_not_a_first_node_that_does_not_answer():
+    for kind in (api.RendezvousTimeoutError, api.RendezvousClosedError):
+        error = _explain(kind(), "first:29500", 4)
+        assert (error.setting, error.found) == ("NNODE", 4) and "first:29500" in error.hint
+    error = _explain(api.RendezvousConnectionError("refused"), "first:29500", 4)
+    assert error.setting == "MASTER_ADDR, MASTER_PORT" and error.hint == "refused"
+
+
+def test_ranks_that_are_started_again_go_on_in_the_same_log(tmp_path):
+    (tmp_path / "run").mkdir()
+    ranks = RankOutput(tmp_path / "run", set(), str(tmp_path))
+    for text in (b"first\n", b"second\n"):
+        destination = ranks.reify({0: {"RANK": "0", "WORLD_SIZE": "1"}})
+        with open(destination.stdouts[0], "wb") as stdout:
+            stdout.write(text)
+    ranks.finish()
+    assert sorted(ranks.logs[0].path.read_bytes().splitlines()) == [b"first", b"second"]
+
+
+def test_a_process_that_outlives_its_rank_and_goes_on_printing_does_not_hold_the_launcher(tmp_path, monkeypatch):
+    monkeypatch.setattr(output, "PATIENCE", 0.2)
+    ranks = RankOutput(tmp_path / "run", set(), str(tmp_path))
+    destination = ranks.reify({0: {"RANK": "0", "WORLD_SIZE": "1"}})
+    with open(destination.stdouts[0], "wb") as stdout, subprocess.Popen(["yes"], stdout=stdout) as left:
+        ranks.finish()
+        assert left.poll() is None
+        left.kill()
+
+
+def test_a_line_without_an_end_is_cut(tmp_path):
+    log = Log(tmp_path, 0)
+    stream = Stream(log, None, b"")
+    for _ in range(3 * LONGEST // (1 << 16)):
+        stream.receive(b"." * (1 << 16))
+        assert len(stream.rest) < LONGEST
+    assert log.path.read_bytes() == (b"." * LONGEST + b"\n") * 3
+
+
 def test_a_log_waits_for_the_run_folder_and_is_bounded_in_size_and_number(tmp_path):
     run = tmp_path / "run"
     log = Log(run, 3)
@@ -183,3 +290,12 @@ def test_a_port_that_is_taken_is_rejected(monkeypatch):
         check_port()
     monkeypatch.setenv("NNODE", "1")
     check_port()
+
+
+@pytest.mark.parametrize("port", ["http", "70000", "-1"])
+def test_what_is_no_port_is_rejected(port, monkeypatch):
+    monkeypatch.setenv("MASTER_PORT", port)
+    monkeypatch.setenv("NNODE", "1")
+    with pytest.raises(UserError) as error:
+        check_port()
+    assert (error.value.setting, error.value.found) == ("MASTER_PORT", port)
