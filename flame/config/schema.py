@@ -183,10 +183,10 @@ class Validation(titan.Validation):
     """Files or patterns inside each source, as training.data_files."""
 
     local_batch_size: int | None = None
-    """Rows of a rank in a batch; default: training.local_batch_size"""
+    """Rows of a rank in a batch; default: training.local_batch_size."""
 
     seq_len: int | None = None
-    """Tokens in a row; default: training.seq_len"""
+    """Tokens in a row; default: training.seq_len."""
 
     freq: int = 10
     """Validate after every step that is a multiple of this, and after step 1."""

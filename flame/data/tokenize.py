@@ -220,6 +220,8 @@ def _load(path: str, trust_remote_code: bool) -> Any:
             hf: Any = AutoTokenizer.from_pretrained(found, trust_remote_code=trust_remote_code)
             if not hf.is_fast or any(map(find, hf.vocab_files_names.values())):  # else it has special tokens alone
                 return hf
+        except ValueError:  # of transformers: it has none of the files that it could be made from
+            pass
         except Exception as error:  # whatever the class raises about the files that it has instead
             reason = first_line(error)
         raise UserError(FLAG, f"no tokenizer.json in {path}", "a tokenizer with one", reason)

@@ -63,12 +63,12 @@ def _check_numbers(given: Any, **least: int) -> None:
 
 
 def _audit(given: Any) -> int:
+    _check_numbers(given, depth=2, width=16, seq_len=8, seed=0)
     check_source("audit", given.config, "model")
     from flame.models.audit import audit
     from flame.models.hf import build_on_meta, import_models, load_hf_config, read_config
     from flame.models.shrink import shrink
 
-    _check_numbers(given, depth=2, width=16, seq_len=8, seed=0)
     if given.module:
         import_models(given.module)
     family, config = load_hf_config(given.config, trust_remote_code=given.trust_remote_code)

@@ -179,7 +179,6 @@ def sign_marker(checkpoint, fields):
     [
         {"files": None},
         {"files": []},
-        {"files": {}},
         {"files": {DATA: 7}},
         {"files": {DATA: {"size": [1], "xxh3_128": "a"}}},
         {"files": {DATA: {"size": 1}}},

@@ -172,7 +172,11 @@ def test_a_checkpoint_without_its_marker_is_not_converted(run, weights, tmp_path
     ("name", "content", "text"),
     [
         ("config.toml", "[job", r"config\.toml: not valid TOML: .*; or give --path a checkpoint itself"),
-        ("config.toml", "\udcff", r"cannot read .*config\.toml: .*; or give --path a checkpoint itself"),
+        (
+            "config.toml",
+            "\udcff",
+            r"cannot read .*config\.toml as text in UTF-8: .*; or give --path a checkpoint itself",
+        ),
         ("model/config.json", "{", r"model/config\.json: is corrupted \(.*\); --config and --tokenizer replace it"),
         ("model/torchtitan.json", "\0", r"model/torchtitan\.json: is corrupted"),
         ("model/config.json", "[]", r"model/config\.json: is corrupted \(a list, not an object\)"),
