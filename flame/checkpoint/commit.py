@@ -188,18 +188,16 @@ def complete_steps(folder: str | Path) -> list[int]:
 def find_checkpoints(folder: str | Path) -> dict[int, Path]:
     """{step: path} of the checkpoints in `folder`, complete or not, ascending.
 
-    Raises UserError for a folder or link that cannot be followed, a name such as step-002, and a file.
+    Raises UserError for a folder or link that cannot be followed, and for a name such as step-002.
     """
     found = {}
     try:
         with os.scandir(folder) as entries:  # glob finds nothing, and raises nothing, in a folder that it may not read
             for entry in entries:
-                if match := re.fullmatch(r"step-(\d+)", entry.name):
+                if (match := re.fullmatch(r"step-(\d+)", entry.name)) and not entry.is_file():
                     step, path = int(match[1]), Path(entry.path)
                     if match[1] != str(step):
                         raise UserError(str(path), allowed=f"called step-{step}, or moved away")
-                    if entry.is_file():
-                        raise UserError(str(path), "a file", "a checkpoint's folder, or moved away")
                     os.stat(path)
                     found[step] = path
     except OSError as error:

@@ -39,7 +39,7 @@ class RankConsensus:
     def each(self, ask: Callable[[], Answer]) -> list[Answer]:
         """What `ask` returns on every rank, in rank order.
 
-        Raises UserError, on all ranks, if `ask` raises one on any, or an OSError, which becomes one of its file.
+        Raises UserError, on all ranks, if `ask` raises one on any, or an OSError, which becomes one of the run folder.
         """
         answer: Answer | UserError
         try:
@@ -47,7 +47,7 @@ class RankConsensus:
         except UserError as error:
             answer = error
         except OSError as error:
-            answer = UserError(str(error.filename or "--job.dump_folder"), hint=str(error))
+            answer = UserError("--job.dump_folder", hint=str(error))
         answers = self.gather(answer)
         if first_error := next((answer for answer in answers if isinstance(answer, UserError)), None):
             raise first_error

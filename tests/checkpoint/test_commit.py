@@ -147,6 +147,7 @@ def test_overwriting_a_checkpoint_leaves_no_old_file(tmp_path):
 def test_only_folders_of_steps_count(tmp_path):
     for name in ("step-2", "step-10", "step-10-hf", "replaced"):
         save(tmp_path / name)
+    (tmp_path / "step-4").write_text("a file")
     (tmp_path / "step-6").mkdir()
     assert complete_steps(tmp_path) == [2, 10]
     found = scan_checkpoints(tmp_path)

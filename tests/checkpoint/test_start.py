@@ -261,13 +261,6 @@ def test_a_link_to_a_disk_that_is_not_mounted_is_not_taken_for_a_new_run(name, t
     assert error.setting == str(tmp_path / name) and "No such file or directory" in error.hint
 
 
-def test_a_file_in_the_place_of_a_step_is_named_before_its_save_fails(tmp_path):
-    mark(tmp_path, 2)
-    (tmp_path / "step-5").write_text("theirs")
-    error = rejected(tmp_path)
-    assert error.setting.endswith("step-5") and "moved away" in error.allowed
-
-
 def test_a_step_with_leading_zeros_is_not_skipped(tmp_path):
     mark(tmp_path, 2)
     (tmp_path / "step-2").rename(tmp_path / "step-002")
