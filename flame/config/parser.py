@@ -27,8 +27,6 @@ from flame.errors import UserError, first_line
 
 logger = logging.getLogger("flame")
 _PATHS = ("job.dump_folder", "model.config", "model.tokenizer_path", "checkpoint.initial_load_path")
-
-
 _CODE = (  # settings that name code
     *("job.custom_config_module", "experimental.custom_args_module", "experimental.custom_import"),
     "model.trust_remote_code",

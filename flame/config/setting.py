@@ -6,20 +6,16 @@ import difflib
 import math
 import os
 import re
-import sys
 import types
 from collections.abc import Container, Iterable
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any, Literal, Union, get_args, get_origin
 
+import tomli
+
 from flame.config.files import read_text
 from flame.errors import UserError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 
 class Layer(IntEnum):
@@ -68,7 +64,7 @@ def read_flags(argv: list[str]) -> list[Setting]:
 def read_toml(file: str) -> list[Setting]:
     """The settings of a TOML file. Raises UserError if it cannot be read or is not valid TOML, with the line."""
     try:
-        tables = tomllib.loads(read_text(os.path.expanduser(file)))
+        tables = tomli.loads(read_text(os.path.expanduser(file)))
         repr(tables)  # fails for integers of thousands of digits
     except FileNotFoundError:
         raise UserError("--job.config_file", f"no file {file}") from None

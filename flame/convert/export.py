@@ -53,9 +53,8 @@ def export_checkpoint(
     found = specs_of(tensors)
     with new_folder(folder) as temporary:
         digests = convert_dcp_to_hf(tensors, temporary, dtype, published_as, advance=advance)
-        shutil.copytree(
-            assets, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns("structure.json")
-        )  # of 0.1.0
+        of_0_1_0 = shutil.ignore_patterns("structure.json")
+        shutil.copytree(assets, temporary, dirs_exist_ok=True, ignore=of_0_1_0)
         settle_tokenizer(temporary)
         _set_dtype(temporary / "config.json", dtype or main_dtype(found))
         write_report(

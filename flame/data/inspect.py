@@ -37,7 +37,7 @@ class Fed(NamedTuple):
     """What one step was fed. first: sequence number of row 0; logged: the step whose digest was compared.
 
     expected: the digest that the run logged there (None: there is no such record); found: that of reading again.
-    about: lines about tokenizer and sources.
+    about: lines about tokenizer and sources. tokenizer: that of the rows.
     """
 
     start: int
@@ -48,6 +48,7 @@ class Fed(NamedTuple):
     expected: str | None
     found: str
     about: Sequence[str]
+    tokenizer: Tokenizer
 
 
 def read_start(folder: Path, step: int) -> Start:
@@ -93,7 +94,7 @@ def replay(folder: Path, step: int, *, trusted: bool = False) -> Fed:
             rows, first = loader.rows, loader.position().sequence - len(loader.rows)
     expected = None if logged is None else records[logged]["data_digest"]
     about = [tokenizer.describe(), *(line for source in sources for line in source.describe())]
-    return Fed(start.step, first, rows, list(loader.counts()), last, expected, digest, about)
+    return Fed(start.step, first, rows, list(loader.counts()), last, expected, digest, about, tokenizer)
 
 
 def show(folder: Path, step: int, rank: int | None, ranks: int | None, full: bool, trusted: bool) -> bool:
@@ -119,11 +120,10 @@ def show(folder: Path, step: int, rank: int | None, ranks: int | None, full: boo
     print("\n".join(fed.about))
     if rank is not None:
         print(f"rank {rank} of {dp_degree}: {len(chosen)} of {len(fed.rows)} rows")
-    tokenizer = load_tokenizer(config)
     for index in chosen:
         sequence = fed.first + index
         print(f"row {index}  sequence {sequence}  lane {sequence % lanes}")
-        for line in _describe(fed.rows[index], fed.sources, tokenizer, full):
+        for line in _describe(fed.rows[index], fed.sources, fed.tokenizer, full):
             print(f"  {line}")
     if fed.expected is None:
         print(f"digest {fed.found}: not compared, as no step from {step} on is in metrics.jsonl")

@@ -1,4 +1,4 @@
-"""What a full disk does to TensorBoard is said once."""
+"""A full disk stops TensorBoard with one warning."""
 
 import threading
 from functools import partial
