@@ -149,6 +149,8 @@ def is_alive(pid: int) -> bool:
 if __name__ == "__main__":  # a rank of the job: its folder of process ids, its trainer, its moment, its flags
     from flame.train import main
 
+    if len(sys.argv) < 5:
+        sys.exit("flame: flame.sh drills starts this")
     pids, trainer, reached, moment, *argv = sys.argv[1:]
     Path(pids, str(os.getpid())).touch()
     if os.environ["RANK"] == "0" and (fields := json.loads(moment)):

@@ -5,6 +5,7 @@ torchrun kills its ranks 30 s after it gets a signal. Here it gets none: this pr
 
 import logging
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -39,6 +40,7 @@ class LocalRanks:
     def __init__(self) -> None:
         self.signals = Signals(self._pass_on, self._end)
         self.ended_by = 0  # the number of the second signal
+        self.errors = ""  # a folder that must not outlive this process
         self._context: SubprocessContext | None = None
 
     def start(self, context: "SubprocessContext") -> None:
@@ -54,6 +56,7 @@ class LocalRanks:
 
     def _pass_on(self, number: int) -> None:
         if self._context is None:
+            shutil.rmtree(self.errors, ignore_errors=True)
             leave(number)
         for rank in self._context.subprocess_handlers.values():
             rank.proc.send_signal(number)
@@ -70,6 +73,7 @@ class LocalRanks:
             if rank.proc.poll() is None:
                 os.killpg(rank.proc.pid, signal.SIGKILL)  # with the processes it started, as torchrun does
         time.sleep(GRACE)
+        shutil.rmtree(self.errors, ignore_errors=True)
         os._exit(128 + self.ended_by)  # torchrun would wait for other nodes
 
 
@@ -88,13 +92,9 @@ def launch(argv: list[str]) -> int:
     os.environ[LAUNCHED] = str(time.monotonic())
     ranks = LocalRanks()
     ranks.signals.listen()
-
-    flags = list(dropwhile(lambda word: not word.startswith("--"), argv[argv.index("-m") + 1 :]))
     with without_torch():
         from flame.config.parser import parse
     logging.getLogger("flame").setLevel(logging.ERROR)  # the ranks log what they ignore
-    run = Path(parse(flags).job.dump_folder)
-
     from torch.distributed.elastic.multiprocessing.api import SignalException, SubprocessContext
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.api import RendezvousError
@@ -108,13 +108,19 @@ def launch(argv: list[str]) -> int:
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     SubprocessContext.start = lambda context: ranks.start(context)  # type: ignore
     args = parse_args(["--signals_to_handle", "SIGHUP,SIGQUIT", "--log-dir", os.devnull, *argv])
+    flags = list(dropwhile(lambda word: not word.startswith("--"), args.training_script_args))
+    try:
+        run = Path(parse(flags).job.dump_folder)
+    except UserError as error:
+        _print(str(error))
+        return REFUSED
     config, program, words = config_from_args(args)
     shown = {int(rank) for rank in args.local_ranks_filter.split(",")} if args.local_ranks_filter else None
     if config.max_nodes > 1:
         _print(f"waiting for {config.max_nodes} nodes at {args.rdzv_endpoint}")
     before = version_of_status(run)
-    with TemporaryDirectory(prefix="flame-") as errors:
-        config.logs_specs = output = RankOutput(run, shown, errors)
+    with TemporaryDirectory(prefix="flame-") as ranks.errors:
+        config.logs_specs = output = RankOutput(run, shown, ranks.errors)
         try:
             elastic_launch(config=config, entrypoint=program)(*words)
             return 0

@@ -15,7 +15,7 @@ from torch.distributed.elastic.rendezvous import api
 from flame.errors import FAILED, PREEMPTED, REFUSED, UserError
 from flame.runtime import output
 from flame.runtime.failure import describe, find_cause, version_of_status
-from flame.runtime.launch import _explain, _report, check_port
+from flame.runtime.launch import LocalRanks, _explain, _report, check_port
 from flame.runtime.output import LONGEST, SIZE, STARTS, Log, RankOutput, Stream
 from tests.launch import environment
 
@@ -208,6 +208,35 @@ def test_nodes_that_did_not_all_come_are_not_a_first_node_that_does_not_answer()
         assert (error.setting, error.found) == ("NNODE", 4) and "first:29500" in error.hint
     error = _explain(api.RendezvousConnectionError("refused"), "first:29500", 4)
     assert error.setting == "MASTER_ADDR, MASTER_PORT" and error.hint == "refused"
+
+
+@pytest.mark.parametrize("end", ["before its ranks", "after them"])
+def test_a_launcher_that_ends_at_once_leaves_no_folder(end, tmp_path, monkeypatch):
+    def leave(number):
+        raise SystemExit(number)
+
+    ranks = LocalRanks()
+    ranks.errors = str(tmp_path / "flame-errors")
+    os.mkdir(ranks.errors)
+    monkeypatch.setattr("flame.runtime.launch.leave", leave)
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr("flame.runtime.launch.GRACE", 0)
+    if end == "after them":  # torchrun waits for those of other nodes
+        ranks._context = SimpleNamespace(subprocess_handlers={})
+        with pytest.raises(SystemExit):
+            ranks._kill()
+    else:
+        with pytest.raises(SystemExit):
+            ranks._pass_on(signal.SIGTERM)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("words, code", [(["-h"], 0), (["-m", "flame.train", "--training.stepps=3"], REFUSED)])
+def test_help_or_a_mistake_in_a_command_line_that_train_sh_has_not_read_ends_in_no_traceback(words, code):
+    command = [sys.executable, "-m", "flame.runtime.launch", *words]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.returncode == code and "Traceback" not in done.stderr
+    assert "usage: " in done.stdout if code == 0 else len(done.stderr.splitlines()) == 1
 
 
 def test_ranks_that_are_started_again_go_on_in_the_same_log(tmp_path):
