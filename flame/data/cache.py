@@ -3,27 +3,29 @@
 Their names depend on the path, size and age of the file, so that they are made again when the file changes.
 """
 
+import fcntl
+import gzip
 import io
 import logging
 import lzma
 import os
 import time
+import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, BinaryIO
-
-from filelock import FileLock, Timeout
+from typing import IO, Any, BinaryIO
 
 from flame.config.files import regular
 from flame.config.paths import COMPRESSED, ending
-from flame.errors import UserError
-from flame.runtime.atomic import open_atomically
+from flame.errors import FULL, UserError
+from flame.runtime.atomic import HOST, open_atomically
 
 CHUNK = 1 << 24  # bytes
 LARGE = 1 << 26  # bytes, of a file about which the log says what is made of it
 SECONDS = 10  # between two such lines
+DAY = 86400  # seconds
 
 logger = logging.getLogger("flame")
 
@@ -36,15 +38,16 @@ def open_decompressed(path: Path) -> Iterator[Any]:
     """
     import pyarrow
 
-    codec = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}.get(path.suffix.lower())
+    suffix = path.suffix.lower()
+    codec = {".zst": "zstd", ".bz2": "bz2"}.get(suffix)
     with open(path, "rb", opener=regular) as file:
         try:
-            if path.suffix.lower() == ".xz":
-                with lzma.open(file) as stream:
+            if suffix in (".gz", ".xz"):  # what pads such a file is no error to Python alone
+                with gzip.open(file) if suffix == ".gz" else lzma.open(file) as stream:
                     yield stream
             else:
                 yield io.BufferedReader(pyarrow.input_stream(file, compression=codec)) if codec else file
-        except (EOFError, lzma.LZMAError, OSError) as error:
+        except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:
             if getattr(error, "errno", None) is not None:  # of the disk
                 raise
             raise UserError(str(path), hint=f"cannot be decompressed, {error}") from error
@@ -68,25 +71,52 @@ def make(file: str, suffix: str, work: str, write: Callable[[BinaryIO], Iterator
     """Path of what `write` makes of a file, yielding the bytes done now and then; made if it is not there yet.
 
     suffix: of its name. work: what the log calls it. One process at a time makes something, and first removes what one
-    that was killed has left. Raises what `write` does, and OSError.
+    that was killed has left. Raises what `write` does, OSError, and UserError for a folder without locks or room.
     """
     path = _find_place(Path(file), suffix)
     if path.exists():
         return str(path)
-    lock = FileLock(path.with_name("lock"))
     try:
-        lock.acquire(timeout=1)  # second
-    except Timeout:
-        logger.info(f"{file}: waiting for another process that is at work in {path.parent}")
-        lock.acquire()
-    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(path.with_name("lock"), "ab")  # noqa: SIM115 - open for as long as it is held
+    except OSError as error:
+        raise _unusable(path.parent, error) from error
+    with lock:
+        _lock(lock, file, path.parent)
         if not path.exists():
-            for leftover in path.parent.glob("*.tmp"):
-                leftover.unlink()
-            _write(path, file, work, write)
-    finally:
-        lock.release()
+            _remove_leftovers(path.parent)
+            try:
+                _write(path, file, work, write)
+            except OSError as error:
+                if error.errno not in FULL:  # it may be of the file that is read
+                    raise
+                raise _unusable(path.parent, error) from error
     return str(path)
+
+
+def _lock(lock: IO[bytes], file: str, folder: Path) -> None:
+    """Wait until no other process of this node, or where the file system shares locks, of any, holds the lock."""
+    try:
+        for _ in range(10):
+            with suppress(BlockingIOError):
+                return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            time.sleep(0.1)
+        logger.info(f"{file}: waiting for another process that is at work in {folder}")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError as error:
+        raise _unusable(folder, error) from error
+
+
+def _unusable(folder: Path, error: OSError) -> UserError:
+    found = f"{folder}: {error.strerror}"
+    return UserError("HF_DATASETS_CACHE", found, "a folder where files can be written and locked")
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for path in folder.glob("*.tmp"):
+        with suppress(OSError):  # another node may be at work, where locks are those of a node
+            if f".{HOST}." in path.name or path.stat().st_mtime < time.time() - DAY:
+                path.unlink()
 
 
 def _write(path: Path, file: str, work: str, write: Callable[[BinaryIO], Iterator[int]]) -> None:
@@ -109,5 +139,4 @@ def _find_place(path: Path, suffix: str) -> Path:
     folder = Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME, "datasets"), "flame")
     stat = path.stat()
     key = os.fsencode(path.resolve()) + f"\0{stat.st_size}\0{stat.st_mtime_ns}".encode()
-    folder.mkdir(parents=True, exist_ok=True)
     return folder / (blake2b(key, digest_size=12).hexdigest() + suffix)

@@ -4,6 +4,7 @@ A file holds an object per line; what else is JSON is copied as such. Lines are 
 """
 
 import json
+import logging
 import os
 import re
 from bisect import bisect_right
@@ -24,6 +25,8 @@ HEAD = 100  # lines, by which a file is judged
 SURROGATE = re.compile("[\ud800-\udfff]")
 SPACE = re.compile(r"\s*")
 
+logger = logging.getLogger("flame")
+
 
 class JsonLines:
     """A column of JSON files, plain or compressed: a row per line or item, in the order of the files.
@@ -34,6 +37,7 @@ class JsonLines:
     def __init__(self, files: Sequence[str], column: str) -> None:
         self._column, self._names = column, list(files)
         self._paths = [cache.decompress(as_lines(file)) for file in files]
+        self._modified = [os.stat(path).st_mtime_ns for path in self._paths]
         self._starts = [index_lines(path) for path in self._paths]
         self._firsts = list(accumulate((len(starts) - 1 for starts in self._starts), initial=0))
 
@@ -45,13 +49,22 @@ class JsonLines:
         for file, chosen in groupby(sorted(set(indices)), lambda i: bisect_right(self._firsts, i) - 1):
             try:
                 with open(self._paths[file], "rb") as lines:
-                    if os.fstat(lines.fileno()).st_size != self._starts[file][-1]:
-                        raise UserError(self._names[file], "another size", "that of the start of the run")
+                    self._check_unchanged(file, os.fstat(lines.fileno()))
                     for index in chosen:
                         found[index] = self._read(lines, file, index - self._firsts[file])
             except OSError as error:
                 raise UserError(self._names[file], hint=f"cannot be read: {error.strerror}") from error
         return [found[index] for index in indices]
+
+    def _check_unchanged(self, file: int, status: os.stat_result) -> None:
+        """Raise UserError for another size; another age, which a mere touch gives, is logged."""
+        if status.st_size != self._starts[file][-1]:
+            raise UserError(self._names[file], "another size", "that of the start of the run")
+        if status.st_mtime_ns != self._modified[file]:
+            self._modified[file] = status.st_mtime_ns
+            logger.warning(
+                f"{self._names[file]} was modified since the start of the run, which goes on with what it holds"
+            )
 
     def _read(self, lines: BinaryIO, file: int, row: int) -> Document | Bad:
         begin, end = self._starts[file][row : row + 2].tolist()

@@ -26,6 +26,7 @@ from flame.data.tokenize import Tokenizer
 from flame.data.window import IndexedWindows, Place, StreamedWindows, WindowShuffle
 from flame.errors import UserError, first_line
 
+MANY = 10  # epochs, of which the length is known from a few rows
 AHEAD = 1 << 19  # tokens in rows read ahead, up to 4 rows per lane: a document of a megabyte delays no other lane
 
 
@@ -83,6 +84,7 @@ class Loader(BaseDataLoader):
         if workers:  # each of them is a thread of its own; Rust's pool of threads would have them wait for each other
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         lengths = [typical_length(source, encoder) for source in sources]
+        self._check_skip(lengths, step)
         places = tuple(Place() for _ in sources)
         self._initial_states = {
             lane: LaneState(-1, 0, initial_deficits(lane, self._shares, lengths), places) for lane in own_lanes
@@ -92,6 +94,17 @@ class Loader(BaseDataLoader):
         self._iteration: object = None
         self.rows: Sequence[Row] = ()  # of the last batch handed out
         self.digest = 0  # of the last batch handed out, its rows at their indices in the step; see flame.data.ledger
+
+    def _check_skip(self, lengths: Sequence[float], step: int) -> None:
+        """Raise UserError for steps to skip that are more than many epochs, which would be read to the end of time."""
+        if any(source.streamed for source in self._sources):
+            return
+        tokens = sum(length * len(source.rows) for length, source in zip(lengths, self._sources, strict=True))
+        epoch = int(tokens / (step * self._seq_len)) + 1
+        for first, last in self._order.skip:
+            if last - first >= MANY * epoch:
+                hint = f"an epoch of the data has about {epoch:,}"
+                raise UserError("--data.skip", f"{first}-{last}", f"a range of at most {MANY * epoch:,} steps", hint)
 
     def __iter__(self) -> Generator[tuple[dict[str, torch.Tensor], torch.Tensor], None, None]:
         iteration = self._iteration = object()

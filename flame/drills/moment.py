@@ -20,20 +20,20 @@ class Moment(NamedTuple):
 
 START = (
     Moment("before the folder is locked", "open", r"/lock "),
-    Moment("before the first record", "open", r"/status\.json\.\d+\.tmp"),
-    Moment("between the records of the start", "os.rename", r"/config\.toml\.\d+\.tmp"),
+    Moment("before the first record", "open", r"/status\.json\..+\.tmp"),
+    Moment("between the records of the start", "os.rename", r"/config\.toml\..+\.tmp"),
 )
 FIRST_SAVE = (
-    Moment("between .metadata and marker of the first save", "open", r"/complete\.json\.\d+\.tmp"),
+    Moment("between .metadata and marker of the first save", "open", r"/complete\.json\..+\.tmp"),
     Moment("before the first save is archived", "os.rename", r"/replaced/step-"),
     Moment("in the first save", "open", r"/step-\d+/__0_0\.distcp"),
     Moment("before the .metadata of the first save", "os.rename", r"/\.metadata\.tmp"),
-    Moment("before the marker of the first save has its name", "os.rename", r"/complete\.json\.\d+\.tmp"),
+    Moment("before the marker of the first save has its name", "os.rename", r"/complete\.json\..+\.tmp"),
 )
 TRAINING = (
-    Moment("between .metadata and marker", "open", r"/complete\.json\.\d+\.tmp", 2),
+    Moment("between .metadata and marker", "open", r"/complete\.json\..+\.tmp", 2),
     Moment("between steps", "open", r"/metrics\.jsonl a ", 8),
-    Moment("while metrics are rewound", "os.rename", r"/metrics\.jsonl\.\d+\.tmp"),
+    Moment("while metrics are rewound", "os.rename", r"/metrics\.jsonl\..+\.tmp"),
     Moment("in a deletion", "os.rmdir", r"/\.deleting-step-", 2),
     Moment("in a save", "open", r"/step-\d+/__0_0\.distcp", 2),
     Moment("before a checkpoint is renamed to be deleted", "os.rename", r"/\.deleting-step-", 2),

@@ -2,20 +2,24 @@
 
 import errno
 import os
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+HOST = socket.gethostname()
 
 
 @contextmanager
 def open_atomically(path: Path, fsync: bool = False) -> Iterator[BinaryIO]:
     """A file to write, which replaces `path` at the end of the block, or is removed if the block raises.
 
-    A reader, or a kill, sees the old content or the new one. Several processes may write the same path at once. fsync:
-    the new content survives a power cut as well, where the file system can promise that. Raises OSError.
+    A reader, or a kill, sees the old content or the new one. Several processes, of several nodes too, may write the
+    same path at once. fsync: the new content survives a power cut as well, where the file system can promise that.
+    Raises OSError.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{HOST}.{os.getpid()}.tmp")
     try:
         temporary.unlink(missing_ok=True)  # of a process that was killed; not written through if it is a link
         with open(temporary, "xb") as file:

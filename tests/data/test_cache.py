@@ -1,8 +1,11 @@
 """Copies and indices of files: made once for all processes, again when the file changes, nothing of a kill left."""
 
+import errno
+import fcntl
 import gzip
 import lzma
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -98,6 +101,52 @@ def test_the_log_says_what_is_made_of_a_large_file_and_how_far_it_is(tmp_path, m
         f"copying {tmp_path}/a: 2 MiB so far",
     ]
     assert os.path.exists(made)
+
+
+def test_of_another_node_only_what_a_process_left_a_day_ago_is_removed(tmp_path, folder):
+    folder.mkdir(parents=True)
+    for name, age in (("new", 0), ("old", 2 * cache.DAY)):
+        path = folder / f"{name}.made.elsewhere.1.tmp"
+        path.touch()
+        os.utime(path, (time.time() - age,) * 2)
+    (tmp_path / "a").write_bytes(b"content")
+    make(str(tmp_path / "a"), ".made", "making", lambda out: iter([]))
+    assert [path.name for path in folder.glob("*.tmp")] == ["new.made.elsewhere.1.tmp"]
+
+
+def no_locks(*_):
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+
+@pytest.mark.parametrize("fault", ["a file", "no locks", "full"])
+def test_a_cache_that_cannot_be_used_is_named_with_the_variable_that_names_another(
+    fault, tmp_path, folder, monkeypatch
+):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 9))
+    if fault == "a file":
+        (tmp_path / "cache").touch()
+    elif fault == "no locks":
+        monkeypatch.setattr(fcntl, "flock", no_locks)
+    else:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5, resource.RLIM_INFINITY))
+    try:
+        with pytest.raises(UserError) as error:
+            build(tmp_path / "a.jsonl.gz")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    reason = {"a file": "Not a directory", "no locks": "No locks available", "full": "File too large"}[fault]
+    assert error.value.setting == "HF_DATASETS_CACHE" and error.value.found == f"{folder}: {reason}"
+
+
+@pytest.mark.parametrize(
+    "padding", [bytes(512), bytes(20_000), gzip.compress(b"") + bytes(3)], ids=["one block", "more", "after a member"]
+)
+def test_zeros_that_pad_a_gzip_file_are_left_out(padding, tmp_path):
+    content = b'{"text": "a"}\n{"text": "b"}\n'
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(content[:14]) + gzip.compress(content[14:]) + padding)
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"c") + padding)
+    assert build(tmp_path / "a.jsonl.gz")[0].rows.texts([0, 1]) == ["a", "b"]
+    assert build(tmp_path / "b.txt.gz")[0].rows.texts([0]) == ["c"]
 
 
 @pytest.mark.parametrize("ending", COMPRESS)

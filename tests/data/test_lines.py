@@ -3,6 +3,7 @@
 import codecs
 import json
 import lzma
+import os
 
 import pytest
 
@@ -126,6 +127,18 @@ def test_ids_beyond_64_bits_are_bad_rows_in_every_form(tmp_path):
         assert good.tolist() == [1, 2] and all(isinstance(row, Bad) for row in bad)
     text = read(tmp_path / "b.jsonl", b'{"text": "a"}\n{"text": [9223372036854775808]}\n{"text": 1e19}')
     assert text[0] == "a" and all(isinstance(row, Bad) for row in text[1:])
+
+
+def test_a_file_that_is_replaced_by_other_text_of_its_size_is_logged_once(tmp_path, caplog):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n{"text": "b"}\n')
+    os.utime(path, (1, 1))
+    (source,) = build(path)
+    assert source.rows.texts([0]) == ["a"] and not caplog.messages
+    path.write_text('{"text": "c"}\n{"text": "d"}\n')
+    for _ in range(2):
+        assert source.rows.texts([1]) == ["d"]
+    assert [line.split(", ")[0] for line in caplog.messages] == [f"{path} was modified since the start of the run"]
 
 
 def test_a_file_that_changes_or_goes_away_while_it_is_read_ends_the_run_in_one_line(tmp_path):

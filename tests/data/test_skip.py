@@ -72,6 +72,16 @@ def test_a_checkpoint_without_a_record_of_skipped_steps_had_none():
     assert error.value.found.startswith("4-4 ") and error.value.allowed.startswith("none,")
 
 
+def test_a_range_to_skip_that_is_many_epochs_is_rejected_rather_than_read():
+    for last in (10**15, 10**17):
+        with pytest.raises(UserError) as error:
+            loader(three(), skip=[(3, last)])
+        assert (error.value.setting, error.value.found) == ("--data.skip", f"3-{last}")
+    epoch = sum(map(len, (text for source in three() for text in source.rows))) // (4 * 24)
+    assert len(take(iter(loader(three(), skip=[(3, 3 + 2 * epoch)])), 3)) == 3
+    loader(three(), skip=[(10**15, 10**15)])
+
+
 @pytest.mark.parametrize("step", [1, 4, 8])
 def test_a_run_that_skipped_steps_is_decoded_exactly(step, tmp_path, flags, texts):  # noqa: F811 - fixtures
     whole = write_run(tmp_path / "whole", *flags)

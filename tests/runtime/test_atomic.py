@@ -3,7 +3,7 @@ import resource
 
 import pytest
 
-from flame.runtime.atomic import replace_together, write_atomically
+from flame.runtime.atomic import HOST, replace_together, write_atomically
 
 
 @pytest.mark.parametrize("fsync", [False, True])
@@ -28,7 +28,7 @@ def test_a_full_disk_leaves_the_old_content(tmp_path):
 
 def test_a_link_in_the_place_of_the_file_or_of_the_temporary_one_is_not_written_through(tmp_path):
     (tmp_path / "theirs").write_text("kept")
-    for name in ("file", f"file.{os.getpid()}.tmp"):
+    for name in ("file", f"file.{HOST}.{os.getpid()}.tmp"):
         (tmp_path / name).symlink_to(tmp_path / "theirs")
     write_atomically(tmp_path / "file", "new")
     with replace_together({tmp_path / "file": "newer"}):
