@@ -100,6 +100,8 @@ def inspect_checkpoint(checkpoint: Path) -> Status:
         with report_unreadable(checkpoint):
             if marker := read_marker(checkpoint):
                 sizes, resumable = {name: file["size"] for name, file in marker["files"].items()}, marker["resumable"]
+                if METADATA not in sizes:
+                    raise ValueError(f"{MARKER} does not list {METADATA}")
             else:
                 sizes, resumable = _sizes_by_metadata(read_bytes(checkpoint / METADATA))
             for name, size in sizes.items():
@@ -143,7 +145,13 @@ def verify_hashes(checkpoint: Path, rank: int = 0, world_size: int = 1) -> list[
     Raises UserError if a file cannot be read.
     """
     problems = []
-    for name, file in sorted(read_marker(checkpoint).get("files", {}).items())[rank::world_size]:
+    try:
+        listed = read_marker(checkpoint).get("files", {})
+    except UserError:
+        raise
+    except ValueError as error:  # it was damaged since the checkpoint was found
+        return [str(error)]
+    for name, file in sorted(listed.items())[rank::world_size]:
         try:
             with report_unreadable(checkpoint / name):
                 found = hash_file(checkpoint / name)

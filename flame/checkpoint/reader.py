@@ -21,7 +21,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.futures import Future
 
 from flame.checkpoint.commit import MARKER, read_marker, read_metadata, report_unreadable
 from flame.checkpoint.metadata import METADATA, TensorInfo
@@ -62,6 +63,16 @@ class Reader(FileSystemReader):
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
         return self.metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """torch's method. Raises UserError for a damaged file, as one is known without a marker."""
+        try:
+            return super().read_data(plan, planner)
+        except (UserError, torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError) as error:  # of torch.load
+            found = f"a damaged file ({type(error).__name__})"  # torch's message says how to run what it holds
+            raise UserError(str(self.path), found, "an intact checkpoint") from None
 
 
 def _tensor(info: TensorInfo) -> TensorStorageMetadata:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -11,8 +12,9 @@ from typing import Any, Literal
 import tomli
 
 from flame.checkpoint.commit import Status, inspect_checkpoint, read_marker, scan_checkpoints
-from flame.config.files import read_json, read_text
+from flame.config.files import read_json
 from flame.config.parser import recorded, to_toml
+from flame.config.record import read_record
 from flame.config.schema import Checkpoint, JobConfig
 from flame.errors import UserError
 
@@ -103,13 +105,21 @@ def check_orphaned_checkpoints(config: Checkpoint, run: Path) -> None:
         raise UserError(f"--checkpoint.{name}", found, hint=f"{hint}; give another --job.dump_folder")
 
 
+def check_places(job_config: JobConfig, plan: StartPlan) -> None:
+    """Raises UserError for a file in the place of a checkpoint that the run may save: a stop saves at any step."""
+    config, begin = job_config.checkpoint, max(plan.steps, default=0)
+    if not config.enable or config.load_only:
+        return
+    for path in sorted(Path(job_config.job.dump_folder, config.folder).glob("step-*")):
+        name = re.fullmatch(r"step-([1-9]\d*)", path.name)
+        if name and path.is_file() and begin < int(name[1]) <= job_config.training.steps:
+            raise UserError(str(path), "a file", "moved away: the run may save a checkpoint there")
+
+
 def _read_recorded(run: Path) -> dict[str, Any]:
     """The settings of checkpoints that a run folder's config.toml holds; {} without one that a run wrote."""
-    try:
-        known = tomli.loads(read_text(run / "config.toml"))["checkpoint"]
-        return {name: known[name] for name, kind in _RECORDED.items() if isinstance(known.get(name), kind)}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return {}
+    known = (read_record(run) or {}).get("checkpoint", {})
+    return {name: known[name] for name, kind in _RECORDED.items() if isinstance(known.get(name), kind)}
 
 
 def step_of(checkpoint: Path) -> int:
@@ -129,11 +139,12 @@ def changed_settings(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator
 def _already_rewound(job_config: JobConfig) -> bool:
     """Whether an earlier start of this very job went back to its checkpoint.load_step, from which it now goes on."""
     run = Path(job_config.job.dump_folder)
+    was, now = read_record(run), tomli.loads(to_toml(recorded(job_config)))
+    if was is None or any(changed_settings(was, now)):
+        return False
     try:
-        start = read_json(run / "status.json")["start"]
-        was, now = tomli.loads(read_text(run / "config.toml")), tomli.loads(to_toml(recorded(job_config)))
-        return not any(changed_settings(was, now)) and start["load_step"] == job_config.checkpoint.load_step
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # no run folder as yet, or a broken one
+        return read_json(run / "status.json")["start"]["load_step"] == job_config.checkpoint.load_step
+    except (OSError, ValueError, KeyError, TypeError):  # broken
         return False
 
 

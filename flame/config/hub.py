@@ -26,7 +26,7 @@ logger = logging.getLogger("flame")
 _unreachable: list[str] = []  # why the hub is not asked again in this process
 
 
-def check_source(setting: str, name: str, repo: Repo) -> None:
+def check_available(setting: str, name: str, repo: Repo) -> None:
     """Raises UserError if a path does not exist, or a hub id is not in the cache and the hub cannot be asked for it.
 
     A hub that cannot be reached is not asked again in this process: what is in the cache is used.

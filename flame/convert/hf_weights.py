@@ -35,7 +35,7 @@ class Weights:
                 yield entry, self.structure.published_tensor(name)
 
 
-def check_source(source: str, may_download: bool = True) -> None:
+def check_folder(source: str, may_download: bool = True) -> None:
     """Raises UserError for a folder that is missing or holds no whole safetensors files. Does not ask the hub."""
     if os.path.isdir(source):
         read_headers(find_files(Path(source)))
@@ -52,9 +52,9 @@ def find_folder(source: str) -> Path:
         return Path(source)
     from huggingface_hub import snapshot_download  # here: what reads weights need not know the hub
 
-    from flame.config.hub import check_source as check_hub
+    from flame.config.hub import check_available
 
-    check_hub(FLAG, source, "model")
+    check_available(FLAG, source, "model")
     try:
         return Path(snapshot_download(source, allow_patterns=list(_FILES)))
     except (OSError, ValueError) as error:  # all that huggingface_hub raises is one of these

@@ -11,10 +11,11 @@ from torchtitan.protocols.state_dict_adapter import StateDictAdapter
 from flame.checkpoint.start import StartPlan
 from flame.checkpoint.structure import Structure
 from flame.config.schema import JobConfig
-from flame.convert.dcp_file import read_tensors
+from flame.convert.dcp_file import CorruptedError, read_tensors
 from flame.convert.hf_to_dcp import WeightReader
 from flame.convert.hf_weights import FLAG, Weights, check_tensors, check_weights, find_folder, read_weights
 from flame.convert.safetensors_file import find_files
+from flame.errors import UserError
 
 
 class IdentityAdapter(StateDictAdapter):
@@ -40,7 +41,7 @@ class IdentityAdapter(StateDictAdapter):
 
         ties: read those that the config ties, to see that they are the same.
         """
-        check_tensors(flag, checkpoint, read_tensors(checkpoint), self.structure, ties=ties)
+        _check_checkpoint(flag, checkpoint, self.structure, ties=ties)
 
     def get_hf_storage_reader(self, path: str, from_quantized: bool = False) -> WeightReader:
         return WeightReader(self.read())
@@ -67,7 +68,14 @@ def build_adapter(job_config: JobConfig, structure: Structure, plan: StartPlan |
     if source and plan and plan.mode == "init":
         if not checkpoint.initial_load_in_hf:
             hint = "only Hugging Face weights grow (--checkpoint.initial_load_in_hf)" if grow else ""
-            check_tensors(FLAG, Path(source), read_tensors(Path(source)), structure, hint)
+            _check_checkpoint(FLAG, Path(source), structure, hint)
         elif os.path.isdir(source) or not job_config.job.dry_run:
             read()
     return partial(IdentityAdapter, structure, read)
+
+
+def _check_checkpoint(flag: str, checkpoint: Path, structure: Structure, hint: str = "", *, ties: bool = True) -> None:
+    try:
+        check_tensors(flag, checkpoint, read_tensors(checkpoint), structure, hint, ties=ties)
+    except CorruptedError as error:
+        raise UserError(flag, checkpoint, "an intact checkpoint", str(error)) from None

@@ -16,7 +16,7 @@ from itertools import accumulate, groupby, islice
 from pathlib import Path
 from typing import Any
 
-from flame.config.hub import check_source
+from flame.config.hub import check_available
 from flame.config.schema import Data, DataSource, Training, Validation
 from flame.data.cache import decompress
 from flame.data.document import IDS, NOTHING, TEXT, Bad, Document, describe
@@ -258,7 +258,7 @@ def _read_hub(source: DataSource, streaming: bool) -> Opened:
 
     quiet_datasets()
     path, split = source.path, source.split or "train"
-    check_source("path", path, "dataset")
+    check_available("path", path, "dataset")
     files = [file.strip() for file in source.data_files.split(",")] if source.data_files else None
     options = {"name": source.subset, "data_dir": source.data_dir, "data_files": files}
     if path == "text":

@@ -15,7 +15,7 @@ from tokenizers.models import BPE
 from torchtitan.components.tokenizer import BaseTokenizer
 
 from flame.config.files import read_json
-from flame.config.hub import check_source
+from flame.config.hub import check_available
 from flame.config.schema import JobConfig
 from flame.data.fast import covers_all_text, is_failure, open_fast
 from flame.errors import UserError, first_line
@@ -153,7 +153,7 @@ def build_tokenizer(path: str | None, trust_remote_code: bool = False, add_token
         raise UserError(FLAG, "nothing", '"byte", a folder, a tokenizer.json or a hub id')
     if path == "byte":
         return Tokenizer(_byte_level(), path, add_tokens)
-    check_source(FLAG, path, "model")
+    check_available(FLAG, path, "model")
     try:
         with without_warnings():
             hf = _load(path, trust_remote_code)

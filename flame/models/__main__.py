@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from flame.config.hub import check_source
+from flame.config.hub import check_available
 from flame.errors import REFUSED, UserError
 from flame.runtime import device
 
@@ -64,7 +64,7 @@ def _check_numbers(given: Any, **least: int) -> None:
 
 def _audit(given: Any) -> int:
     _check_numbers(given, depth=2, width=16, seq_len=8, seed=0)
-    check_source("audit", given.config, "model")
+    check_available("audit", given.config, "model")
     from flame.models.audit import audit
     from flame.models.hf import build_on_meta, import_models, load_hf_config, read_config
     from flame.models.shrink import shrink

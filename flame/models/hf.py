@@ -20,7 +20,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from flame.config.files import parse_json, read_json, read_text
-from flame.config.hub import check_source
+from flame.config.hub import check_available
 from flame.config.schema import JobConfig
 from flame.config.user_module import import_module
 from flame.errors import UserError, first_line
@@ -72,7 +72,7 @@ def read_fields(source: str) -> dict[str, Any]:
         if path.is_file():
             fields = parse_json(read_text(path), object_hook=_parse_float)
         else:
-            check_source("--model.config", source, "model")
+            check_available("--model.config", source, "model")
             fields, _ = PreTrainedConfig.get_config_dict(source)
     except (OSError, ValueError) as error:
         raise UserError("--model.config", source, hint=f"cannot be read: {first_line(error)}") from None

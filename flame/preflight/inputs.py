@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from flame.config.files import parse_json, read_text
+from flame.config.files import read_json
 from flame.config.paths import BUILDERS, CHECKOUT, check_path, command, exists, is_local
 from flame.config.schema import Data, DataSource, JobConfig, Training, Validation
 from flame.data.listing import expand, is_pair
@@ -78,14 +78,11 @@ def vocab_of_tokenizer(path: str) -> int | None:
 
 def _read_json(flag: str, path: Path) -> dict[str, Any]:
     try:
-        content = parse_json(read_text(path))
+        return read_json(path)
     except OSError as e:
         raise UserError(flag, hint=f"cannot read {path}: {e.strerror}") from None
     except ValueError as e:
-        raise UserError(flag, path, "valid JSON", str(e)) from None
-    if not isinstance(content, dict):
-        raise UserError(flag, f"a {type(content).__name__} in {path}", "a JSON object")
-    return content
+        raise UserError(flag, path, "a JSON object", str(e)) from None
 
 
 def check_data(section: Training | Validation, data: Data) -> None:
@@ -134,9 +131,9 @@ def check_wandb(config: JobConfig) -> None:
 
 def _check_hub(setting: str, name: str, repo: Literal["model", "dataset"]) -> None:
     if not exists(name):
-        from flame.config.hub import check_source  # here: most jobs have no hub id, and it takes its time to import
+        from flame.config.hub import check_available  # here: most jobs have no hub id, and it takes its time to import
 
-        check_source(setting, name, repo)
+        check_available(setting, name, repo)
 
 
 def _check_source(source: DataSource) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from operator import attrgetter
 from pathlib import Path
 
-from flame.checkpoint.start import check_orphaned_checkpoints, plan_start
+from flame.checkpoint.start import check_orphaned_checkpoints, check_places, plan_start
 from flame.config.schema import JobConfig
 from flame.config.user_module import is_found
 from flame.data.settings import check_lanes, parse_skip
@@ -244,6 +244,8 @@ def _check_folders(config: JobConfig) -> None:
     for flag, path in (("job.dump_folder", dump_folder), ("checkpoint.folder", config.checkpoint.folder)):
         if not path or "://" in path:
             raise UserError(f"--{flag}", path or "nothing", "a folder of this machine's file system")
+    if (resolved := Path(os.path.realpath(dump_folder))) == resolved.parent:
+        raise UserError("--job.dump_folder", dump_folder, "a folder of the run's own")
     try:
         (absolute := os.path.abspath(dump_folder)).encode()
     except UnicodeError:
@@ -307,13 +309,14 @@ def _check_start(config: JobConfig) -> None:
     """Look at the checkpoints of the run, and at what it starts from."""
     checkpoint, dump = config.checkpoint, Path(config.job.dump_folder)
     start = plan_start(config)
+    check_places(config, start)
     if start.mode != "resume":
         check_orphaned_checkpoints(checkpoint, dump)
     if start.mode == "init" and checkpoint.initial_load_in_hf:
-        from flame.convert.hf_weights import check_source  # here: it imports numpy
+        from flame.convert.hf_weights import check_folder  # here: it imports numpy
 
         assert checkpoint.initial_load_path
-        check_source(checkpoint.initial_load_path, may_download=config.model.name == "auto")
+        check_folder(checkpoint.initial_load_path, may_download=config.model.name == "auto")
     if checkpoint.create_seed_checkpoint and start.mode == "resume":
         hint = f"{dump / checkpoint.folder} holds checkpoints already"
         raise UserError("--checkpoint.create_seed_checkpoint", "true", "false", hint)

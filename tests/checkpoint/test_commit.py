@@ -116,6 +116,12 @@ def test_each_rank_hashes_its_share_of_the_files(tmp_path):
     assert sorted(line for lines in each for line in lines) == sorted(verify_hashes(checkpoint))
 
 
+def test_a_marker_that_is_damaged_once_it_was_found_is_a_problem_on_every_rank(tmp_path):
+    checkpoint = save(tmp_path / "step-3")
+    flip(checkpoint / MARKER)
+    assert all(MARKER in verify_hashes(checkpoint, rank, 2)[0] for rank in range(2))
+
+
 @pytest.mark.parametrize(
     "name, damage, words",
     [

@@ -233,6 +233,19 @@ def test_a_checkpoint_without_a_marker_is_used_with_a_warning(tmp_path, log):
     assert steps(tmp_path) == [2, 4]
 
 
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_damaged_checkpoint_without_a_marker_is_rejected_without_advice_to_run_what_it_holds(step, tmp_path):
+    job = Job(tmp_path)
+    job.trainer.step = step
+    path = tmp_path / "checkpoint" / f"step-{step}"
+    dcp.save(job.manager._flattened_model_states_sd(), checkpoint_id=str(path))
+    job.manager.close()
+    size = (path / DATA).stat().st_size
+    (path / DATA).write_bytes(bytes(size))
+    error = rejected(Job(tmp_path), 4)
+    assert error.setting.startswith(str(path)) and "weights_only" not in str(error)
+
+
 def disk_full(limit):
     """Let no file of this process grow beyond `limit` bytes."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))

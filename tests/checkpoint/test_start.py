@@ -9,10 +9,17 @@ import torch
 
 from flame.checkpoint.commit import MARKER, SavedFile, write_marker
 from flame.checkpoint.metadata import METADATA
-from flame.checkpoint.start import changed_settings, check_orphaned_checkpoints, plan_start
+from flame.checkpoint.start import (
+    StartPlan,
+    changed_settings,
+    check_orphaned_checkpoints,
+    check_places,
+    plan_start,
+)
 from flame.config.parser import to_toml
 from flame.config.schema import Checkpoint, JobConfig
 from flame.errors import UserError
+from tests.checkpoint.empty import empty_file, write_empty
 from tests.checkpoint.managed import Job
 from tests.checkpoint.test_commit import DATA, flip, truncate
 
@@ -112,10 +119,14 @@ def test_a_job_starts_as_the_table_says_or_not_at_all(state, mode, with_path, do
     assert sorted(before.values()) == sorted(everything(tmp_path).values())  # moved perhaps, never changed
 
 
-def planned(folder, **settings):
+def configure(folder, **settings):
     config = JobConfig(checkpoint=Checkpoint(**settings, folder=folder.name))
     config.job.dump_folder, config.training.steps = str(folder.parent), 1000
-    return plan_start(config)
+    return config
+
+
+def planned(folder, **settings):
+    return plan_start(configure(folder, **settings))
 
 
 def rejected(folder, **settings):
@@ -127,8 +138,7 @@ def rejected(folder, **settings):
 
 def mark(folder, *steps, resumable=True):
     for step in steps:
-        (folder / f"step-{step}").mkdir(parents=True)
-        write_marker(folder / f"step-{step}", [], {"resumable": resumable})
+        write_empty(folder / f"step-{step}", resumable=resumable)
 
 
 def test_a_plan_has_the_status_of_each_checkpoint_and_can_be_sent_to_other_ranks(tmp_path):
@@ -182,8 +192,7 @@ def test_the_first_save_is_known_by_the_interval_that_the_run_had_and_by_the_ste
     assert planned(folder, interval=4).mode == "scratch"
     (tmp_path / "config.toml").unlink()
     donor = tmp_path / "donor" / "step-7"
-    donor.mkdir(parents=True)
-    write_marker(donor, [], {"resumable": True, "step": 7})
+    write_empty(donor, step=7)
     assert planned(folder, interval=4, initial_load_path=str(donor), initial_load_model_only=False).mode == "init"
     assert "no complete checkpoint" in rejected(folder, interval=4, initial_load_path=str(donor)).found
 
@@ -196,7 +205,7 @@ def test_a_config_that_no_run_wrote_says_nothing_of_a_start(content, tmp_path):
 
 
 def test_a_save_cut_short_in_another_folder_or_without_checkpoints_is_not_left_out(tmp_path):
-    (tmp_path / "config.toml").write_text('[checkpoint]\nfolder = "saved"\n')
+    (tmp_path / "config.toml").write_text(to_toml(JobConfig(checkpoint=Checkpoint(folder="saved"))))
     (tmp_path / "saved" / "step-2").mkdir(parents=True)
     for config in (Checkpoint(folder="./saved/"), Checkpoint(folder="other"), Checkpoint(enable=False)):
         check_orphaned_checkpoints(config, tmp_path)
@@ -209,6 +218,16 @@ def test_a_seed_checkpoint_is_started_from_only_while_there_is_no_later_one(tmp_
     assert planned(tmp_path).steps == (8,)
     (tmp_path / "step-8" / "complete.json").write_text("{")
     assert "step-8: " in rejected(tmp_path).found
+
+
+def test_a_checkpoint_whose_marker_lists_no_metadata_is_incomplete_and_the_one_before_is_taken(tmp_path):
+    mark(tmp_path, 2)
+    for step, files in ((4, []), (6, [SavedFile(DATA, 5, "")])):
+        (tmp_path / f"step-{step}").mkdir()
+        write_marker(tmp_path / f"step-{step}", files, {"resumable": True})
+    plan = planned(tmp_path)
+    assert plan.steps == (2,)
+    assert all(METADATA in plan.checkpoints[step].corruption for step in (4, 6))
 
 
 def test_an_incomplete_seed_checkpoint_is_rejected(tmp_path):
@@ -245,7 +264,7 @@ def test_an_initial_path_without_a_complete_checkpoint_is_rejected(content, tmp_
 def test_an_unreadable_file_is_not_taken_for_corrupted(name, tmp_path):
     mark(tmp_path / "run", 2)
     (tmp_path / "run" / "step-4").mkdir()
-    write_marker(tmp_path / "run" / "step-4", [SavedFile(DATA, 5, "")], {"resumable": True})
+    write_marker(tmp_path / "run" / "step-4", [SavedFile(DATA, 5, ""), empty_file(METADATA)], {"resumable": True})
     path = tmp_path / "run" / name
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     path.symlink_to(path.name)  # a round trip, which even root cannot read
@@ -259,6 +278,32 @@ def test_a_link_to_a_disk_that_is_not_mounted_is_not_taken_for_a_new_run(name, t
     (tmp_path / name).symlink_to(tmp_path / "away")
     error = rejected(tmp_path / "checkpoint")
     assert error.setting == str(tmp_path / name) and "No such file or directory" in error.hint
+
+
+@pytest.mark.parametrize(
+    "name, settings, is_in_the_way",
+    [
+        ("step-5", {}, True),
+        ("step-1000", {}, True),
+        ("step-1001", {}, False),  # after the last step
+        ("step-3", {}, False),  # before the one that is resumed
+        ("step-3", {"load_step": 2}, True),
+        ("step-5.txt", {}, False),
+        ("step-005", {}, False),
+        ("step-5", {"load_only": True}, False),
+    ],
+)
+def test_a_file_in_the_place_of_a_checkpoint_is_named_before_steps_are_lost(name, settings, is_in_the_way, tmp_path):
+    mark(tmp_path, 2, 4)
+    (tmp_path / name).write_text("theirs")
+    plan = StartPlan("resume", (settings["load_step"],) if "load_step" in settings else (4, 2))
+    config = configure(tmp_path, **settings)
+    if is_in_the_way:
+        with pytest.raises(UserError, match=f"^{tmp_path}/{name}: found a file, must be moved away"):
+            check_places(config, plan)
+    else:
+        check_places(config, plan)
+    assert (tmp_path / name).read_text() == "theirs"
 
 
 def test_a_step_with_leading_zeros_is_not_skipped(tmp_path):
@@ -275,7 +320,7 @@ def test_a_step_with_leading_zeros_is_not_skipped(tmp_path):
 def test_a_run_does_not_start_anew_with_another_folder_for_checkpoints(settings, setting, found, tmp_path):
     config = Checkpoint(**settings)
     check_orphaned_checkpoints(config, tmp_path / "new")
-    (tmp_path / "config.toml").write_text('[checkpoint]\nfolder = "saved"\n')
+    (tmp_path / "config.toml").write_text(to_toml(JobConfig(checkpoint=Checkpoint(folder="saved"))))
     check_orphaned_checkpoints(config, tmp_path)  # nothing was saved
     mark(tmp_path / "saved", 2, 4)
     for content in (None, "damaged"):
@@ -298,8 +343,7 @@ def test_every_changed_setting_is_listed():
 
 def test_a_checkpoint_under_the_name_of_another_step_is_rejected(tmp_path):
     checkpoint = tmp_path / "saved/step-7"
-    checkpoint.mkdir(parents=True)
-    write_marker(checkpoint, [], {"step": 2, "resumable": True})
+    write_empty(checkpoint, step=2)
     error = rejected(tmp_path / "saved")
     assert (error.setting, error.found) == (str(checkpoint), "step 2")
     checkpoint.rename(tmp_path / "saved/step-2")

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import xxhash
 
-from flame.checkpoint.commit import SavedFile, write_marker
+from flame.checkpoint.commit import write_marker
+from flame.checkpoint.metadata import METADATA
 from flame.errors import UserError
+from tests.checkpoint.empty import empty_file
 from tests.checkpoint.managed import Job
 
 TIMEOUT, LATE = 4, 6  # seconds
@@ -37,10 +38,9 @@ def _work(rank: int, folder: Path) -> None:
     broken = folder / "checkpoint" / "step-6"
     if rank == 0:
         broken.mkdir()
-        (broken / "a").touch()
         (broken / "b").symlink_to("/proc/self/mem")  # its size is 0, and reading it is an I/O error
-        empty = xxhash.xxh3_128_hexdigest(b"")
-        write_marker(broken, [SavedFile("a", 0, empty), SavedFile("b", 0, empty)], {"resumable": True})
+        (broken / METADATA).touch()
+        write_marker(broken, map(empty_file, (METADATA, "b")), {"resumable": True})
     dist.barrier()
     job = Job(folder)
     try:

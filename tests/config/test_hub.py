@@ -34,7 +34,7 @@ def here(monkeypatch, tmp_path, address):
 
 def rejected(name, repo="model"):
     with pytest.raises(UserError) as error:
-        hub.check_source("--flag", name, repo)
+        hub.check_available("--flag", name, repo)
     assert error.value.setting == "--flag" and "\n" not in str(error.value)
     return str(error.value)
 
@@ -43,7 +43,7 @@ def rejected(name, repo="model"):
     "name, repo", [("owner/name", "model"), ("gpt2", "model"), ("owner/private", "model"), ("data/known", "dataset")]
 )
 def test_an_id_that_the_hub_may_have_passes(name, repo):
-    hub.check_source("--flag", name, repo)
+    hub.check_available("--flag", name, repo)
 
 
 @pytest.mark.parametrize("name", ["nope", "data/mine"])
@@ -73,13 +73,13 @@ def test_without_a_network_what_is_in_the_cache_is_used_without_asking_again(mon
     Path("home/hub/models--owner--name/snapshots").mkdir(parents=True)
     Path("home/datasets/HuggingFaceFW___fineweb-edu").mkdir(parents=True)
     Path("home/datasets/Owner___my_name").mkdir()
-    hub.check_source("--flag", "owner/name", "model")
+    hub.check_available("--flag", "owner/name", "model")
     assert not constants.HF_HUB_OFFLINE
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    hub.check_source("--flag", "owner/name", "model")
+    hub.check_available("--flag", "owner/name", "model")
     assert constants.HF_HUB_OFFLINE
     for name in ("HuggingFaceFW/fineweb-edu", "Owner/MyName"):
-        hub.check_source("--flag", name, "dataset")
+        hub.check_available("--flag", name, "dataset")
     assert "cannot be reached" in rejected("other/name")  # and not that somebody set HF_HUB_OFFLINE
 
 

@@ -112,6 +112,19 @@ def test_a_checkpoint_with_more_tensors_or_an_untied_head_is_rejected(tmp_path):
         IdentityAdapter(smaller, pytest.fail, None, None).check("--checkpoint.folder", tmp_path / "untied", ties=False)
 
 
+def test_a_checkpoint_without_a_marker_whose_tied_tensors_are_damaged_is_rejected(tmp_path):
+    model, _ = build(tmp_path, "llama", tie_word_embeddings=False)  # whose checkpoint has a tensor of each name
+    dcp.save(model.state_dict(), checkpoint_id=str(tmp_path / "step-0"), no_dist=True)
+    file = tmp_path / "step-0" / "__0_0.distcp"
+    file.write_bytes(bytes(file.stat().st_size))
+    structure = structure_of(tmp_path / "llama.json", tie_word_embeddings=True)
+    adapter = IdentityAdapter(structure, pytest.fail, None, None)
+    with pytest.raises(
+        UserError, match=r"^--checkpoint.folder: .*step-0, must be an intact checkpoint; .*distcp: found"
+    ):
+        adapter.check("--checkpoint.folder", tmp_path / "step-0", ties=True)
+
+
 def job(root, hf, name, layout, *flags):
     """Flags of a job that starts from the weights in `hf`, on a text with tokens that may be added."""
     return [

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from flame.checkpoint.commit import write_marker
 from flame.config.parser import parse, world_size
 from flame.errors import UserError
 from flame.preflight.validate import check
 from flame.training.train_spec import register
+from tests.checkpoint.empty import write_empty
 
 LLAMA = {"model_type": "llama", "vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -203,11 +203,11 @@ def test_a_mistake_in_the_environment_or_the_layout(environment, typed, setting,
 
 
 MODELS = [  # the file, what is in it, the setting and the rule
-    ("model.json", "{", "--model.config", "valid JSON"),
-    ("model.json", "model_type: llama", "--model.config", "valid JSON"),
+    ("model.json", "{", "--model.config", "a JSON object"),
+    ("model.json", "model_type: llama", "--model.config", "a JSON object"),
     ("model.json", "[]", "--model.config", "a JSON object"),
     ("model.json", "{}", "--model.config", "no model_type"),
-    ("model.json", "[" * 50_000, "--model.config", "valid JSON"),
+    ("model.json", "[" * 50_000, "--model.config", "a JSON object"),
     ("model.json", {"model_type": "lama"}, "model.json: model_type", "one of"),
     ("model.json", {"model_type": "bert"}, "--model.config", "not children of its backbone"),
     ("model.json", {"vocab_size": None}, "--model.config", "'vocab_size' expected int"),
@@ -292,9 +292,9 @@ PATHS = [
 
 @pytest.mark.parametrize("typed, setting, rule", PATHS)
 def test_a_mistake_in_a_path_or_a_choice(typed, setting, rule):
-    for folder in ("folder", "pickled", "run/checkpoint/step-10"):
+    for folder in ("folder", "pickled"):
         Path(folder).mkdir(parents=True)
     Path("folder/notes.md").write_text("x")
     Path("pickled/pytorch_model.bin").write_bytes(b"")
-    write_marker(Path("run/checkpoint/step-10"), [], {"resumable": True})
+    write_empty(Path("run/checkpoint/step-10"))
     assert holds(error := rejected(typed.split()), setting, rule), error

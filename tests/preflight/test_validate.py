@@ -3,11 +3,11 @@ from pathlib import Path
 
 import pytest
 
-from flame.checkpoint.commit import write_marker
 from flame.config.parser import parse
 from flame.errors import UserError
 from flame.preflight.inputs import vocab_of_tokenizer
 from flame.preflight.validate import check
+from tests.checkpoint.empty import write_empty
 
 ROOT = Path(__file__).parents[2]
 MODEL = ["--model.config", "model.json"]
@@ -264,8 +264,8 @@ def test_settings_that_do_not_fit_the_ranks_are_rejected_with_numbers_that_would
     "text, rule",
     [
         (None, "no file or folder model.json"),
-        ("{", "model.json, valid JSON; Expecting property name enclosed in double quotes: line 1"),
-        ("[]", "a list in model.json, a JSON object"),
+        ("{", "model.json, a JSON object; Expecting property name enclosed in double quotes: line 1"),
+        ("[]", "model.json, a JSON object; a list, not an object"),
         ('{"vocab_size": 3}', "no model_type in model.json"),
     ],
 )
@@ -312,12 +312,19 @@ def test_a_step_to_resume_from_must_be_a_complete_checkpoint():
     for step, whole in ((10, True), (20, True), (30, False)):
         Path(f"run/checkpoint/step-{step}").mkdir(parents=True)
         if whole:
-            write_marker(Path(f"run/checkpoint/step-{step}"), [], {"resumable": True})
+            write_empty(Path(f"run/checkpoint/step-{step}"))
     check(parse([*MODEL, "--job.dump_folder", "run", "--checkpoint.load_step", "20"]), 1)
     message = " ".join(rejection("--job.dump_folder run --checkpoint.load_step 30"))
     assert "step-30" in message and "10, 20" in message
     for step in (0, 30):
         assert "there is none" in " ".join(rejection(f"--job.dump_folder other --checkpoint.load_step {step}"))
+
+
+@pytest.mark.parametrize("folder", ["/", "//", "../../../../../../../../..", "link"])
+def test_the_root_of_a_file_system_is_no_run_folder(folder):
+    Path("link").symlink_to("/")
+    setting, rest = rejection(f"--job.dump_folder {folder}")
+    assert setting == "--job.dump_folder" and rest.startswith(f"{folder}, a folder of the run's own")
 
 
 def test_validation_writes_nothing():
