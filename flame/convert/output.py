@@ -85,11 +85,12 @@ def _make_temporary(path: Path) -> tuple[Path, IO[bytes]]:
 
 
 def write_report(folder: Path, digests: dict[str, str], **fields: Any) -> None:
-    """Write conversion_report.json: `fields`, the package versions, and the sha256 of every file.
+    """Write conversion_report.json: `fields`, the package versions, and the sha256 of every file, in subfolders too.
 
     digests: {file: sha256} of the files that were hashed already.
     """
-    digests = {path.name: digests.get(path.name) or hash_file(path, sha256) for path in sorted(folder.iterdir())}
+    files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    digests = {name: digests.get(name) or hash_file(path, sha256) for name, path in files.items()}
     (folder / REPORT).write_text(json.dumps({**fields, "files": digests, "versions": versions()}, indent=2) + "\n")
 
 

@@ -93,10 +93,15 @@ class TiedHead(nn.Module):
         super().__init__()
         self.embedding_weight = embedding_weight
 
+    @property
+    def weight(self) -> Tensor:
+        """Named as a linear layer's: transformers' forward of some models asks for its dtype."""
+        return self.embedding_weight()
+
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
         if labels is None:
-            return _logits(hidden, self.embedding_weight())
-        return linear_cross_entropy(hidden, self.embedding_weight(), labels, l2warp=self.l2warp, gather=self.gather)
+            return _logits(hidden, self.weight)
+        return linear_cross_entropy(hidden, self.weight, labels, l2warp=self.l2warp, gather=self.gather)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -57,6 +57,18 @@ def test_the_report_names_the_source_the_files_and_the_checks(run, tmp_path):
     assert set(report["checks"]["logits"]) == files  # the export is verified as it will be
 
 
+def test_every_chat_template_of_a_tokenizer_is_exported_and_reported(tmp_path):
+    save_run(tmp_path, "llama")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(tmp_path / "model")  # all but the default in a folder of their own
+    export(tmp_path, tmp_path / "hf")
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf").chat_template == tokenizer.chat_template
+    name = "additional_chat_templates/tool_use.jinja"
+    assert read_report(tmp_path / "hf")["files"][name] == hash_file(tmp_path / "hf" / name, sha256)
+    assert not export(tmp_path, tmp_path / "hf")
+
+
 def test_an_export_of_repeated_steps_is_made_again_and_the_old_one_kept(tmp_path):
     save_run(tmp_path, "llama")
     export(tmp_path, tmp_path / "hf")

@@ -23,8 +23,10 @@ OTHERS: dict[str, dict[str, Any]] = {
     "qwen2_moe": {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 64, **_ATTENTION, **_EXPERTS},
     "rwkv6": {"model_type": "rwkv6", "num_heads": 4, **_BASE},
 }
-# No rows: transformers' own forward serves them. Granite scales its logits, GPT-2 ties and adds learned positions.
+# No rows: transformers' own forward serves them. Granite scales its logits, GPT-2 ties and adds learned positions,
+# Falcon Mamba ties and asks for the dtype of its head.
 WITHOUT_ROW: dict[str, dict[str, Any]] = {
+    "falcon_mamba": {"model_type": "falcon_mamba", "state_size": 8, **_BASE},
     "gpt2": {"model_type": "gpt2", "vocab_size": 320, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256},
     "granite": {"model_type": "granite", "logits_scaling": 8.0, "embedding_multiplier": 12.0, **_ATTENTION},
     "granitemoe": {"model_type": "granitemoe", "num_local_experts": 4, **_ATTENTION, "output_router_logits": True},
