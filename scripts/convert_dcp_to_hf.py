@@ -7,7 +7,6 @@ export is not the model that was trained, or the disk is full.
 
 import argparse
 import logging
-import shutil
 import sys
 import tempfile
 import warnings
@@ -36,7 +35,7 @@ from flame.convert.dcp_file import CorruptedError, read_tensors
 from flame.convert.export import export_checkpoint
 from flame.convert.hf_structure import read_trained_structure
 from flame.convert.hf_weights import specs_of
-from flame.convert.output import REPORT
+from flame.convert.output import REPORT, copy_assets
 from flame.convert.tokenizer import compare_tokenizer
 from flame.convert.verify import HOLDS, check_logits, too_large
 from flame.errors import FULL, UserError
@@ -180,7 +179,7 @@ def convert(given: argparse.Namespace) -> str:
     with tempfile.TemporaryDirectory() as folder, tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
         assets = Path(folder, "assets")
         if not any(asked.values()):
-            shutil.copytree(recorded, assets)
+            copy_assets(recorded, assets)
         structure = build_structure(given, run, assets)
         if structure and not given.no_verify:
             check_structure(tensors, structure)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from hashlib import sha256
@@ -19,7 +18,7 @@ from flame.checkpoint.structure import PublishedTensor, main_dtype, whole
 from flame.config.files import read_json
 from flame.convert.dcp_file import StoredTensor, read_tensors
 from flame.convert.hf_weights import specs_of
-from flame.convert.output import delete_abandoned, new_folder, read_report, write_report
+from flame.convert.output import copy_assets, delete_abandoned, new_folder, read_report, write_report
 from flame.convert.safetensors_file import INDEX, check_file, find_files, group_by_bytes, read_headers, write_file
 from flame.convert.tokenizer import settle_tokenizer
 from flame.errors import UserError
@@ -52,9 +51,8 @@ def export_checkpoint(
     tensors = read_tensors(checkpoint)
     found = specs_of(tensors)
     with new_folder(folder) as temporary:
+        copy_assets(assets, temporary)
         digests = convert_dcp_to_hf(tensors, temporary, dtype, published_as, advance=advance)
-        of_0_1_0 = shutil.ignore_patterns("structure.json")
-        shutil.copytree(assets, temporary, dirs_exist_ok=True, ignore=of_0_1_0)
         settle_tokenizer(temporary)
         _set_dtype(temporary / "config.json", dtype or main_dtype(found))
         write_report(

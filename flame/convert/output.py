@@ -19,7 +19,21 @@ from flame.errors import UserError
 from flame.runtime.environment import versions
 
 REPORT = "conversion_report.json"
+_OF_0_1_0 = "structure.json"  # in the record of a model
 _LOCK = ".lock"  # in a temporary folder, held while it is worked on
+
+
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.safetensors.index.json", "*.bin.index.json")
+
+
+def copy_assets(source: Path, folder: Path) -> None:
+    """Copy what a run recorded of its model but what an export has of its own, weights and report. Raises OSError."""
+    folder.mkdir(exist_ok=True)
+    for path in source.iterdir():
+        if path.is_dir():
+            copy_assets(path, folder / path.name)
+        elif path.name not in (REPORT, _OF_0_1_0) and not any(map(path.match, _WEIGHTS)):
+            shutil.copyfile(path, folder / path.name)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Exports are whole or not at all, and say in a report what they were made from."""
 
 import json
+import os
 import subprocess
 import sys
 from hashlib import sha256
@@ -67,6 +68,29 @@ def test_every_chat_template_of_a_tokenizer_is_exported_and_reported(tmp_path):
     name = "additional_chat_templates/tool_use.jinja"
     assert read_report(tmp_path / "hf")["files"][name] == hash_file(tmp_path / "hf" / name, sha256)
     assert not export(tmp_path, tmp_path / "hf")
+
+
+def test_weights_and_a_report_beside_the_recorded_model_are_not_exported(tmp_path):
+    expected = save_run(tmp_path, "llama").state_dict()
+    for name in ("model.safetensors", "model-00001-of-00002.safetensors"):
+        save_file({name: torch.zeros_like(tensor) for name, tensor in expected.items()}, tmp_path / "model" / name)
+    for name in ("model.safetensors.index.json", "pytorch_model.bin", REPORT):
+        (tmp_path / "model" / name).write_text("{}")
+    export(tmp_path, tmp_path / "hf")
+    written = load_file(tmp_path / "hf" / "model.safetensors")
+    assert all(torch.equal(written[name], tensor) for name, tensor in expected.items())
+    files = {path.name: path for path in (tmp_path / "hf").iterdir() if path.name != REPORT}
+    assert read_report(tmp_path / "hf")["files"] == {name: hash_file(path, sha256) for name, path in files.items()}
+    weights = [path.name for path in files.values() if path.suffix in (".safetensors", ".bin")]
+    assert weights == ["model.safetensors"]
+
+
+def test_a_recorded_file_that_cannot_be_copied_is_named(tmp_path):
+    save_run(tmp_path, "llama")
+    os.mkfifo(tmp_path / "model" / "pipe")
+    with pytest.raises(OSError, match=r"^`.*/model/pipe` is a named pipe$"):
+        export(tmp_path, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
 
 
 def test_an_export_of_repeated_steps_is_made_again_and_the_old_one_kept(tmp_path):
