@@ -51,6 +51,8 @@ def parse(argv: list[str], *, trusted: bool = True) -> JobConfig:
     settings = legacy.translate(read_flags(argv))
     files = [s for s in settings if s.path == "job.config_file"]
     file = typed(files[-1], str) if files else None
+    if files and not file:
+        raise UserError(files[-1].where, "''", "a TOML file")
     if file:
         brought = legacy.translate(read_toml(file))
         if files[-1].older:

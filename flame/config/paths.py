@@ -2,7 +2,7 @@
 
 import os
 import shlex
-from glob import glob
+from glob import iglob
 from pathlib import Path
 
 from flame.errors import UserError
@@ -33,7 +33,7 @@ def exists(path: str) -> bool:
     """Whether a path or glob pattern, ~ expanded, names anything on this machine."""
     # os.path, as pathlib raises where a name is too long or a folder may not be read
     path = os.path.expanduser(path)
-    return os.path.exists(path) or bool(glob(path, recursive=True))
+    return os.path.exists(path) or any(iglob(path, recursive=True))  # the first alone: ** follows loops of links
 
 
 def is_local(name: str) -> bool:

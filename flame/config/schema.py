@@ -168,6 +168,9 @@ class Data:
 
 @dataclass
 class Validation(titan.Validation):
+    def __post_init__(self) -> None:
+        """`flame.preflight.validate` checks, and names the flag."""
+
     dataset: str = ""
     """Held-out sources, a comma list like training.dataset; each is read once, in its own order."""
 

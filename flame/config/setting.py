@@ -76,8 +76,11 @@ def read_toml(file: str) -> list[Setting]:
 
 
 def _flatten(table: dict[str, Any], prefix: str, file: str) -> Iterable[Setting]:
+    known: dict[str, str] = {}
     for key, value in table.items():
         path = prefix + key.replace("-", "_")
+        if known.setdefault(path, key) != key:
+            raise UserError(f"{file}: {prefix}{key}", hint=f"{known[path]} is the same setting: give only one of them")
         if isinstance(value, dict) and value:
             yield from _flatten(value, path + ".", file)
         else:

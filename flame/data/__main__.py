@@ -1,6 +1,7 @@
 """`flame.sh data show|verify|bench|pack`: what runs were fed, how fast, and from which files; see docs/."""
 
 import argparse
+import math
 import runpy
 import sys
 import warnings
@@ -56,6 +57,8 @@ def main(argv: list[str]) -> int:
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # checkpoints are read without it
     same = True
     try:
+        if given.command == "pack" and not 0 <= given.max_bad_rows < math.inf:
+            raise UserError("--max-bad-rows", given.max_bad_rows, "0 or more, and finite")
         if given.command == "show":
             same = show(given.run, given.step, given.rank, given.ranks, given.full, given.trust_run)
         elif given.command == "verify":

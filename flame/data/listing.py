@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
 
-from flame.config.paths import KINDS, ending
+from flame.config.paths import BUILDERS, KINDS, ending, exists
 from flame.config.schema import DataSource
 from flame.errors import UserError, first_line
 
 NO_ROWS = ("README.md", "config.json", "dataset_info.json", "dataset_infos.json")  # as `datasets` has it
+_SAVED = ("state.json", "dataset_info.json")  # of a folder that save_to_disk wrote
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,26 @@ class Listing:
 
     files: dict[str, list[str]]
     left_out: Sequence[str] = ()
+
+
+def check_fields(source: DataSource) -> None:
+    """Raises UserError, whose setting is a field of a source, if it means nothing to what the path names."""
+    fields = {"subset": source.subset, "data_dir": source.data_dir, "data_files": source.data_files}
+    root = Path(source.path).expanduser()
+    if source.path == "stdlib":
+        what, fields["split"] = "Python's own source code", source.split
+    elif "://" in source.path and not source.path.startswith("hf://"):
+        hint = f"files elsewhere are data_files, of one of the paths {', '.join(BUILDERS)}"
+        raise UserError("path", source.path, "a local path or a hub id", hint)
+    elif is_saved(root):
+        what = "a folder that save_to_disk wrote"
+    elif source.path not in BUILDERS and not root.is_dir() and (exists(source.path) or is_pair(source.path)):
+        what = "a file"
+    else:
+        return
+    for field, value in fields.items():
+        if value:
+            raise UserError(field, value, "none", f"{source.path} is {what}")
 
 
 def list_files(source: DataSource, split: str | None) -> Listing | None:
@@ -37,6 +58,7 @@ def list_files(source: DataSource, split: str | None) -> Listing | None:
     folder = root / (source.data_dir or "") if is_folder else Path(source.data_dir or "")
     if patterns and (is_folder or is_builder):
         found = [file for pattern in patterns for file in expand(pattern, folder)]
+        found = list({os.path.normpath(file): file for file in found}.values())  # once, though two patterns match it
     else:
         found = _walk(str(folder)) if is_folder else expand(source.path)
     if not found and not is_folder and not is_builder:
@@ -101,7 +123,7 @@ def _match(pattern: str, root: str) -> list[str]:
 
 def is_saved(folder: Path) -> bool:
     """Whether save_to_disk wrote a folder."""
-    return any((folder / name).exists() for name in ("state.json", "dataset_dict.json"))
+    return (folder / "dataset_dict.json").exists() or all((folder / name).exists() for name in _SAVED)
 
 
 def is_pair(prefix: str) -> bool:
@@ -120,7 +142,8 @@ def _walk(folder: str) -> list[str]:
     for base, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         paths = [(name, os.path.join(base, name)) for name in folders if not name.startswith((".", "__"))]
         folders[:] = [name for name, path in paths if not (os.path.islink(path) and _is_loop(path))]
-        found += [os.path.join(base, name) for name in names if not name.startswith(".") and name not in NO_ROWS]
+        no_rows = (*NO_ROWS, *_SAVED) if set(_SAVED) <= set(names) else NO_ROWS
+        found += [os.path.join(base, name) for name in names if not name.startswith(".") and name not in no_rows]
     return list(dict.fromkeys(map(_index_of_pair, sorted(found))))
 
 

@@ -39,6 +39,8 @@ def parse_sources(section: Training | Validation, data: Data) -> list[DataSource
         with spelled_by_the_user(section, data, index):
             if not source.path:
                 raise UserError("path", "''", "stdlib, a local path or a hub id")
+            if source.data_files and not all(map(str.strip, source.data_files.split(","))):
+                raise UserError("data_files", repr(source.data_files), "files and patterns, none of them empty")
             if not 0 < source.weight < 1e100:  # the sum is finite, and so is every share
                 raise UserError("weight", source.weight, "a number above 0 and below 1e100")
             if not (source.name or "").isprintable():

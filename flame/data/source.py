@@ -22,7 +22,7 @@ from flame.data.cache import decompress
 from flame.data.document import IDS, NOTHING, TEXT, Bad, Document, describe
 from flame.data.files import LibraryFiles, TextFiles
 from flame.data.lines import JsonLines, describe_columns
-from flame.data.listing import is_saved, list_files
+from flame.data.listing import check_fields, is_saved, list_files
 from flame.data.megatron import IndexedRows
 from flame.data.settings import parse_sources, spelled_by_the_user
 from flame.data.table import (
@@ -158,6 +158,7 @@ def _open(source: DataSource, streaming: bool) -> Source:
     Raises UserError, whose setting is a field of the source, if nothing is found there, or no such split or column.
     """
     name = str(source.name)
+    check_fields(source)
     if source.path == "stdlib":
         return Source(name, source.weight, LibraryFiles(), "Python's own source code")
     try:
@@ -190,7 +191,11 @@ def _read_here(source: DataSource, streaming: bool) -> Opened | None:
     from datasets import ReadInstruction
 
     lengths = {split: len(rows) for split, (rows, _, _) in opened.items()}
-    spans = ReadInstruction.from_spec(source.split).to_absolute(lengths)
+    try:
+        spans = ReadInstruction.from_spec(source.split).to_absolute(lengths)
+    except (ValueError, AssertionError) as error:
+        allowed = "splits and slices of whole numbers or percents, such as train[:98%]+test[10:20]"
+        raise UserError("split", repr(source.split), allowed) from error
     parts = [(opened[span.splitname][0], range(span.from_, span.to)) for span in spans]
     about = "; ".join(about for _, about, _ in opened.values())
     left_out = dict.fromkeys(file for _, _, files in opened.values() for file in files)
@@ -214,6 +219,8 @@ def _read_saved(source: DataSource, split: str) -> Opened:
 
     try:
         saved = load_from_disk(str(Path(source.path).expanduser()))
+    except IndexError as error:  # it has no files of rows
+        raise UserError("path", f"no rows in {source.path}") from error
     except SAVED_ERRORS as error:
         hint = f"damaged, {type(error).__name__}: {error}"
         raise UserError("path", source.path, "a folder that save_to_disk wrote", hint) from error

@@ -130,6 +130,8 @@ def _open_table(kind: str, file: str) -> Iterator[Any]:
             except ArrowInvalid:
                 table = ipc.open_file(content)
             yield table
+        except UserError:
+            raise
         except (OSError, ValueError) as error:  # Arrow's errors are both
             if getattr(error, "errno", None) is not None:  # of the disk
                 raise
@@ -146,7 +148,7 @@ def open_column(kind: str, file: str, column: str) -> TableRows:
 
     def write(out: BinaryIO) -> Iterator[int]:
         with _open_table(kind, file) as table:
-            target = _text_type(read_schema(kind, file).field(column).type)
+            target = _text_type(_find_type(file, read_schema(kind, file), column))
             with ipc.new_stream(out, schema([(column, target)])) as writer:
                 for batch in _batches(table, column):
                     array = batch.column(column).cast(target)
@@ -157,6 +159,12 @@ def open_column(kind: str, file: str, column: str) -> TableRows:
 
     ending = f".{blake2b(column.encode(), digest_size=4).hexdigest()}.arrow"
     return TableRows(Dataset.from_file(cache.make(file, ending, "copying", write)), column)
+
+
+def _find_type(file: str, schema: Any, column: str) -> Any:
+    if (count := len(schema.get_all_field_indices(column))) > 1:
+        raise UserError(file, f"{count} columns {column!r}", "one")
+    return schema.field(column).type
 
 
 def _batches(table: Any, column: str) -> Iterable[Any]:
@@ -175,19 +183,26 @@ def _text_type(kind: Any) -> Any:
 
 
 def stream_column(files: Sequence[str], column: str) -> TableStream | None:
-    """A column of local .parquet files as a stream; None if none of them has rows. Raises UserError."""
+    """A column of local .parquet files as a stream; None if none has rows, or one holds text and another ids.
+
+    Raises UserError.
+    """
     import pyarrow
     from datasets import Features, load_dataset
 
     heads, types = {}, []  # rows in the first group of each file that has rows
     for file in files:
         with _open_table("parquet", file) as table:
-            types.append(table.schema_arrow.field(column).type)
+            types.append(_find_type(file, table.schema_arrow, column))
             if table.metadata.num_rows:
                 heads[file] = table.metadata.row_group(0).num_rows
     if not heads:
         return None
-    chosen = next((kind for kind in types if describe_type(kind) != NOTHING), types[0])
+    try:
+        merged = [pyarrow.schema([(column, kind)]) for kind in types]
+        chosen = pyarrow.unify_schemas(merged, promote_options="permissive").field(column).type
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError):
+        return None
     chosen = pyarrow.string() if describe_type(chosen) == TEXT and not pyarrow.types.is_large_string(chosen) else chosen
     quiet_datasets()
     dataset = load_dataset(

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from flame.config.files import read_json
 from flame.config.paths import BUILDERS, CHECKOUT, check_path, command, exists, is_local
 from flame.config.schema import Data, DataSource, JobConfig, Training, Validation
-from flame.data.listing import expand, is_pair
+from flame.data.listing import check_fields, expand, is_pair
 from flame.data.settings import parse_sources, spelled_by_the_user
 from flame.errors import UserError, first_line
 from flame.models.vocabulary import fit_vocab_size
@@ -137,10 +137,9 @@ def _check_hub(setting: str, name: str, repo: Literal["model", "dataset"]) -> No
 
 
 def _check_source(source: DataSource) -> None:
-    if source.path == "stdlib":
-        return
     if not is_pair(source.path):  # named by the part of their names that a Megatron pair has in common
         check_path("path", source.path)
+    check_fields(source)
     root, folder = Path(source.path).expanduser(), source.data_dir or ""
     if source.path in BUILDERS and not source.data_files and not os.path.isdir(root):
         raise UserError("data_files", "nothing", f"the files that path {source.path} reads")

@@ -55,6 +55,7 @@ _RANGES: tuple[tuple[Callable[[float], bool], str, tuple[str, ...]], ...] = (
     (lambda v: 0 < v < math.inf, "more than 0, and finite", ("optimizer.lr", "optimizer.eps", "training.max_norm")),
     (lambda v: 0 < v <= 1, "more than 0 and at most 1", ("job.mfu",)),
     (lambda v: v >= -1, "-1 (the newest) or a step", ("checkpoint.load_step",)),
+    (lambda v: v == -1 or v >= 1, "-1 (all of the data) or 1 or more", ("validation.steps",)),
     (lambda v: v in (0, 1), "0 or 1", ("data.exhausted_exit_code",)),
 )
 _FOLDERS = (

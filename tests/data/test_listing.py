@@ -6,8 +6,10 @@ import os
 import pyarrow
 import pyarrow.parquet
 import pytest
+from datasets import Dataset
 
 from flame.config.parser import parse
+from flame.config.paths import exists
 from flame.config.schema import DataSource
 from flame.data.document import Bad
 from flame.data.listing import expand, list_files
@@ -92,7 +94,7 @@ def test_files_behind_links_are_read_and_loops_of_links_are_not_followed(tmp_pat
     (tmp_path / "data" / "loop").symlink_to(".")
     (tmp_path / "real" / "part" / "up").symlink_to("../../data")
     for path in ("data", "data/**", "data/**/*.jsonl", "data/../data/**/*.jsonl"):
-        assert sorted(read(tmp_path / path)) == ["a", "b", "b"], path
+        assert exists(str(tmp_path / path)) and sorted(read(tmp_path / path)) == ["a", "b", "b"], path
     assert read(tmp_path / "data" / "linked" / "b.jsonl") == ["b"]
 
 
@@ -148,6 +150,7 @@ def test_data_files_read_files_as_a_pattern_does(tmp_path):
         "part": ["line 1", "line 2", "one\n\ndocument"],
         "x": [[1, 2, 3], [300], [5, 6]],
         "x.bin": [[1, 2, 3], [300], [5, 6]],
+        "part/a.jsonl,part/*.jsonl,part/a.jsonl,x.bin,./x": ["line 1", "line 2", [1, 2, 3], [300], [5, 6]],
         f"{tmp_path}/part/*.jsonl": ["line 1", "line 2"],
     }.items():
         assert sorted(read(tmp_path, data_files=files), key=str) == sorted(expected, key=str), files
@@ -200,6 +203,15 @@ def test_a_name_that_is_not_utf_8_is_read_and_shuffled_like_any_other(tmp_path):
     run = loader(build(os.fsdecode(folder)), lanes=1, seq_len=9)
     assert "text" in bytes(token % 256 for token in take(iter(run), 1)[0]["input"][0]).decode()
     json.dumps(run.state_dict())
+
+
+def test_folders_that_save_to_disk_wrote_are_read_together_and_a_state_json_of_another_kind_is_data(tmp_path):
+    for name in ("a", "b"):
+        Dataset.from_dict({"text": [name]}).save_to_disk(tmp_path / "saved" / name)
+    assert read(tmp_path / "saved") == ["a", "b"]
+    write(tmp_path / "mine" / "c.jsonl", "c")
+    (tmp_path / "mine" / "state.json").write_text('{"text": "a state"}')
+    assert read(tmp_path / "mine") == ["c", "a state"]
 
 
 def test_a_pattern_without_files_names_none(tmp_path):

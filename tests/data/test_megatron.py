@@ -149,6 +149,8 @@ def test_packing_rejects_too_many_bad_rows_and_sources_without_documents(tmp_pat
     job = ["pack", str(tmp_path / "out"), "--tokenizer", "byte", "--dataset"]
     assert main([*job, f"{tmp_path}/t.jsonl", "--max-bad-rows", "1"]) == 2
     assert "--max-bad-rows: found 2 bad rows among 3 of source t, must be at most 1" in capsys.readouterr().err
+    assert main([*job, f"{tmp_path}/t.jsonl", "--max-bad-rows", "nan"]) == 2
+    assert "--max-bad-rows: found nan, must be 0 or more" in capsys.readouterr().err
     assert main([*job, f"{tmp_path}/empty.jsonl"]) == 2
     assert f"no document in {tmp_path}/empty.jsonl" in capsys.readouterr().err
     assert not list(tmp_path.glob("out*"))

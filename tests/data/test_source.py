@@ -43,6 +43,7 @@ def shelf(tmp_path_factory):
     (root / "content.jsonl").write_text("".join(json.dumps({"content": text}) + "\n" for text in TEXTS))
     (root / "other.jsonl").write_text(json.dumps({"body": "b", "number": 1}) + "\n")
     (root / "empty").mkdir()
+    table.select([]).save_to_disk(root / "no rows")
     (root / "broken.json").write_text('{"text": ')
     (root / "none.jsonl").write_text("")
     (root / "table.csv").write_text("text\na\n")
@@ -153,7 +154,17 @@ def test_a_streamed_mixture_resumes_on_other_ranks_past_windows_and_epochs(shelf
         ({"dataset": "{}/j.jsonl", "dataset_split": "test"}, "dataset_split", "one of train"),
         ({"dataset": "{}/splits", "dataset_split": "test"}, "dataset_split", "one of train, few"),
         ({"dataset": "{}/j.jsonl", "dataset_split": "train[:0]"}, "dataset", "no rows"),
-        ({"dataset": "{}/j.jsonl", "dataset_split": "train[x]"}, "dataset", "train[x]"),
+        ({"dataset": "{}/j.jsonl", "dataset_split": "train[x]"}, "dataset_split", "'train[x]', must be"),
+        ({"dataset": "{}/j.jsonl", "dataset_split": "train+"}, "dataset_split", "'train+', must be"),
+        ({"dataset": "{}/j.jsonl", "dataset_split": "train[:200%]"}, "dataset_split", "'train[:200%]', must be"),
+        ({"dataset": "{}/j.jsonl", "data_files": "z.jsonl.gz"}, "data_files", "found z.jsonl.gz, must be none"),
+        ({"dataset": "{}/*.jsonl", "data_dir": "folder"}, "data_dir", "found folder, must be none"),
+        ({"dataset": "{}/j.jsonl", "dataset_name": "en"}, "dataset_name", "found en, must be none"),
+        ({"dataset": "{}/saved", "data_files": "*.arrow"}, "data_files", "found *.arrow, must be none"),
+        ({"dataset": "stdlib", "dataset_split": "test"}, "dataset_split", "found test, must be none"),
+        ({"dataset": "{}/folder", "data_files": "part-0.jsonl,"}, "data_files", "none of them empty"),
+        ({"dataset": "{}/no rows"}, "dataset", "no rows in"),
+        ({"dataset": "https://localhost/a.jsonl"}, "dataset", "a local path or a hub id"),
         ({"dataset": "{}/*.csv"}, "dataset", ".jsonl"),
         ({"dataset": "nobody/nothing-of-this-name"}, "dataset", "HF_HUB_OFFLINE is set"),
         ({"dataset": "nobody/nothing-of-this-name", "streaming": True}, "dataset", "HF_HUB_OFFLINE is set"),

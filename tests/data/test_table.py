@@ -135,6 +135,26 @@ def test_text_of_every_arrow_type_is_text(tmp_path, name, streaming):
 
 @EVERY_FORM
 @STREAMED_OR_NOT
+def test_files_may_have_ids_of_other_widths_or_text_in_their_place(tmp_path, name, streaming):
+    for i, (kind, values) in enumerate(((pyarrow.int8(), [[1, 2]]), (pyarrow.int64(), [[200, 70_000]]))):
+        write(tmp_path / name.format(i), [pyarrow.table({"text": pyarrow.array(values, pyarrow.list_(kind))})])
+    assert [row.tolist() for row in read(tmp_path, streaming=streaming)] == [[1, 2], [200, 70_000]]
+    write(tmp_path / name.format(2), [table(["text"])])
+    assert [str(row) for row in read(tmp_path, streaming=streaming)] == ["[1 2]", "[  200 70000]", "text"]
+
+
+@EVERY_FORM
+@STREAMED_OR_NOT
+def test_two_columns_of_the_name_that_is_read_are_rejected(tmp_path, name, streaming):
+    path = tmp_path / name.format(0)
+    write(path, [pyarrow.table([["a"], ["b"]], names=["text", "text"])])
+    with pytest.raises(UserError) as error:
+        read(path, streaming=streaming)
+    assert (error.value.setting, error.value.found) == (str(path), "2 columns 'text'")
+
+
+@EVERY_FORM
+@STREAMED_OR_NOT
 def test_text_that_is_not_utf_8_costs_its_row_alone(tmp_path, name, streaming):
     latin = pyarrow.array([b"a", b"caf\xe9", b"c"], pyarrow.binary()).view(pyarrow.string())
     write(tmp_path / name.format(0), [pyarrow.table({"text": latin})])
