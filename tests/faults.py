@@ -10,6 +10,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from flame.drills.fault import Stall, is_last_rank, limit_file_size
 from flame.errors import NonFiniteError
@@ -122,24 +124,71 @@ class Odd(FlameTrainer):
 class Asked(FlameTrainer):
     """The last rank gets a signal, or the first one's time limit passes, as job.description says: "STEP:CALL reason".
 
-    CALL counts the calls of raise_if_stopped in a step: before each microbatch, then before each batch of validation.
+    CALL counts how often a rank was asked since a step began: in the step, then before each batch of validation.
     """
 
     def __init__(self, job_config, context):
         place, _, reason = job_config.job.description.partition(" ")
         asked, calls = tuple(map(int, place.split(":"))) if ":" in place else None, Counter()
 
-        def raise_if_stopped():
+        def find_request():
             calls[self.step] += 1
             if (self.step, calls[self.step]) == asked:
                 if reason == "max_wall_time":
                     context.deadline = 0 if dist.get_rank() == 0 else math.inf
                 elif is_last_rank():
                     context.signals.asked = signal.Signals[reason]
-            RunContext.raise_if_stopped(context)
+            return RunContext.find_request(context)
 
-        context.raise_if_stopped = raise_if_stopped
+        context.find_request = find_request
         super().__init__(job_config, context)
+
+
+class Recorded(FlameTrainer):
+    """Writes to reads-RANK.json, for each step, in order: what read a tensor, reduced over ranks, or updated.
+
+    A step's data are read and counted on the host before it; what that reads is left out.
+    """
+
+    def _collect(self, data_iterator):
+        with _disable_current_modes():
+            return super()._collect(data_iterator)
+
+    def train_step(self, data_iterator):
+        with Reads() as reads:
+            super().train_step(data_iterator)
+        self.reads.append(reads.names)
+
+    def train(self):
+        self.reads = []
+        super().train()
+        (self.run.folder / f"reads-{dist.get_rank()}.json").write_text(json.dumps(self.reads))
+
+
+class Reads(TorchDispatchMode):
+    """The names of the operations after which the host knows a number, all-reduces, and the optimizer's update."""
+
+    NAMES = ("_local_scalar_dense", "equal", "nonzero", "allreduce_", "all_reduce", "_fused_adamw_")
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # what it does comes here next
+        if (name := function.overloadpacket.__name__) in self.NAMES:
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+    def __enter__(self):
+        self.tolist = torch.Tensor.tolist
+        torch.Tensor.tolist = lambda tensor: self.names.append("tolist") or self.tolist(tensor)
+        return super().__enter__()
+
+    def __exit__(self, *raised):
+        torch.Tensor.tolist = self.tolist
+        return super().__exit__(*raised)
 
 
 class Watched(FlameTrainer):

@@ -72,6 +72,7 @@ class CheckpointManager(TitanCheckpointManager):
         self.consensus = self.context.consensus
         self.every_seconds = checkpoint_config.interval_type == "seconds"
         self.last_save = time.monotonic()  # for intervals in seconds
+        self.due = False  # by the clock of any rank; the trainer asks all of them in every step
         self.saving = ""  # the checkpoint that was begun last
         self.replaced_after: float = math.inf  # the step after which checkpoints are replaced
         self.origin: dict[str, Any] = {"mode": "scratch"}  # what `load` did
@@ -150,11 +151,14 @@ class CheckpointManager(TitanCheckpointManager):
 
     def _should_save(self, curr_step: int, last_step: bool = False) -> bool:
         if self.every_seconds and self.enable and not self.load_only and not last_step:
-            (due,) = self.consensus.max(time.monotonic() - self.last_save >= self.config.interval)
-            if due:  # by the clock of any rank
+            if self.due:
                 self.last_save = time.monotonic()
-            return bool(due) or (curr_step == 1 and self.config.enable_first_step_checkpoint)
+            return self.due or (curr_step == 1 and self.config.enable_first_step_checkpoint)
         return super()._should_save(curr_step, last_step)
+
+    def is_due(self) -> bool:
+        """Whether a save is due by the clock of this rank."""
+        return self.every_seconds and time.monotonic() - self.last_save >= self.config.interval
 
     def _save_last_step(self, curr_step: int) -> None:
         if not self._is_saved(curr_step):  # the end of the data may have saved it: a model alone must not replace it

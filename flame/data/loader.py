@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torchtitan.components.dataloader import BaseDataLoader
+from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.tools.logging import logger
 
 from flame.config.files import parse_json
@@ -129,7 +130,11 @@ class Loader(BaseDataLoader):
                     continue
                 self.rows = [sample.row for sample in samples]
                 self.digest = sum(digests) % 2**64
-                yield self._collate(samples)
+                yield self._collate(
+                    [sample.row.tokens[:-1] for sample in samples],
+                    [sample.labels for sample in samples],
+                    [sample.row.starts for sample in samples],
+                )
 
     def _indices(self, sequence: int, row: int, stride: int) -> Iterator[int | None]:
         """The indices in their steps of a lane's rows: of the rank's rows from a sequence on one, and every stride-th.
@@ -171,14 +176,19 @@ class Loader(BaseDataLoader):
             for lane, state in self._states.items()
         }
 
-    def _collate(self, samples: Sequence[Sample]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        inputs = np.stack([sample.row.tokens[:-1] for sample in samples]).astype(np.int64)
-        batch = {"input": torch.from_numpy(inputs)}
+    def _collate(
+        self, inputs: Sequence[np.ndarray], labels: Sequence[np.ndarray], starts: Sequence[Sequence[int]]
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        batch = {"input": torch.from_numpy(np.stack(inputs).astype(np.int64))}
         if self._varlen:
-            starts = [sample.row.starts for sample in samples]
             positions, cu_seqlens = pack.find_pieces(starts, self._seq_len, self._context_len)
             batch |= {"positions": torch.from_numpy(positions), "cu_seqlens": torch.from_numpy(cu_seqlens)}
-        return batch, torch.from_numpy(np.stack([sample.labels for sample in samples]).astype(np.int64))
+        return batch, torch.from_numpy(np.stack(labels).astype(np.int64))
+
+    def blank(self) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """A batch without a label, for a rank whose data ended to take part in a step that the others began."""
+        size, seq = self._batch_size, self._seq_len
+        return self._collate([np.zeros(seq)] * size, [np.full(seq, IGNORE_INDEX)] * size, [[]] * size)
 
     @property
     def ahead(self) -> int:

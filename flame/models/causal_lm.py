@@ -19,7 +19,7 @@ from transformers.utils.generic import is_flash_attention_requested
 from flame.config.schema import JobConfig
 from flame.models.family import Family
 from flame.models.flops import active_params, flops_per_token
-from flame.models.hf import build_hf, save_assets
+from flame.models.hf import build_hf, known_packing, save_assets
 from flame.models.init import Unit, init_weights
 from flame.models.loss import Head, TiedHead, cross_entropy
 
@@ -167,7 +167,8 @@ class CausalLM(ModelProtocol):
         routers' balance loss x `router_aux_loss_coef` x the number of labels, so that the mean is transformers' loss.
         """
         if not self.family.fused_loss:
-            output = self.hf(input_ids=tokens, use_cache=False)
+            with known_packing(False):
+                output = self.hf(input_ids=tokens, use_cache=False)
             if labels is None:
                 return output.logits
             loss = cross_entropy(output.logits, self._own_shard(labels))
@@ -187,7 +188,8 @@ class CausalLM(ModelProtocol):
         if router_loss is not None:
             packing["output_router_logits"] = True
         name = "inputs_embeds" if tokens.is_floating_point() else "input_ids"
-        output = self.backbone(**{name: tokens}, use_cache=False, **packing)
+        with known_packing("position_ids" in packing):
+            output = self.backbone(**{name: tokens}, use_cache=False, **packing)
         hidden = output[0]
         if self.head is None:
             hidden = hidden.view(*shape, -1)

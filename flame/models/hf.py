@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers.masking_utils
 import transformers.modeling_utils
 from huggingface_hub.errors import StrictDataclassError
 from torchtitan.tools.utils import device_type
@@ -211,6 +212,21 @@ def _without_init() -> Iterator[None]:
     finally:
         del names["_init_weights"]
         names.update(before)
+
+
+@contextlib.contextmanager
+def known_packing(packed: bool) -> Iterator[None]:
+    """Tell transformers whether the positions of a forward restart at documents.
+
+    A workaround for transformers 5.23 (masking_utils.py), which asks the device, and waits, in every forward.
+    """
+    names = vars(transformers.masking_utils)
+    ask = names["find_packed_sequence_indices"]
+    names["find_packed_sequence_indices"] = lambda positions: (positions == 0).cumsum(-1) if packed else None
+    try:
+        yield
+    finally:
+        names["find_packed_sequence_indices"] = ask
 
 
 def choose_attention(config: PreTrainedConfig, family: Family, dtype: str) -> None:

@@ -3,6 +3,7 @@
 import os
 import resource
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,6 +28,24 @@ def choose() -> str:
         _drop_barrier_device()
         _drop_missing_activity()
     return "cpu"
+
+
+def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A CPU tensor on a device, by a copy that the host does not wait for; on a CPU the tensor itself."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def download(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Launch a copy to the host. What is returned waits for it, not for what is launched since, and gives the copy."""
+    host = tensor.to("cpu", non_blocking=True)
+    copied = None if tensor.device.type == "cpu" else torch.accelerator.current_stream().record_event()
+
+    def wait() -> torch.Tensor:
+        if copied is not None:
+            copied.synchronize()
+        return host
+
+    return wait
 
 
 def _find_cpu() -> None:

@@ -43,9 +43,13 @@ class RunContext:
         """The plan of rank 0, on all ranks. Raises UserError on all of them."""
         return cast(StartPlan, self.consensus.first(lambda: self.plan))
 
-    def raise_if_stopped(self) -> None:
-        """Raise Stopped on all ranks if one of them received a signal or the time limit of rank 0 has passed."""
+    def find_request(self) -> int:
+        """What asks this rank to stop: a signal's number, OUT_OF_TIME on rank 0 after the time limit, or 0."""
         late = self.is_first and time.monotonic() >= self.deadline
-        (asked,) = self.consensus.max(stop.OUT_OF_TIME if late else self.signals.asked)
+        return stop.OUT_OF_TIME if late else self.signals.asked
+
+    def raise_if_stopped(self) -> None:
+        """Raise Stopped on all ranks if one of them is asked to stop."""
+        (asked,) = self.consensus.max(self.find_request())
         if asked:
             raise stop.Stopped(asked)

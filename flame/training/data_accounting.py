@@ -1,5 +1,7 @@
 """What all ranks agree on about a step's data, and what is counted of each source."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -8,6 +10,7 @@ from torchtitan.tools.logging import logger
 from flame.data.document import Bad, allow_bad
 from flame.data.loader import Loader
 from flame.errors import UserError
+from flame.runtime.device import upload
 from flame.training.context import RunContext
 
 
@@ -25,18 +28,19 @@ class DataAccounting:
         """Take the epochs that a resumed run has completed as logged."""
         self._epochs = {name: int(epochs) for name, (_, epochs) in self._sum_counts().items()}
 
-    def sum_step(self, valid_tokens: int, digest: int, exhausted: bool) -> tuple[int, int, bool]:
-        """The valid tokens and the digest of the global batch, and whether any rank ran out of data.
+    def sum_step(self, valid_tokens: int, digest: int) -> torch.Tensor:
+        """What `read_step` takes, int64 (2 + 2 per source,) on the device; first the valid tokens of the global batch."""
+        counts = [count for pair in self._loader.skipped().values() for count in pair]
+        return self._sum(torch.tensor([valid_tokens, _as_int64(digest), *counts]))
+
+    def read_step(self, sums: Sequence[int]) -> tuple[int, int]:
+        """The valid tokens and the digest of the global batch.
 
         Raises UserError, on all ranks, if a source has more bad rows than --data.max_bad_rows allows.
         """
-        rows = self._loader.skipped()
-        counts = [count for pair in rows.values() for count in pair]
-        total, digest, exhausted_ranks, *counts = self._sum(
-            torch.tensor([valid_tokens, _as_int64(digest), exhausted, *counts], dtype=torch.int64)
-        ).tolist()
-        self._check_rows(dict(zip(rows, zip(counts[::2], counts[1::2], strict=True), strict=True)))
-        return total, digest, exhausted_ranks > 0
+        valid_tokens, digest, *counts = sums
+        self._check_rows(dict(zip(self._epochs, zip(counts[::2], counts[1::2], strict=True), strict=True)))
+        return valid_tokens, digest
 
     def count_sources(self) -> dict[str, float]:
         """The record of a logged step: tokens, epochs and skipped rows of each source. Logs each new epoch."""
@@ -75,7 +79,7 @@ class DataAccounting:
         return dict(zip(counts, flat.view(-1, 2).tolist(), strict=True))
 
     def _sum(self, values: torch.Tensor) -> torch.Tensor:
-        values = values.to(self._device)
+        values = upload(values, self._device)
         if self._mesh is not None:
             dist.all_reduce(values, group=self._mesh.get_group())
         return values

@@ -86,15 +86,13 @@ def find(tensors: Named) -> list[str]:
     return [name for name, tensor in filled.items() if not tensor.isfinite().all()]
 
 
-def find_bad_step(loss: torch.Tensor, parts: Iterable[nn.Module], consensus: RankConsensus) -> str:
-    """What of a step is not finite on any rank, "" if all is. All ranks call it, before clipping spreads a NaN.
-
-    loss: this rank's part.
-    """
+def describe_step(loss: torch.Tensor, parts: Iterable[nn.Module], consensus: RankConsensus) -> str:
+    """What of a step is not finite, on any rank. All ranks call it. loss: this rank's part."""
     names = find(name_gradients(parts))
     bad_loss, bad_gradient = consensus.max(not loss.isfinite(), bool(names))
     found = ["the loss"] if bad_loss else []
-    return " and ".join([*found, _describe(names, consensus, "gradient")] if bad_gradient else found)
+    found += [_describe(names, consensus, "gradient")] if bad_gradient else []
+    return " and ".join(found) or "the norm of finite gradients"
 
 
 def find_bad_state(

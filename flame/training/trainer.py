@@ -4,13 +4,14 @@ import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
 import torchtitan.train
 from torchtitan.components.dataloader import DataloaderExhaustedError
 from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import logger
@@ -21,13 +22,17 @@ from flame.config.parser import recorded, to_toml
 from flame.config.paths import command
 from flame.config.schema import JobConfig
 from flame.data.ledger import roll
+from flame.data.loader import Position
 from flame.errors import NonFiniteError, UserError
 from flame.runtime import stop
+from flame.runtime.device import upload
 from flame.runtime.environment import describe_environment
 from flame.runtime.run_folder import to_json
 from flame.training import nonfinite
 from flame.training.context import RunContext
 from flame.training.data_accounting import DataAccounting
+from flame.training.gradients import Gradients
+from flame.training.outcome import Agreement
 from flame.training.pipeline import Pipeline
 
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
@@ -66,14 +71,18 @@ class FlameTrainer(torchtitan.train.Trainer):
         self.resumed_at: int | None = None
         self.exhausted = False
         self.started = False
+        self.asked = 0  # what asked a rank to stop, as all ranks know after each step
         self.stopped = ""  # the reason, once the run is stopped
-        self.skips = nonfinite.SkippedSteps(training, updates_in_backward=job_config.optimizer.early_step_in_backward)
+        in_backward = job_config.optimizer.early_step_in_backward
+        self.skips = nonfinite.SkippedSteps(training, updates_in_backward=in_backward)
         batch_mesh = self.parallel_dims.get_mesh("batch") if self.parallel_dims.dp_enabled else None
         self.accounting = DataAccounting(self.dataloader, batch_mesh, self.device, context)
+        self.gradients = Gradients(self.model_parts, self.parallel_dims.get_optional_mesh("pp"), self.device)
+        self.updates_unread = not in_backward and can_skip_on_device(self.optimizers)
         self.pipeline: Pipeline | None = None
         if self.parallel_dims.pp_enabled:
             self.pipeline = Pipeline(self.pp_schedule, self.pp_has_first_stage, self.pp_has_last_stage, self.loss_fn)
-        if job_config.optimizer.early_step_in_backward:
+        if in_backward:
             logger.warning("--optimizer.early_step_in_backward: gradients are neither clipped nor checked for NaN")
 
     def init_distributed(self) -> ParallelDims:
@@ -160,6 +169,8 @@ class FlameTrainer(torchtitan.train.Trainer):
                 except DataloaderExhaustedError:
                     logger.warning("The data ended; the last step was cancelled.")
                     return
+                if self.asked and self.step < last:
+                    raise stop.Stopped(self.asked)
                 if self.step == first:
                     timeout = timedelta(seconds=config.comm.train_timeout_seconds)
                     dist_utils.set_pg_timeouts(timeout=timeout, parallel_dims=self.parallel_dims)
@@ -174,35 +185,46 @@ class FlameTrainer(torchtitan.train.Trainer):
     def train_step(self, data_iterator: Iterator[Batch]) -> None:
         """One optimizer step over the step's global batch.
 
-        Replaces torchtitan's method, because what flame adds lies between its lines: the ranks agree on the batch
-        (tokens, digest, end of data) before the first forward, on going on before each microbatch, and on finite losses
-        and gradients before the update. An unfinished step leaves no trace.
+        Replaces torchtitan's method, because what flame adds lies between its lines: the ranks sum the tokens of the
+        batch before the first forward, and agree before the update on whether there may be one: every rank had data, and
+        losses and gradients are finite. The host waits once, when all of this is launched, and where the optimizer can
+        skip the update on the device, the update as well. A cancelled step leaves no trace.
         """
         self.optimizers.zero_grad()
         self._seed()
         lr = self.lr_schedulers.schedulers[0].get_last_lr()[0]
         position = self.dataloader.position()
-        try:
-            data = self._collect(data_iterator)
-            global_tokens, digest, exhausted = self.accounting.sum_step(data.valid_tokens, data.digest, data.exhausted)
-            if exhausted:
-                raise DataloaderExhaustedError
-            loss = self._run_microbatches(data.microbatches, global_tokens)
-        except (DataloaderExhaustedError, stop.Stopped):
-            self.step -= 1
-            self.dataloader.rewind(position)  # this rank's part of the step comes again if the data goes on
-            raise
+        data = self._collect(data_iterator)
+        if self._must_end_now(data.exhausted):
+            self._cancel(position)
+        sums = self.accounting.sum_step(data.valid_tokens, data.digest)
+        missing = self.gradient_accumulation_steps - len(data.microbatches)  # others may have theirs
+        loss = self._run_microbatches(data.microbatches + [self.dataloader.blank()] * missing, sums[0])
+        norm = self.gradients.norm()
+        asked, due = self.context.find_request(), self.checkpointer.is_due()
+        agreement = Agreement(loss, norm, sums, exhausted=data.exhausted, asked=asked, due=due)
+        self.checkpointer.maybe_wait_for_staging()
+        if self.updates_unread:
+            for optimizer in self.optimizers:
+                optimizer.found_inf = agreement.unfit  # it then leaves weights and its state as they are
+            self._update(norm)
+        outcome = agreement.wait()
+        if outcome.exhausted:
+            self._cancel(position)
+        self.asked, self.checkpointer.due = outcome.asked, outcome.due
+        global_tokens, digest = self.accounting.read_step(outcome.sums)
         self.tokens += self.step_tokens
         self.data_digest = roll(self.data_digest, digest)
         self.metrics_processor.steps_since_last_log += 1
-        bad, grad_norm = self._check_and_clip(loss)
-        self.checkpointer.maybe_wait_for_staging()
+        grad_norm = math.nan if outcome.bad else outcome.norm
         try:
-            if bad:
+            if outcome.bad:
+                bad = nonfinite.describe_step(loss, self.model_parts, self.context.consensus)
                 self.skips.skip(self.step, bad, self.model_parts, self._show_data())
             else:
                 self.skips.in_a_row = 0
-                self.optimizers.step()
+                if not self.updates_unread:
+                    self._update(norm)
         except NonFiniteError:
             self._log(loss, data.valid_tokens, global_tokens, grad_norm, lr)  # so that its data can be shown
             raise
@@ -230,18 +252,29 @@ class FlameTrainer(torchtitan.train.Trainer):
             return StepData(microbatches, valid_tokens, digest, True)
         return StepData(microbatches, valid_tokens, digest, False)
 
-    def _run_microbatches(self, microbatches: list[Batch], global_tokens: int) -> torch.Tensor:
-        """Forward and backward of each; returns the sum of this rank's losses / global tokens. Raises Stopped."""
-        valid = torch.tensor(float(global_tokens), device=self.device)
-        losses: list[torch.Tensor] = []
-        for input_dict, labels in microbatches:
-            if not (losses and self.job_config.optimizer.early_step_in_backward):  # whose updates cannot be undone
-                self.context.raise_if_stopped()
-            inputs = {name: tensor.to(self.device) for name, tensor in input_dict.items()}
-            loss = self.forward_backward_step(
-                input_dict=inputs, labels=labels.to(self.device), global_valid_tokens=valid
-            )
-            losses.append(loss.detach())
+    def _must_end_now(self, exhausted: bool) -> bool:
+        """Whether this rank and all others know before the first forward that the data ended; most learn it after."""
+        if self.job_config.optimizer.early_step_in_backward:  # whose updates cannot be undone
+            (exhausted,) = map(bool, self.context.consensus.max(exhausted))
+            return exhausted
+        return exhausted and not self.parallel_dims.dp_enabled  # all ranks read the same
+
+    def _cancel(self, position: Position) -> NoReturn:
+        self.step -= 1
+        self.dataloader.rewind(position)  # this rank's part of the step comes again if the data goes on
+        raise DataloaderExhaustedError
+
+    def _run_microbatches(self, microbatches: list[Batch], global_tokens: torch.Tensor) -> torch.Tensor:
+        """Forward and backward of each; returns the sum of this rank's losses / global tokens."""
+        valid = global_tokens.float()
+        copies = [
+            ({name: upload(tensor, self.device) for name, tensor in inputs.items()}, upload(labels, self.device))
+            for inputs, labels in microbatches
+        ]
+        losses = [
+            self.forward_backward_step(input_dict=inputs, labels=labels, global_valid_tokens=valid).detach()
+            for inputs, labels in copies
+        ]
         return torch.stack(losses).sum()
 
     def forward_backward_step(
@@ -266,18 +299,9 @@ class FlameTrainer(torchtitan.train.Trainer):
             loss.backward()
         return loss / replicas
 
-    def _check_and_clip(self, loss: torch.Tensor) -> tuple[str, float]:
-        """What of the step is not finite on any rank, "" if all is, and the gradient norm before clipping."""
-        if bad := nonfinite.find_bad_step(loss, self.model_parts, self.context.consensus):
-            return bad, math.nan
-        norm = dist_utils.clip_grad_norm_(
-            [p for part in self.model_parts for p in part.parameters()],
-            self.job_config.training.max_norm,
-            foreach=True,
-            pp_mesh=self.parallel_dims.get_optional_mesh("pp"),
-            ep_enabled=self.parallel_dims.ep_enabled,
-        ).item()
-        return ("" if math.isfinite(norm) else "the norm of finite gradients"), norm
+    def _update(self, norm: torch.Tensor) -> None:
+        self.gradients.clip(self.job_config.training.max_norm, norm)
+        self.optimizers.step()
 
     def check_state(self) -> None:
         """Raises NonFiniteError, on all ranks, if the weights or the optimizer may not be saved."""
@@ -295,16 +319,19 @@ class FlameTrainer(torchtitan.train.Trainer):
         dims = self.parallel_dims
         if dims.pp_enabled:  # the last stage has it, the others zero
             dist.all_reduce(loss, group=dims.get_mesh("pp").get_group())
-        mean_loss = max_loss = loss.item()
-        waited = sum(self.metrics_processor.data_loading_times)
+        waited = upload(torch.tensor(sum(self.metrics_processor.data_loading_times)), self.device)
+        figures = torch.stack([loss, loss, waited])
         if dims.dp_cp_enabled:
-            mesh, context = dims.get_optional_mesh("loss"), dims.get_optional_mesh("cp")
-            mean_loss = dist_utils.dist_sum(loss, mesh)
-            of_rows = loss if context is None else torch.tensor(dist_utils.dist_sum(loss, context), device=self.device)
-            max_loss = dist_utils.dist_max(of_rows * float(global_tokens) / local_tokens, mesh)
-            waited = dist_utils.dist_max(torch.tensor(waited, device=self.device), mesh)
+            mean, largest = figures[:1], figures[1:]
+            group = dims.get_mesh("loss").get_group()
+            dist.all_reduce(mean, group=group)
+            if dims.cp_enabled:
+                dist.all_reduce(largest[:1], group=dims.get_mesh("cp").get_group())
+            largest[0] = largest[0] * float(global_tokens) / local_tokens
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+        mean_loss, max_loss, waited_seconds = figures.tolist()
         extra = {"lr": lr, "tokens": self.tokens, "data_digest": self.data_digest}
-        extra["data/wait_seconds"] = waited  # since the last log, on the rank that waited longest
+        extra["data/wait_seconds"] = waited_seconds  # since the last log, on the rank that waited longest
         if self.job_config.training.skip_nan_inf:
             extra["optimizer/skipped_step"] = self.skips.total
         extra |= self.accounting.count_sources()
@@ -333,6 +360,12 @@ class FlameTrainer(torchtitan.train.Trainer):
         for name, value in counted.items():
             setattr(self, name, value)
         self.resumed_at = self.step
+
+
+def can_skip_on_device(optimizers: OptimizersContainer) -> bool:
+    """Whether a step of the optimizers obeys `found_inf`: all are fused, and nothing else is updated before them."""
+    fused = all(group.get("fused") for optimizer in optimizers for group in optimizer.param_groups)
+    return fused and not optimizers._optimizer_step_pre_hooks  # of mixtures: the experts' biases
 
 
 def use_our_checkpoint_manager() -> None:

@@ -23,6 +23,7 @@ from flame.data.loader import Loader
 from flame.data.source import Source
 from flame.data.tokenize import Tokenizer
 from flame.errors import UserError
+from flame.runtime.device import upload
 from flame.training.context import RunContext
 from flame.training.metrics import Metrics
 from flame.training.pipeline import Pipeline, ScaledLoss
@@ -84,8 +85,8 @@ class Validator(BaseValidator):
         with closing(self._batches()) as batches:
             for inputs, labels in batches:
                 self._context.raise_if_stopped()
-                moved = {name: tensor.to(utils.device_type) for name, tensor in inputs.items()}
-                tokens, targets = moved.pop("input"), labels.to(utils.device_type)
+                moved = {name: upload(tensor, total.device) for name, tensor in inputs.items()}
+                tokens, targets = moved.pop("input"), upload(labels, total.device)
                 with self._train_context(), self._autocast:
                     if self._pipeline is not None:
                         total[0] += self._pipeline.sum_losses(tokens, targets, moved.get("positions"))
