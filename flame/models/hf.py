@@ -218,11 +218,18 @@ def _without_init() -> Iterator[None]:
 def known_packing(packed: bool) -> Iterator[None]:
     """Tell transformers whether the positions of a forward restart at documents.
 
-    A workaround for transformers 5.23 (masking_utils.py), which asks the device, and waits, in every forward.
+    A workaround for transformers 5.23 (masking_utils.py), which asks the device, and waits, in every forward. On a CPU,
+    where that costs nothing, it may still find that the rows of a batch hold one document each.
     """
     names = vars(transformers.masking_utils)
     ask = names["find_packed_sequence_indices"]
-    names["find_packed_sequence_indices"] = lambda positions: (positions == 0).cumsum(-1) if packed else None
+
+    def find(positions: torch.Tensor) -> torch.Tensor | None:
+        if packed:
+            return ask(positions) if positions.device.type == "cpu" else (positions == 0).cumsum(-1)
+        return None
+
+    names["find_packed_sequence_indices"] = find
     try:
         yield
     finally:

@@ -1,13 +1,15 @@
 """Decisions that all ranks of a run make alike, over gloo: no GPU is waited for; each costs a round trip."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
-from flame.errors import UserError
+from flame.errors import UserError, first_line
 
 Answer = TypeVar("Answer")
 
@@ -15,12 +17,16 @@ Answer = TypeVar("Answer")
 class RankConsensus:
     """Collectives over all ranks. Every call is made by all ranks, in the same order.
 
-    timeout: how long a rank waits for the others before it fails; None: gloo's default of half an hour.
+    timeout: how long a rank waits for the others before it fails; connect: the same for the first time, in which the
+    ranks connect.
     """
 
-    def __init__(self, timeout: timedelta | None = None) -> None:
+    def __init__(self, timeout: timedelta, connect: timedelta) -> None:
         self._world_size = dist.get_world_size()
-        self._group = dist.new_group(backend="gloo", timeout=timeout) if self._world_size > 1 else None
+        self._group = None
+        if self._world_size > 1:
+            self._group = dist.new_group(backend="gloo", timeout=connect)
+            dist.distributed_c10d._set_pg_timeout(timeout, self._group)
 
     def max(self, *values: int) -> list[int]:
         """The maximum over all ranks of each value."""
@@ -56,3 +62,17 @@ class RankConsensus:
     def first(self, ask: Callable[[], Answer]) -> Answer:
         """What `ask` returns on rank 0, on all ranks. Raises as `each` does."""
         return cast(Answer, self.each(lambda: ask() if dist.get_rank() == 0 else None)[0])
+
+
+@contextmanager
+def naming_interface() -> Iterator[None]:
+    """Raise UserError if the ranks cannot connect over gloo: it took a network interface that does not reach them."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "gloo" not in str(error).lower():
+            raise
+        allowed = "the network interface by which the nodes reach each other, as `ip address` names it on each"
+        raise UserError(
+            "GLOO_SOCKET_IFNAME", os.environ.get("GLOO_SOCKET_IFNAME", "no value"), allowed, first_line(error)
+        ) from None

@@ -59,7 +59,7 @@ def leave(number: int) -> NoReturn:
 
 
 def note(number: int) -> None:
-    """Do nothing now: all ranks ask for the number at their next microbatch."""
+    """Do nothing now: all ranks ask for the number at the end of the step."""
 
 
 def interrupt(number: int) -> NoReturn:

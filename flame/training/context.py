@@ -3,6 +3,7 @@
 import math
 import os
 import time
+from datetime import timedelta
 from functools import cached_property
 from typing import cast
 
@@ -28,7 +29,7 @@ class RunContext:
     @cached_property
     def consensus(self) -> RankConsensus:
         """The one gloo group of the run."""
-        return RankConsensus(VERIFY_TIMEOUT)
+        return RankConsensus(VERIFY_TIMEOUT, timedelta(seconds=self.job_config.comm.init_timeout_seconds))
 
     @cached_property
     def plan(self) -> StartPlan | None:

@@ -29,7 +29,7 @@ class DataAccounting:
         self._epochs = {name: int(epochs) for name, (_, epochs) in self._sum_counts().items()}
 
     def sum_step(self, valid_tokens: int, digest: int) -> torch.Tensor:
-        """What `read_step` takes, int64 (2 + 2 per source,) on the device; first the valid tokens of the global batch."""
+        """What `read_step` takes, int64 (2 + 2 per source,) on the device; first the global batch's valid tokens."""
         counts = [count for pair in self._loader.skipped().values() for count in pair]
         return self._sum(torch.tensor([valid_tokens, _as_int64(digest), *counts]))
 

@@ -25,6 +25,7 @@ from flame.data.ledger import roll
 from flame.data.loader import Position
 from flame.errors import NonFiniteError, UserError
 from flame.runtime import stop
+from flame.runtime.consensus import naming_interface
 from flame.runtime.device import upload
 from flame.runtime.environment import describe_environment
 from flame.runtime.run_folder import to_json
@@ -86,8 +87,9 @@ class FlameTrainer(torchtitan.train.Trainer):
             logger.warning("--optimizer.early_step_in_backward: gradients are neither clipped nor checked for NaN")
 
     def init_distributed(self) -> ParallelDims:
-        dims = super().init_distributed()
-        _ = self.context.consensus  # a collective: made here, where all ranks are
+        with naming_interface():
+            dims = super().init_distributed()
+            _ = self.context.consensus  # a collective: made here, where all ranks are
         return dims
 
     # -- a run --------------------------------------------------------------------------------------------------------
@@ -186,9 +188,9 @@ class FlameTrainer(torchtitan.train.Trainer):
         """One optimizer step over the step's global batch.
 
         Replaces torchtitan's method, because what flame adds lies between its lines: the ranks sum the tokens of the
-        batch before the first forward, and agree before the update on whether there may be one: every rank had data, and
-        losses and gradients are finite. The host waits once, when all of this is launched, and where the optimizer can
-        skip the update on the device, the update as well. A cancelled step leaves no trace.
+        batch before the first forward, and agree behind the last backward on whether there may be an update: all had
+        data, and losses and gradients are finite. The host waits once, for this; an optimizer that can skip the update
+        on the device has it by then. A cancelled step leaves no trace.
         """
         self.optimizers.zero_grad()
         self._seed()

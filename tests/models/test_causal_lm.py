@@ -4,11 +4,11 @@ import json
 import pytest
 import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from transformers import AutoModelForCausalLM, modeling_flash_attention_utils
+from transformers import AutoModelForCausalLM, masking_utils, modeling_flash_attention_utils
 
 from flame.errors import UserError
 from flame.models.causal_lm import CausalLM, ModelArgs, _document_mask
-from flame.models.hf import load_hf_config
+from flame.models.hf import known_packing, load_hf_config
 from flame.models.init import Unit, init_weights
 from flame.models.loss import linear_cross_entropy
 from flame.models.reference import attention
@@ -260,6 +260,14 @@ def test_falcons_mask_lets_no_token_see_another_document_or_the_future(tmp_path)
         [0, 0, 1, 1, 0],
         [0, 0, 1, 1, 1],
     ]
+
+
+def test_whether_documents_are_packed_is_not_asked_of_the_device():
+    positions = torch.arange(6, device="meta").expand(2, 6)  # a device that answers nothing
+    for packed in (False, True):
+        with known_packing(packed):
+            found = masking_utils.find_packed_sequence_indices(positions)
+        assert (None if found is None else found.shape) == ((2, 6) if packed else None)
 
 
 def test_a_pipelines_last_stage_applies_no_embedding_dropout(tmp_path):

@@ -232,7 +232,7 @@ def test_a_second_signal_stops_at_once_and_one_within_five_seconds_does_not(rank
         time.sleep(pause)
         job.send(signal.SIGTERM, "launcher")
     time.sleep(4)
-    assert job.process.poll() is None, "it did not go on to its next microbatch"
+    assert job.process.poll() is None, "it did not go on with its step"
     ranks_alive = job.ranks()
     job.send(signal.SIGINT, "launcher")
     code, status = job.end(within=8)
