@@ -10,8 +10,10 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.utils.checkpoint import checkpoint
 from torchtitan.components.loss import IGNORE_INDEX
 
+from flame.models.fused_loss import L2WARP, fused_loss
+from flame.models.parameters import local_tensor
+
 CHUNK = 1024  # tokens whose logits are held at a time
-L2WARP = 1e-4  # weight of RWKV's penalty
 
 
 def linear_cross_entropy(
@@ -26,31 +28,21 @@ def linear_cross_entropy(
 
     hidden: (batch, seq, hidden), weight: (vocab, hidden), labels: (batch, seq) int64; returns a scalar. `l2warp` adds
     to the gradient, not to the value, that of L2WARP / 2 x the square of every token's largest logit (RWKV-LM). Logits
-    of a weight sharded along the vocabulary stay sharded, as torch's loss_parallel takes them, unless `gather`.
-    On a GPU this is fla's fused Triton kernel; elsewhere chunks of logits, recomputed in the backward.
+    of a weight sharded along the vocabulary stay sharded, unless `gather`.
+    On a GPU and on shards the loss is fused with its gradients; else autograd recomputes chunks of logits.
     """
     hidden, labels = hidden.flatten(0, -2), labels.flatten()
-    if isinstance(weight, DTensor):
-        hidden = _replicate(hidden, weight)
-    elif hidden.is_cuda:
-        from fla.modules.fused_linear_cross_entropy import fused_linear_cross_entropy_loss
-
-        penalty = L2WARP * len(hidden)  # the kernel divides by the tokens, whatever the reduction
-        return fused_linear_cross_entropy_loss(
-            hidden, labels, weight, bias, IGNORE_INDEX, reduction="sum", use_l2warp=l2warp, l2_penalty_factor=penalty
-        )
+    group = weight.device_mesh.get_group() if isinstance(weight, DTensor) else None
+    if not gather and (group is not None or hidden.is_cuda):
+        bias = None if bias is None else local_tensor(bias)
+        return fused_loss(hidden, local_tensor(weight), bias, labels, l2warp, group)
     chunks = zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True)
-    losses = [checkpoint(_chunk_loss, x, weight, bias, y, l2warp, gather, use_reentrant=False) for x, y in chunks]
-    loss = torch.stack(losses).sum()
-    return loss.full_tensor() if isinstance(loss, DTensor) else loss
+    losses = [checkpoint(_chunk_loss, x, weight, bias, y, l2warp, use_reentrant=False) for x, y in chunks]
+    return torch.stack(losses).sum()
 
 
-def _chunk_loss(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, l2warp: bool, gather: bool
-) -> Tensor:
-    logits = F.linear(hidden, weight, bias).float()
-    if gather and isinstance(logits, DTensor):
-        logits = logits.full_tensor()
+def _chunk_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, l2warp: bool) -> Tensor:
+    logits = _logits(hidden, weight, bias).float()
     loss = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
     if l2warp:
         penalty = L2WARP / 2 * logits.max(-1).values.square().sum()
@@ -61,13 +53,10 @@ def _chunk_loss(
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not isinstance(weight, DTensor):
         return F.linear(hidden, weight, bias)
-    logits = F.linear(_replicate(hidden, weight), weight, bias)
+    hidden = DTensor.from_local(hidden, weight.device_mesh, [Replicate()], run_check=False)
+    logits = F.linear(hidden, weight, bias)
     assert isinstance(logits, DTensor)
     return logits.full_tensor()
-
-
-def _replicate(hidden: Tensor, weight: DTensor) -> DTensor:
-    return DTensor.from_local(hidden, weight.device_mesh, [Replicate()], run_check=False)
 
 
 class Head(nn.Linear):
