@@ -129,10 +129,12 @@ def run_torchtitan(spec: Spec, job: Any, stub: device.Stub) -> dict[str, Any]:
         "training.steps": LAST, "metrics.log_freq": LOG_EVERY, "training.seq_len": training.seq_len,
         "training.local_batch_size": training.local_batch_size,
         "training.global_batch_size": training.global_batch_size,
+        "activation_checkpoint.mode": job.activation_checkpoint.mode,
     }  # fmt: skip
     flags = [f"--{name}={value}" for name, value in own.items()]
     compiled = ["--compile.enable"] if spec.run.endswith("compiled") else []
-    trainer = Trainer(ConfigManager().parse_args([*flags, *compiled]))
+    with stub.reading(False):  # no value is out of range, which torch would draw again
+        trainer = Trainer(ConfigManager().parse_args([*flags, *compiled]))
     meter = _measure_steps(trainer, stub)
     trainer.train()
     return meter.result()
