@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import inspect
 import json
 import logging
 import os
@@ -23,14 +24,19 @@ from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 from flame.config.files import parse_json, read_json, read_text
 from flame.config.hub import check_available
 from flame.config.schema import JobConfig
+from flame.config.setting import nearest
 from flame.config.user_module import import_module
-from flame.errors import UserError, first_line
+from flame.errors import UserError, as_line, first_line
 from flame.models import limits, reference, table
 from flame.models.family import Family
 from flame.models.generic import read_family
 from flame.models.vocabulary import fit_vocab_size
 
 logger = logging.getLogger("flame")
+_OF_ANY = (  # fields that transformers looks for in a config whose class lacks them
+    *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id"),
+    *("auto_map", "tie_word_embeddings", "head_dim"),
+)
 _OF_IDS = ("_token_id", "_ids", "suppress_tokens")  # ends of the names of a generation config's fields
 
 
@@ -42,7 +48,9 @@ def load_hf_config(
     A tokenizer's special ids go into the config, and its ids must fit (see flame.models.vocabulary). Raises UserError
     if the config cannot be read or is invalid, if fla's model has no CPU reference and needs one, or if ids do not fit.
     """
-    family, config = read_config(read_fields(source), source, trust_remote_code)
+    fields = read_fields(source)
+    family, config = read_config(fields, source, trust_remote_code)
+    warn_of_unknown(fields, config, source)
     if family.from_fla and device_type == "cpu":
         reference.check_supported(config.model_type)
     if tokenizer is not None:
@@ -98,6 +106,8 @@ def read_config(
         if "/" in str(fields.get(name)):
             hint = "a kernel of the hub is code that would be run"
             raise UserError(f"{source}: {name}", fields[name], "none: flame chooses", hint)
+    if not isinstance(vocab_size := fields.get("vocab_size"), int | float | None):  # transformers compares ids with it
+        raise UserError(f"{source}: vocab_size", repr(vocab_size), "an integer")
     model_type, setting = fields.get("model_type", ""), f"{source}: model_type"
     if not isinstance(model_type, str):
         raise UserError(setting, repr(model_type), "a name such as llama")
@@ -131,6 +141,20 @@ def read_config(
         hf = build_on_meta(config, source, trust_remote_code)
         family = read_family(hf, model_type, from_fla=type(hf).__module__.startswith("fla."))
     return family, config
+
+
+def warn_of_unknown(fields: dict[str, Any], config: PreTrainedConfig, source: str) -> None:
+    """One line with the fields of `source` that `config`, made of them, only carries along: most likely misspelled."""
+    kind = type(config)
+    known = {*vars(kind()), *inspect.signature(kind).parameters, *dir(kind), *kind.attribute_map, *_OF_ANY}
+    named = [f"{name}{_meant(name, known)}" for name in fields if name in vars(config) and name not in known]
+    if named:
+        logger.warning(as_line(f"{source}: neither {kind.__name__} nor transformers knows {', '.join(named)}"))
+
+
+def _meant(name: str, known: set[str]) -> str:
+    near = nearest(name, sorted(known))
+    return f" (did you mean {near}?)" if near else ""
 
 
 def fit_positions(hf: PreTrainedModel, job_config: JobConfig) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from flame.models.causal_lm import CausalLM, ModelArgs
 from flame.models.family import layouts
-from flame.models.hf import build_on_meta, read_config, read_fields
+from flame.models.hf import build_on_meta, read_config, read_fields, warn_of_unknown
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 _HEADER = ("model", "type", "parameters", "no embeddings", "GFLOPs/token", "layouts", "compile", "varlen")
@@ -25,7 +25,9 @@ class Size(NamedTuple):
 
 def measure(path: Path, seq_len: int = 2048) -> Size:
     """The size of a config file's model; training FLOPs at rows of `seq_len`. Raises UserError if it is invalid."""
-    family, config = read_config(read_fields(str(path)), str(path))
+    fields = read_fields(str(path))
+    family, config = read_config(fields, str(path))
+    warn_of_unknown(fields, config, str(path))
     build_on_meta(config, str(path))
     args = ModelArgs().bind(family, config)
     with torch.device("meta"):

@@ -18,6 +18,7 @@ from flame.models.hf import (
     read_fields,
     read_generation,
     save_assets,
+    warn_of_unknown,
 )
 from tests.models.small import OTHERS, distinct, fields_of, small
 
@@ -132,6 +133,25 @@ def test_a_config_that_is_no_json_object_is_rejected(tmp_path, text):
 @pytest.mark.parametrize("name", ["llama_7B", "qwen2"])
 def test_a_config_may_have_several_ends_of_text(name):
     assert read_config(fields_of(name) | {"eos_token_id": [1, 106]}, name)[1].eos_token_id == [1, 106]
+
+
+def test_a_field_that_nothing_knows_is_named_with_the_one_that_was_meant(tmp_path, caplog):
+    fields = {**fields_of("gla_340M"), "torch_dtype": "bfloat16", "auto_map": {}, "tie_word_embeddings": False}
+    (path := tmp_path / "m.json").write_text(json.dumps(fields))
+    load_hf_config(str(path))
+    assert "knows" not in caplog.text  # what any config of the hub may hold
+    path.write_text(json.dumps(fields | {"hiden_size": 64, "x\ny": 1}))
+    load_hf_config(str(path))
+    said = "neither GLAConfig nor transformers knows hiden_size (did you mean hidden_size?), x\\ny"
+    assert [r.getMessage() for r in caplog.records if "knows" in r.getMessage()] == [f"{path}: {said}"]
+
+
+@pytest.mark.parametrize("name", [*distinct(), *OTHERS])
+def test_no_field_of_a_config_that_transformers_writes_is_unknown(name, caplog):
+    kind = type(small(name)[1])
+    fields = kind().to_dict()
+    warn_of_unknown(fields, kind.from_dict(fields), name)
+    assert "knows" not in caplog.text
 
 
 def test_a_quantized_config_is_one_of_the_weights_as_they_are(caplog):

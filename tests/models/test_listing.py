@@ -40,6 +40,13 @@ def test_a_file_that_is_not_a_model_config_is_one_line_and_exit_code_2(text, wor
     assert words in message and message.count("\n") == 1
 
 
+def test_a_misspelled_field_is_named(tmp_path, caplog):
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps(fields_of("gla_340M") | {"hiden_size": 64}))
+    assert main(["list", str(path)]) == 0
+    assert "knows hiden_size (did you mean hidden_size?)" in caplog.text
+
+
 @pytest.mark.parametrize("command", ["list", "audit"])
 def test_a_file_that_does_not_exist_is_named_and_not_looked_for_on_the_hub(command, capsys):
     assert main([command, "gone.json"]) == 2

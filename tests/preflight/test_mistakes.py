@@ -222,6 +222,7 @@ MODELS = [  # the file, what is in it, the setting and the rule
     ("model.json", {"vocab_size": None}, "--model.config", "'vocab_size' expected int"),
     ("model.json", {"vocab_size": 256}, "--model.tokenizer_path", "--model.grow_vocab"),
     ("model.json", {"hidden_size": "64"}, "--model.config", "'hidden_size' expected int"),
+    ("model.json", {"model_type": "gla", "vocab_size": "512"}, "model.json: vocab_size", "'512', an integer"),
     ("model.json", {"num_hidden_layers": 0}, "model.json: num_hidden_layers", "from 1 to 4096"),
     (
         "model.json",
