@@ -12,6 +12,10 @@ venv=$root/.venv
 log() { printf 'flame: %s\n' "$*" >&2; }
 
 if [[ -n ${FLAME_PYTHON:-} ]]; then
+  type -P "$FLAME_PYTHON" >/dev/null || {
+    log "FLAME_PYTHON: found '$FLAME_PYTHON', must be an executable"
+    exit 2
+  }
   echo "$FLAME_PYTHON"
   exit
 fi

@@ -219,6 +219,12 @@ def test_ctrl_c_before_the_launch_ends_the_command_in_silence(shell, after):
     assert "Traceback" not in said and said.count("\n") <= 1
 
 
+@pytest.mark.parametrize("script", ["train.sh", "scripts/flame.sh"])
+def test_a_python_that_is_not_there_is_one_line(script, shell):
+    done = shell.run(ROOT / script, "-h", FLAME_PYTHON="/nonexistent")
+    assert (done.returncode, done.stderr) == (2, "flame: FLAME_PYTHON: found '/nonexistent', must be an executable\n")
+
+
 def test_the_other_commands_run_from_any_folder(shell):
     shell.run(ROOT / "scripts/flame.sh", "data", "show", "a run", "--step", "3")
     (call,) = shell.calls
