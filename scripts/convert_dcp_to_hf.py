@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 from flame.checkpoint.commit import complete_steps, inspect_checkpoint
 from flame.checkpoint.dtypes import FLOATS, SIZES
 from flame.checkpoint.structure import ConversionError, Structure, check_structure
+from flame.config.arguments import Parser
 from flame.config.files import read_json
 from flame.convert.dcp_file import CorruptedError, read_tensors
 from flame.convert.export import export_checkpoint
@@ -47,10 +48,8 @@ OURS = {"--model.config": "--config", "--model.tokenizer_path": "--tokenizer"}  
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line; argparse exits with code 2 for what it does not know."""
-    parser = argparse.ArgumentParser(
-        prog="flame export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """The command line; exits with code 2 for what it does not know."""
+    parser = Parser(prog="flame export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--path", type=Path, required=True, help="a run folder, or a DCP checkpoint itself")
     parser.add_argument("--step", type=int, default=-1, help="of the run; default: -1, its newest complete checkpoint")
     parser.add_argument("--config", help="config.json, folder or hub id; default: what the run recorded")
@@ -160,6 +159,8 @@ def convert(given: argparse.Namespace) -> str:
 
     Raises UserError, ConversionError, CorruptedError and OSError.
     """
+    if not given.path.is_dir():
+        raise UserError("--path", f"no folder {given.path}", "a run or a checkpoint")
     run = read_run(given)
     checkpoint = find_checkpoint(given.path, given.step, run)
     if checkpoint == given.path and not given.output:
@@ -201,10 +202,10 @@ def main(argv: list[str]) -> int:
     try:
         print(convert(given))
     except (UserError, ConversionError, CorruptedError) as error:
-        print(f"convert_dcp_to_hf: {error}", file=sys.stderr)
+        print(f"flame: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     except OSError as error:
-        print(f"convert_dcp_to_hf: {given.output or given.path}: {error}", file=sys.stderr)
+        print(f"flame: {given.output or given.path}: {error}", file=sys.stderr)
         return 1 if error.errno in FULL else 2
     return 0
 

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 
 from flame.checkpoint.commit import hash_file
 from flame.checkpoint.structure import ConversionError, Structure, check_structure
+from flame.config.arguments import Parser
 from flame.convert.hf_structure import read_structure
 from flame.convert.hf_weights import find_untied, read_weights, specs_of
 from flame.convert.output import REPORT, new_folder, write_report
@@ -33,10 +34,8 @@ TITAN = "torchtitan.json"  # beside the config.json of what was trained as one o
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line; argparse exits with code 2 for what it does not know."""
-    parser = argparse.ArgumentParser(
-        prog="flame import", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """The command line; exits with code 2 for what it does not know."""
+    parser = Parser(prog="flame import", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, nargs="+", required=True, help="a Hugging Face folder, or its files")
     parser.add_argument("--checkpoint", type=Path, required=True, help="the folder to write, which must not exist")
     parser.add_argument("--no_verify", action="store_true", help="do not check the tensors against config.json")
@@ -100,10 +99,10 @@ def main(argv: list[str]) -> int:
     try:
         print(convert(given))
     except (UserError, ConversionError) as error:
-        print(f"convert_hf_to_dcp: {error}", file=sys.stderr)
+        print(f"flame: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     except OSError as error:
-        print(f"convert_hf_to_dcp: {given.checkpoint}: {error}", file=sys.stderr)
+        print(f"flame: {given.checkpoint}: {error}", file=sys.stderr)
         return 1 if error.errno in FULL else 2
     return 0
 

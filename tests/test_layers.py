@@ -21,7 +21,7 @@ ROOMS = {  # lowest first; a room imports itself, `errors`, and the rooms named 
     "training": "config runtime checkpoint data models parallel titan convert",
     "dry_run": "config data models parallel titan training",
     "train": "config runtime preflight training dry_run",
-    "drills": "checkpoint training train",
+    "drills": "config checkpoint training train",
     "__main__": "",
 }
 FILES = sorted(path.relative_to(FLAME).as_posix() for path in FLAME.rglob("*.py"))

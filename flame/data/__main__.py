@@ -7,6 +7,7 @@ import sys
 import warnings
 from pathlib import Path
 
+from flame.config.arguments import Parser
 from flame.config.schema import Data, Training
 from flame.data.inspect import show
 from flame.data.ledger import verify
@@ -20,8 +21,8 @@ LISTS = ("dataset_name", "dataset_split", "data_dir", "data_files")
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The command line, and the flags of the job that follow bench; argparse exits with code 2 if it is wrong."""
-    parser = argparse.ArgumentParser(prog="flame data", description="What runs were fed, and how fast.")
+    """The command line, and the flags of the job that follow bench; exits with code 2 if it is wrong."""
+    parser = Parser(prog="flame data", description="What runs were fed, and how fast.")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("show", help="decode what a step was fed, and compare it with the run's ledger")
     command.add_argument("run", type=Path, help="run folder")

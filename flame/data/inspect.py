@@ -103,7 +103,7 @@ def show(folder: Path, step: int, rank: int | None, ranks: int | None, full: boo
     Raises UserError as `replay` does, and for ranks that do not divide the lanes or the rows.
     """
     config = parse_recorded(folder, trusted=trusted)
-    lanes, dp_degree = config.data.lanes, ranks or _read_ranks(folder)
+    lanes, dp_degree = config.data.lanes, _read_ranks(folder) if ranks is None else ranks
     if dp_degree < 1 or lanes % dp_degree:
         raise UserError("--ranks", dp_degree, f"a divisor of the run's {lanes} lanes")
     if rank is not None and not 0 <= rank < dp_degree:

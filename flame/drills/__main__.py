@@ -11,14 +11,15 @@ import tempfile
 import time
 from pathlib import Path
 
+from flame.config.arguments import Parser
 from flame.drills.drill import DRILLS, kill_in_save
 from flame.errors import INTERRUPTED, REFUSED, UserError
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line; argparse exits with code 2 if it is wrong."""
+    """The command line; exits with code 2 if it is wrong."""
     lines = [f"  {name:<14}{drill.__doc__}" for name, drill in DRILLS.items()]
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="flame drills",
         description="Make a tiny job fail on purpose, and check that nothing is lost. Drills:\n" + "\n".join(lines),
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -8,14 +8,15 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from flame.config.arguments import Parser
 from flame.config.hub import check_available
 from flame.errors import REFUSED, UserError
 from flame.runtime import device
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line; argparse exits with code 2 if it is wrong."""
-    parser = argparse.ArgumentParser(prog="flame models", description="List model configs, or check one.")
+    """The command line; exits with code 2 if it is wrong."""
+    parser = Parser(prog="flame models", description="List model configs, or check one.")
     commands = parser.add_subparsers(dest="command", required=True)
     listing = commands.add_parser("list", help="the configs of configs/, or those given, with their sizes")
     listing.add_argument("configs", nargs="*", type=Path, metavar="CONFIG.json")

@@ -152,6 +152,7 @@ def test_checkpoints_that_are_incomplete_or_hold_the_model_only_are_passed_over(
     "argv, words",
     [
         (["--step", 0], ["--step", "found 0", "1 or more"]),
+        (["--step", 2, "--ranks", 0], ["--ranks", "found 0", "8 lanes"]),
         (["--step", 2, "--ranks", 3], ["--ranks", "found 3", "8 lanes"]),
         (["--step", 2, "--rank", 2, "--ranks", 2], ["--rank", "found 2", "0 to 1"]),
         (["--step", 2, "--rank", 0, "--ranks", 8], ["--ranks", "found 8", "4 rows"]),

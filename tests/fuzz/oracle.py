@@ -220,14 +220,13 @@ def _judge(code: int, rejections: tuple[int, ...], changed: list[str], folder: P
     """As `try_case` returns it, without the time."""
     printed, stderr = _printed(folder), (folder / "stderr").read_text(errors="replace")
     lines = [line for line in stderr.splitlines() if not line.startswith(MORE)]
-    usage = code == 2 and "usage:" in stderr
     if changed:
         return f"changed {', '.join(changed[:3])}", printed[-2000:]
     if TRACEBACK in printed:
         return f"{_last_line(printed)}, {_place(printed)}", printed[-2000:]
     if code == 0:
         return "succeeded", ""
-    if code in rejections and (usage or (len(lines) == 1 and ": " in lines[0])):
+    if code in rejections and len(lines) == 1 and ": " in lines[0]:
         return "rejected", ""
     return f"exit code {code}, {len(lines)} lines", printed[-2000:]
 
