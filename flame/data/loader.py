@@ -206,12 +206,13 @@ class Loader(BaseDataLoader):
             totals[source.name] = (sum(place.tokens for place in places), epochs)
         return totals
 
-    def skipped(self) -> dict[str, tuple[int, int]]:
-        """{source: (bad rows skipped, rows read)} by this rank's lanes, a window at a time."""
+    def skipped(self) -> dict[str, tuple[int, int, int]]:
+        """{source: (bad rows skipped, rows read, epochs begun)}, sums over this rank's lanes, a window at a time."""
         totals = {}
         for name, places in zip(self._names, self._places(), strict=True):
             bad = sum(place.skipped for place in places)
-            totals[name] = (bad, bad + sum(place.documents for place in places))
+            begun = sum(place.epoch + (place.window > 0 or place.at > 0) for place in places)
+            totals[name] = (bad, bad + sum(place.documents for place in places), begun)
         return totals
 
     def _places(self) -> Iterator[tuple[Place, ...]]:

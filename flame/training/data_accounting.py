@@ -29,8 +29,8 @@ class DataAccounting:
         self._epochs = {name: int(epochs) for name, (_, epochs) in self._sum_counts().items()}
 
     def sum_step(self, valid_tokens: int, digest: int) -> torch.Tensor:
-        """What `read_step` takes, int64 (2 + 2 per source,) on the device; first the global batch's valid tokens."""
-        counts = [count for pair in self._loader.skipped().values() for count in pair]
+        """What `read_step` takes, int64 (2 + 3 per source,) on the device; first the global batch's valid tokens."""
+        counts = [count for each in self._loader.skipped().values() for count in each]
         return self._sum(torch.tensor([valid_tokens, _as_int64(digest), *counts]))
 
     def read_step(self, sums: Sequence[int]) -> tuple[int, int]:
@@ -39,7 +39,7 @@ class DataAccounting:
         Raises UserError, on all ranks, if a source has more bad rows than --data.max_bad_rows allows.
         """
         valid_tokens, digest, *counts = sums
-        self._check_rows(dict(zip(self._epochs, zip(counts[::2], counts[1::2], strict=True), strict=True)))
+        self._check_rows(dict(zip(self._epochs, zip(counts[::3], counts[1::3], counts[2::3], strict=True), strict=True)))
         return valid_tokens, digest
 
     def count_sources(self) -> dict[str, float]:
@@ -53,9 +53,12 @@ class DataAccounting:
                 self._epochs[name] = completed
         return record
 
-    def _check_rows(self, rows: dict[str, tuple[int, int]]) -> None:
-        """Log new bad rows; rows: {source: (bad, read)} of all ranks."""
-        bad_rows = {name: bad for name, (bad, _) in rows.items()}
+    def _check_rows(self, rows: dict[str, tuple[int, int, int]]) -> None:
+        """Log new bad rows; rows: {source: (bad, read, epochs begun)}, sums over all ranks and their lanes.
+
+        A source is judged by its rows, however often they were read: by the mean of the epochs.
+        """
+        bad_rows = {name: bad for name, (bad, *_) in rows.items()}
         if bad_rows == self._bad_rows or not any(bad_rows.values()):
             return
         self._bad_rows = bad_rows
@@ -66,7 +69,9 @@ class DataAccounting:
                 logger.warning(f"source {name}: {row.place} is skipped: {row.reason}")
         self._reported.update(noted)
         limit = self._settings.max_bad_rows
-        for name, (bad, read) in rows.items():
+        for name, (bad, read, begun) in rows.items():
+            epochs = max(1, -(-begun // self._settings.lanes))
+            bad, read = bad // epochs, read // epochs
             if bad > (allowed := allow_bad(limit, read)):
                 example = next((f", such as {row.place} ({row.reason})" for n, row in noted if n == name), "")
                 found = f"{bad} bad rows among {read} of source {name}{example}"

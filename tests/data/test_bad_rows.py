@@ -1,17 +1,21 @@
 """Rows without a document: counted, located and skipped up to a limit; never silently."""
 
 import json
-from itertools import pairwise
+from itertools import islice, pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 
+from flame.config.schema import Data
 from flame.data import cache, files, lines
 from flame.data.document import LONGEST, Bad, accept, allow_bad
 from flame.data.source import Source
 from flame.errors import UserError
+from flame.training.data_accounting import DataAccounting
 from tests.data.fakes import EOS, Tape, Texts, build, loader
 from tests.launch import SMALL, metrics, train
 from tests.tiny import write_config
@@ -61,7 +65,7 @@ def test_documents_without_tokens_are_skipped_counted_and_named(kind):
     run = loader([Source("a", 1.0, kind(texts))], epochs=1, lanes=1, batch=1)
     tokens = [token for fed, _ in run for token in fed["input"].flatten().tolist()]
     assert (EOS, EOS) not in pairwise(tokens) and tokens.count(EOS) > 50
-    bad, read = run.skipped()["a"]
+    bad, read, _ = run.skipped()["a"]
     assert bad in (118, 119, 120) and bad + 58 <= read <= 180, "what follows the last full row is not read"
     named = {(row.reason, row.place) for row in run.noted()["a"]}
     assert named == {("no tokens", repr("\u200b" * 3)), ("no tokens", "a bare EOS")}
@@ -79,7 +83,7 @@ def test_a_lane_reads_past_bad_rows_and_the_loader_counts_and_names_them(file):
     run = loader(build(file), epochs=1, lanes=1, batch=1)
     tokens = [token for fed, _ in run for token in fed["input"].flatten().tolist()]
     assert tokens.count(EOS) in range(len(GOOD) - len(tokens) // 24, len(GOOD))
-    assert run.skipped()["rows"] == (len(LINES), len(LINES) + len(GOOD) - 1), "the last document filled no row"
+    assert run.skipped()["rows"] == (len(LINES), len(LINES) + len(GOOD) - 1, 1), "the last document filled no row"
     assert len(run.noted()["rows"]) == 5 and all(str(file) in row.place for row in run.noted()["rows"])
 
 
@@ -148,6 +152,31 @@ def test_lines_across_the_chunks_in_which_a_file_is_read_are_found(tmp_path, mon
 )
 def test_a_limit_is_a_number_of_rows_or_a_share_of_those_read(limit, read, allowed):
     assert allow_bad(limit, read) == allowed
+
+
+@pytest.mark.parametrize("kind", [Texts, Tape])
+@pytest.mark.parametrize("limit", [40, 30])
+def test_a_bad_row_is_counted_once_however_many_epochs_read_it(kind, limit):
+    run = loader([Source("a", 1.0, kind([*GOOD, *[""] * 40]))], lanes=4, batch=4, window=50)
+    data = Data(max_bad_rows=limit, lanes=4)
+    context = SimpleNamespace(
+        job_config=SimpleNamespace(data=data),
+        run=SimpleNamespace(writes=False),
+        consensus=SimpleNamespace(gather=lambda value: [value]),
+    )
+    accounting = DataAccounting(run, None, torch.device("cpu"), context)
+    accounting.begin()
+
+    def train():
+        for _ in islice(run, 400):
+            accounting.read_step(accounting.sum_step(1, 0).tolist())
+
+    if limit == 40:
+        train()
+        assert run.skipped()["a"][0] > 5 * 40
+    else:
+        with pytest.raises(UserError, match=r"found 3\d bad rows among \d+ of source a, such as row"):
+            train()
 
 
 @pytest.mark.slow

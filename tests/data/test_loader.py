@@ -161,7 +161,7 @@ def test_counts_add_up_to_the_tokens_handed_out_and_rows_without_text_are_counte
     assert tokens == 30 * 4 * 25
     size = sum(len(text) + 1 for text in texts if text)
     assert abs(epochs - tokens / size) < 0.3
-    skipped, read = run.skipped()["a"]
+    skipped, read, _ = run.skipped()["a"]
     assert skipped == pytest.approx(40 * epochs, rel=0.25) and read == pytest.approx(80 * epochs, rel=0.25)
     assert {row.reason for row in run.noted()["a"]} == {"null", "empty"} and len(run.noted()["a"]) == 5
     assert all(texts[int(row.place.split()[1])] in ("", None) for row in run.noted()["a"])
