@@ -36,7 +36,7 @@ from flame.convert.dcp_file import CorruptedError, read_tensors
 from flame.convert.export import export_checkpoint
 from flame.convert.hf_structure import read_trained_structure
 from flame.convert.hf_weights import specs_of
-from flame.convert.output import REPORT, copy_assets
+from flame.convert.output import REPORT, check_new, copy_assets
 from flame.convert.tokenizer import compare_tokenizer
 from flame.convert.verify import HOLDS, check_logits, too_large
 from flame.errors import FULL, UserError
@@ -96,8 +96,8 @@ def find_checkpoint(path: Path, step: int, run: "JobConfig") -> Path:
 
 
 def check_json(recorded: Path) -> None:
-    """Raises UserError if what a run recorded of its model is not JSON objects."""
-    for path in (recorded / "config.json", recorded / "torchtitan.json"):
+    """Raises UserError if what a run recorded of its model and tokenizer is not JSON objects."""
+    for path in (recorded / name for name in ("config.json", "torchtitan.json", "tokenizer_config.json")):
         try:
             if path.is_file():
                 read_json(path)
@@ -166,14 +166,15 @@ def convert(given: argparse.Namespace) -> str:
     if checkpoint == given.path and not given.output:
         raise UserError("--output", hint=f"needed, as --path {given.path} is a checkpoint itself, not a run")
     output = given.output or given.path / "hf" / checkpoint.name
-    if output.exists():
-        raise UserError("--output", output, "a folder that does not exist")
+    check_new("--output", output)
     recorded = given.path / "model"
     asked = {"--config": given.config, "--tokenizer": given.tokenizer}
     if not (recorded / "config.json").is_file() and (absent := [flag for flag, value in asked.items() if not value]):
         raise UserError(" and ".join(absent), hint=f"needed, as {recorded} has no config.json and tokenizer of the run")
     if not given.config:
         check_json(recorded)
+    if not any(asked.values()) and not (recorded / "tokenizer.json").is_file():
+        raise UserError("--tokenizer", hint=f"needed, as {recorded} has no tokenizer.json of the run")
     tensors = specs_of(read_tensors(checkpoint))
     total = sum(prod(shape) * SIZES[given.dtype if given.dtype and d in FLOATS else d] for d, shape in tensors.values())
 

@@ -25,7 +25,7 @@ from flame.checkpoint.structure import ConversionError, Structure, check_structu
 from flame.config.arguments import Parser
 from flame.convert.hf_structure import read_structure
 from flame.convert.hf_weights import find_untied, read_weights, specs_of
-from flame.convert.output import REPORT, new_folder, write_report
+from flame.convert.output import REPORT, check_new, new_folder, write_report
 from flame.convert.safetensors_file import find_files
 from flame.convert.verify import HOLDS
 from flame.errors import FULL, UserError
@@ -56,8 +56,7 @@ def build_structure(folder: Path) -> Structure:
 
 def convert(given: argparse.Namespace) -> str:
     """Convert as the command line says; returns the line to print. Raises UserError, ConversionError and OSError."""
-    if given.checkpoint.exists():
-        raise UserError("--checkpoint", given.checkpoint, "a folder that does not exist")
+    check_new("--checkpoint", given.checkpoint)
     folder = given.model[0] if len(given.model) == 1 and given.model[0].is_dir() else None
     if absent := [path for path in given.model if not path.exists()]:
         raise UserError("--model", absent[0], "a folder or file on this machine", "a hub id has to be downloaded first")

@@ -8,6 +8,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 from flame.checkpoint.dtypes import FLOATS, Box
+from flame.errors import as_line
 
 TensorSpec = tuple[str, tuple[int, ...]]  # (dtype, shape)
 TensorSpecs = Mapping[str, TensorSpec]  # by name
@@ -127,7 +128,9 @@ def check_structure(found: TensorSpecs, structure: Structure) -> None:
     """Raises ConversionError, with a line per mismatch, if the tensors found are not those of the structure."""
     if mismatches := find_mismatches(found, structure):
         more = [f"and {len(mismatches) - SHOWN} more"] if len(mismatches) > SHOWN else []
-        raise ConversionError("not the tensors of the config's model\n  " + "\n  ".join(mismatches[:SHOWN] + more))
+        raise ConversionError(
+            "not the tensors of the config's model\n  " + "\n  ".join([*map(as_line, mismatches[:SHOWN]), *more])
+        )
 
 
 def find_mismatches(found: TensorSpecs, structure: Structure) -> list[str]:

@@ -36,6 +36,14 @@ def copy_assets(source: Path, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
+def check_new(flag: str, path: Path) -> None:
+    """Raise UserError for a path at which no new folder can be made: something is there, or it is a URL."""
+    if os.path.lexists(os.path.abspath(path)):
+        raise UserError(flag, path, "a folder that does not exist")
+    if path.parts[:1] and path.parts[0].endswith(":"):  # a Path has lost one slash of "s3://"
+        raise UserError(flag, path, "a folder of this machine's file system")
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder that is moved to `path` at the end, and deleted if anything fails; several may be made at once.

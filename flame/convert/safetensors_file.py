@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -88,14 +89,20 @@ def read_headers(files: Iterable[Path]) -> dict[str, TensorEntry]:
 
 def find_files(folder: Path) -> list[Path]:
     """The safetensors files of a Hugging Face folder, as transformers finds them. Raises UserError if it has none."""
-    if (folder / "model.safetensors").is_file():  # an index beside it is stale
-        return [folder / "model.safetensors"]
-    index = folder / INDEX
+    weights, index = folder / "model.safetensors", folder / INDEX
+    for path in (weights, index):
+        if os.path.lexists(path) and not path.is_file():
+            raise UserError(str(path), "a link to nothing, a folder or a device", "a regular file")
+    if weights.is_file():  # an index beside it is stale
+        return [weights]
     if index.is_file():
         try:
-            return sorted({folder / file for file in read_json(index)["weight_map"].values()})
+            files = sorted(set(map(Path, read_json(index)["weight_map"].values())))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(str(index), f"{type(error).__name__}: {error}", "an index of safetensors") from None
+        if outside := [file for file in files if file.is_absolute() or ".." in file.parts]:
+            raise UserError(str(index), str(outside[0]), "an index of files in its own folder")
+        return [folder / file for file in files]
     found = sorted(path.name for path in folder.glob("*") if path.suffix in (".safetensors", ".bin", ".pt", ".pth"))
     allowed = "a folder with model.safetensors or its index"
     raise UserError(str(folder), ", ".join(found[:5]) or "no weights", allowed, "save_pretrained writes them")

@@ -58,6 +58,8 @@ def rejected(capsys, main, *argv):
         (["--step=4"], "--step: found 4, must be one of the complete steps of .*checkpoint: 3, 12"),
         (["--output={run}/model"], "--output: found .*model, must be a folder that does not exist"),
         (["--path={run}/config.toml"], "--path: found no folder .*config.toml, must be a run or a checkpoint"),
+        (["--output={run}/absent/.."], r"--output: found .*\.\., must be a folder that does not exist"),
+        (["--output=s3://bucket/x"], "--output: found s3:.*, must be a folder of this machine's file system"),
         (["--path={run}/model"], "--path: found .*model, .* no complete checkpoint in"),
         (["--path={run}/checkpoint/step-3", "--step=3"], "--step: found 3; .*step-3 is a checkpoint itself"),
         (["--path={run}/checkpoint/step-3"], "--config and --tokenizer: needed, as .* has no config.json"),
@@ -179,6 +181,7 @@ def test_a_checkpoint_without_its_marker_is_not_converted(run, weights, tmp_path
         ),
         ("model/config.json", "{", r"model/config\.json: is corrupted \(.*\); --config and --tokenizer replace it"),
         ("model/torchtitan.json", "\0", r"model/torchtitan\.json: is corrupted"),
+        ("model/tokenizer_config.json", "[", r"model/tokenizer_config\.json: is corrupted"),
         ("model/config.json", "[]", r"model/config\.json: is corrupted \(a list, not an object\)"),
     ],
 )
@@ -188,6 +191,20 @@ def test_a_corrupted_record_of_the_run_is_one_line(name, content, text, run, tmp
     line = rejected(capsys, to_hf.main, f"--path={tmp_path}/run", f"--output={tmp_path}/hf")
     assert re.search(text, line), line
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_run_that_lost_its_tokenizer_is_one_line(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "model" / "tokenizer.json").unlink()
+    line = rejected(capsys, to_hf.main, f"--path={tmp_path}/run", f"--output={tmp_path}/hf", "--no_verify")
+    assert re.search(r"--tokenizer: needed, as .*model has no tokenizer\.json", line), line
+
+
+def test_an_output_that_is_a_link_to_nothing_is_one_line(run, weights, tmp_path, capsys):
+    (tmp_path / "link").symlink_to("absent")
+    capsys.readouterr()
+    for main, *argv in (to_hf.main, f"--path={run}", "--output"), (to_dcp.main, f"--model={weights}", "--checkpoint"):
+        assert "must be a folder that does not exist" in rejected(capsys, main, *argv, tmp_path / "link")
 
 
 def test_weights_of_torchtitans_model_are_reported_to_have_transformers_names(published, tmp_path, capsys):

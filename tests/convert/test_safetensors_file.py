@@ -59,6 +59,20 @@ def test_a_folder_of_pickles_or_without_an_index_is_rejected(tmp_path):
             find_files(tmp_path)
 
 
+@pytest.mark.parametrize("file", ["../x.safetensors", "/x.safetensors"])
+def test_an_index_of_files_elsewhere_is_rejected(file, tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": file}}))
+    with pytest.raises(UserError, match=f"found {file}, must be an index of files in its own folder"):
+        find_files(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
+def test_a_link_to_nothing_is_said_to_be_one(name, tmp_path):
+    (tmp_path / name).symlink_to("absent")
+    with pytest.raises(UserError, match=f"{name}: found a link to nothing, .* must be a regular file"):
+        find_files(tmp_path)
+
+
 def test_offsets_before_the_first_byte_are_rejected(tmp_path):
     header = json.dumps({"embed": {"dtype": "F32", "shape": [4], "data_offsets": [-16, 0]}}).encode()
     (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
