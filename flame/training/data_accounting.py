@@ -39,7 +39,8 @@ class DataAccounting:
         Raises UserError, on all ranks, if a source has more bad rows than --data.max_bad_rows allows.
         """
         valid_tokens, digest, *counts = sums
-        self._check_rows(dict(zip(self._epochs, zip(counts[::3], counts[1::3], counts[2::3], strict=True), strict=True)))
+        rows = zip(counts[::3], counts[1::3], counts[2::3], strict=True)
+        self._check_rows(dict(zip(self._epochs, rows, strict=True)))
         return valid_tokens, digest
 
     def count_sources(self) -> dict[str, float]:
