@@ -96,6 +96,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {  # name: (ranks, flags)
     "fsdp2_cp2": (4, [*_batch(4), f"{_CP}2"]),
     "fsdp2_pp2": (4, [*_batch(4), f"{_PP}2"]),
     "pp2_tp2": (4, [*_batch(8), f"{_PP}2", f"{_TP}2"]),
+    "ddp2_tp2": (4, [*_batch(4), f"{_DP}2", f"{_TP}2"]),
     "tp2_cp2": (4, [*_batch(8), f"{_TP}2", f"{_CP}2"]),
     "hsdp2x2_tp2": (8, [*_batch(2), f"{_DP}2", f"{_TP}2"]),
     "fsdp2_pp2_tp2": (8, [*_batch(4), f"{_PP}2", f"{_TP}2"]),
@@ -139,16 +140,19 @@ JOBS = {1: 8, 2: 6, 4: 4, 8: 2}
 
 
 def run(
-    root: Path, pairs: Iterable[tuple[str, str]], jobs: dict[int, int] = JOBS
+    root: Path, pairs: Iterable[tuple[str, str]], jobs: dict[int, int] = JOBS, *flags: str, **options: str
 ) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """{(model, layout): records} of each pair and of each model on one rank; what `root` holds is not trained again."""
+    """{(model, layout): records} of each pair and of each model on one rank; what `root` holds is not trained again.
+
+    flags: of all of them; options: of `train_each`.
+    """
     pairs = list(dict.fromkeys([*((name, "one") for name, _ in pairs), *pairs]))
     for name in {name for name, _ in pairs}:
         (root / f"{name}.json").write_text(json.dumps(MODELS[name]))
     launches = list(_launches([pair for pair in pairs if records(root, *pair) is None], jobs))
     for number, (ranks, some) in enumerate(launches, 1):
         begin = time.monotonic()
-        failure = _train(root, some, ranks)
+        failure = _train(root, some, flags, ranks=ranks, **options)
         for name, layout in some:
             assert records(root, name, layout), f"{name} in {layout}: {failure or 'left no records'}"
         seconds, names = time.monotonic() - begin, ", ".join(" ".join(pair) for pair in some)
@@ -164,9 +168,9 @@ def _launches(pairs: list[tuple[str, str]], jobs: dict[int, int]) -> Iterator[tu
         yield from ((ranks, some[i : i + size]) for i in range(0, len(some), size))
 
 
-def _train(root: Path, pairs: list[tuple[str, str]], ranks: int) -> str | None:
+def _train(root: Path, pairs: list[tuple[str, str]], flags: Iterable[str], **options: Any) -> str | None:
     """Train pairs in one launch; what went wrong, which the first pair without records met."""
-    flags = [*SMALL, f"--training.steps={STEPS}", "--checkpoint.no_enable"]
+    flags = [*SMALL, f"--training.steps={STEPS}", "--checkpoint.no_enable", *flags]
     try:
         train_each(
             [
@@ -174,7 +178,7 @@ def _train(root: Path, pairs: list[tuple[str, str]], ranks: int) -> str | None:
                 for name, layout in pairs
                 for folder in [root / name / layout]
             ],
-            ranks=ranks,
+            **options,
         )
     except (AssertionError, subprocess.TimeoutExpired) as error:
         return str(error)

@@ -59,6 +59,7 @@ METHODS = {
         "log": ["step", "global_avg_loss", "global_max_loss", "grad_norm", "extra_metrics"],
         "should_log": ["step"],
     },
+    "torchtitan.distributed.ParallelDims": {"_mesh_exist": ["name", "degree"]},
     "torchtitan.components.lr_scheduler.LRSchedulersContainer": {"state_dict": [], "load_state_dict": ["state_dict"]},
     "torchtitan.components.dataloader.BaseDataLoader": {"__iter__": [], "state_dict": [], "load_state_dict": []},
     "torchtitan.protocols.state_dict_adapter.StateDictAdapter": {

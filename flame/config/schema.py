@@ -96,6 +96,9 @@ class Training(titan.Training):
     """Time since the launch after which the run stops as at a signal: the last whole step is saved, exit code 75. Such
     as 3h30m, 90m, 2d, or a number of seconds. Leave the time of one step and one save below the limit of the queue."""
 
+    mixed_precision_param: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type that blocks compute in, in every layout (docs/parallelism.md)."""
+
     global_batch_size: int = -1
     """Rows per step of all ranks; -1: training.local_batch_size of each data-parallel rank.
     --training.gradient_accumulation_steps N sets it to training.local_batch_size x N x data-parallel ranks."""

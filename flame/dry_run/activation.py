@@ -1,6 +1,6 @@
 """The memory of each block in training, in bytes, from tracing one block of each kind with fake tensors (no values).
 
-The trace is the real step: the rank's own shapes, tensor and context parallelism, activation checkpointing, autocast,
+The trace is the real step: the rank's own shapes, tensor and context parallelism, activation checkpointing,
 forward and backward, on this machine's device type.
 """
 
@@ -30,7 +30,6 @@ from flame.errors import first_line
 from flame.models.causal_lm import ModelArgs
 from flame.models.flops import TOP_K_FIELDS, top_k
 from flame.models.parameters import local_tensor
-from flame.parallel.layout import fsdp_degree
 from flame.titan.parallelize import has_experts
 
 
@@ -108,7 +107,7 @@ class LiveBytes(TorchDispatchMode):
         self._live -= size
 
 
-def measure(spec: TrainSpec, job_config: JobConfig, world_size: int, mode: str) -> ModelParts:
+def measure(spec: TrainSpec, job_config: JobConfig, mode: str) -> ModelParts:
     """The parts of a model on one rank, under an activation checkpointing mode; "selective" is by op."""
     args = copy.copy(spec.model_args[job_config.model.flavor])
     args.update_from_config(job_config)
@@ -116,11 +115,9 @@ def measure(spec: TrainSpec, job_config: JobConfig, world_size: int, mode: str) 
         args.attn_type = "sdpa"
     training, layout = job_config.training, job_config.parallelism
     tensor, context = layout.tensor_parallel_degree, layout.context_parallel_degree
-    pipeline, sharded = layout.pipeline_parallel_degree, fsdp_degree(layout, world_size) > 1
-    compute_dtype = TORCH_DTYPE_MAP[training.mixed_precision_param]
+    pipeline, dtype = layout.pipeline_parallel_degree, TORCH_DTYPE_MAP[training.mixed_precision_param]
     config: Any = copy.deepcopy(job_config)
     config.activation_checkpoint.mode, config.compile.enable = mode, False
-    dtype = compute_dtype if sharded else TORCH_DTYPE_MAP[training.dtype]
     group = fake_process_group(tensor * context) if tensor * context > 1 else nullcontext()
     with group, torch.device("meta"), set_default_dtype(dtype):
         model: Any = spec.model_cls(args)
@@ -130,14 +127,11 @@ def measure(spec: TrainSpec, job_config: JobConfig, world_size: int, mode: str) 
         spec.parallelize_fn(model, _ModelParallelDims(1, 1, context, tensor, 1, 1, 1, tensor * context), config)
         parts = _split(model, layout.expert_parallel_degree)
         batch = training.local_batch_size if pipeline == 1 else layout.pipeline_parallel_microbatch_size
-        # As torchtitan's maybe_enable_amp.
-        mixed = not sharded and tensor * pipeline == 1 and compute_dtype != torch.float32
-        autocast = torch.autocast(device_type, compute_dtype) if mixed else nullcontext()
         parallel_loss = get_train_context(tensor > 1 and not layout.disable_loss_parallel)
         fake, shape = FakeTensorMode(allow_non_fake_inputs=True), (batch, training.seq_len)
         with fake:
             model.to_empty(device=device_type)
-        trace = partial(_trace, model, parts, shape, fake, autocast, parallel_loss)
+        trace = partial(_trace, model, parts, shape, fake, parallel_loss)
         top_k, untraceable = _top_k(args), "other ranks send it tokens" if layout.expert_parallel_degree > 1 else ""
         if not untraceable:
             try:
@@ -196,7 +190,7 @@ def _split(model: Any, expert_degree: int) -> list[ModulePart]:
 
 
 def _trace(
-    model: Any, parts: list[ModulePart], shape: tuple[int, int], fake: FakeTensorMode, autocast: Any, parallel_loss: Any
+    model: Any, parts: list[ModulePart], shape: tuple[int, int], fake: FakeTensorMode, parallel_loss: Any
 ) -> None:
     """Run one forward and backward of a (batch, seq) of fake tokens, and fill in the bytes of `parts`."""
     live, blocks = LiveBytes(), list(model.layers.values())
@@ -221,8 +215,7 @@ def _trace(
         with fake, torch.device(device_type):
             tokens = torch.zeros(shape, dtype=torch.int64)
             with live, parallel_loss():
-                with autocast:
-                    loss = model(tokens, labels=tokens)
+                loss = model(tokens, labels=tokens)
                 parts[-1].forward, parts[-1].saved = live.lap()
                 loss.backward()
                 leave_backward(parts[0])

@@ -1,4 +1,4 @@
-"""The memory of each pipeline rank, in bytes: its parts, and what FSDP2, DDP, AdamW and pipeline schedules hold."""
+"""The memory of each pipeline rank, in bytes: its parts, and what FSDP2, AdamW and pipeline schedules hold."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,7 +9,7 @@ from torchtitan.protocols.train_spec import TrainSpec
 from flame.config.schema import JobConfig
 from flame.dry_run.activation import ModelParts, ModulePart, measure
 from flame.parallel import pipeline_schedule
-from flame.parallel.layout import dp_degree, fsdp_degree, module_fqns, stages
+from flame.parallel.layout import dp_degree, fsdp_degree, module_fqns, stages, uses_fsdp
 
 ADAM_STATES = 2  # of the size of the weights each; torchtitan 0.2.2 has Adam and AdamW only
 
@@ -37,12 +37,12 @@ def stage_modules(blocks: int, layout: Any) -> list[list[str]]:
     return stages(blocks, layout) if layout.pipeline_parallel_degree > 1 else [module_fqns(blocks)]
 
 
-def measure_modes(spec: TrainSpec, job_config: JobConfig, world_size: int) -> dict[str, ModelParts]:
+def measure_modes(spec: TrainSpec, job_config: JobConfig) -> dict[str, ModelParts]:
     """The parts under each activation checkpointing mode worth comparing: none, the job's own, and full."""
     ac = job_config.activation_checkpoint
-    found = {mode: measure(spec, job_config, world_size, mode) for mode in ("none", "full")}
+    found = {mode: measure(spec, job_config, mode) for mode in ("none", "full")}
     if ac.mode == "selective" and ac.selective_ac_option == "op":
-        found["selective"] = measure(spec, job_config, world_size, "selective")
+        found["selective"] = measure(spec, job_config, "selective")
     elif ac.mode == "selective":  # every n-th block as a whole
         every = int(ac.selective_ac_option) or 1
         pairs = zip(found["none"].blocks, found["full"].blocks, strict=True)
@@ -75,11 +75,13 @@ def _estimate_rank(
     saved = sum(part.saved for part in flat)
     microbatches = pipeline_schedule.num_microbatches(job_config) if pipeline > 1 else 1
     in_flight = (_in_flight(layout, rank, microbatches, len(own)) - 1) * saved // len(own)  # but for the last one
-    fixed = weights if shards == 1 and layout.data_parallel_replicate_degree > 1 else 0  # DDP's buckets
+    fixed = 0
     if pipeline > 1:  # a stage's buffers for the hidden states of each microbatch, and for their gradients
         ends = sum(part is parts.embedding or part is parts.head for part in flat)
         fixed += microbatches * parts.embedding.saved * (2 * len(own) - ends)
-    buffers = _fsdp_buffers(flat, job_config, microbatches) if shards > 1 else [(0, 0)] * len(flat)
+    buffers = [(0, 0)] * len(flat)
+    if uses_fsdp(job_config, world_size):
+        buffers = _fsdp_buffers(flat, job_config, microbatches, shards)
 
     batch = training.local_batch_size * dp_degree(layout, world_size)
     accumulated = pipeline > 1 or training.global_batch_size > batch  # gradients exist before the last microbatch
@@ -119,20 +121,23 @@ def _in_flight(layout: Any, rank: int, microbatches: int, stages_here: int) -> i
     return every
 
 
-def _fsdp_buffers(flat: list[ModulePart], job_config: JobConfig, microbatches: int) -> list[tuple[int, int]]:
+def _fsdp_buffers(
+    flat: list[ModulePart], job_config: JobConfig, microbatches: int, shards: int
+) -> list[tuple[int, int]]:
     """What FSDP2 holds gathered or is reducing during the forward and the backward of each part."""
     training, layout = job_config.training, job_config.parallelism
     param, reduce = TORCH_DTYPE_MAP[training.mixed_precision_param], TORCH_DTYPE_MAP[training.mixed_precision_reduce]
     pipeline, policy = layout.pipeline_parallel_degree, layout.fsdp_reshard_after_forward
     numels = [part.numel(expert_degree=layout.expert_parallel_degree) for part in flat]
     gathered, reduced = ([dtype.itemsize * numel for numel in numels] for dtype in (param, reduce))
-    if policy == "never" or (policy == "default" and pipeline > 1):
+    copies = 3 if shards == 1 else 1  # what goes in, its quotient and what comes out, if that is not a shard
+    if policy == "never" or (policy == "default" and (pipeline > 1 or shards == 1)):
         held = sum(gathered)
         # Between microbatches a pipeline keeps unsharded gradients, and reduces them after the last one.
         unsharded = sum(reduced) if pipeline > 1 and microbatches > 1 else 0
-        return [(held + unsharded, held + unsharded + own) for own in reduced]
+        return [(held + unsharded, held + unsharded + copies * own) for own in reduced]
     following, previous = [*gathered[1:], 0], [0, *gathered[:-1]]  # FSDP2 prefetches the next part
     return [
-        (own + after, own + before + gradient)
+        (own + after, own + before + copies * gradient)
         for own, after, before, gradient in zip(gathered, following, previous, reduced, strict=True)
     ]

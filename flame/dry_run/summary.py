@@ -43,7 +43,7 @@ def summarize(job_config: JobConfig, world_size: int) -> str:
     with torch.device("meta"), set_default_dtype(TORCH_DTYPE_MAP[job_config.training.dtype]):
         model: Any = spec.model_cls(args)
     parameters, flops = args.get_nparams_and_flops(model, job_config.training.seq_len)
-    modes = measure_modes(spec, job_config, world_size)
+    modes = measure_modes(spec, job_config)
     memory = {mode: estimate(parts, job_config, world_size) for mode, parts in modes.items()}
     training, dp = job_config.training, dp_degree(job_config.parallelism, world_size)
     sequences = max(training.global_batch_size, training.local_batch_size * dp)

@@ -35,7 +35,6 @@ def fused_loss(
 
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
-    @torch.amp.custom_fwd(device_type="cuda", cast_inputs=torch.bfloat16)  # where autocast is on: one GPU and DDP
     def forward(
         ctx: Any,
         hidden: Tensor,

@@ -1,1 +1,1 @@
-"""Tensor, context and pipeline parallelism of a family, and FSDP2 and DDP around it. Imports: models, config."""
+"""Tensor, context and pipeline parallelism of a family, and FSDP2 around it. Imports: models, config."""

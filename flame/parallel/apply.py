@@ -1,4 +1,4 @@
-"""Activation checkpointing, compile, then FSDP2, HSDP or DDP: torchtitan's functions in torchtitan's order."""
+"""Activation checkpointing, compile, then FSDP2 in all its forms: torchtitan's functions in torchtitan's order."""
 
 import warnings
 from typing import Any
@@ -12,7 +12,7 @@ from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.distributed.tensor_parallel import maybe_enable_async_tp
-from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list, apply_compile, apply_ddp, apply_fsdp
+from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list, apply_compile, apply_fsdp
 from torchtitan.tools.utils import device_type
 
 from flame.config.schema import JobConfig
@@ -45,6 +45,9 @@ def parallelize(model: Any, parallel_dims: ParallelDims, job_config: JobConfig) 
 
     if parallel_dims.fsdp_enabled:
         names = ["dp_replicate", "fsdp"] if parallel_dims.dp_replicate_enabled else ["fsdp"]
+        policy = job_config.parallelism.fsdp_reshard_after_forward
+        if policy == "default" and parallel_dims.dp_shard * parallel_dims.cp == 1:
+            policy = "never"  # nothing was gathered: the backward would only cast again
         apply_fsdp(
             model,
             parallel_dims.get_mesh(names),
@@ -52,12 +55,23 @@ def parallelize(model: Any, parallel_dims: ParallelDims, job_config: JobConfig) 
             reduce_dtype=TORCH_DTYPE_MAP[job_config.training.mixed_precision_reduce],
             pp_enabled=parallel_dims.pp_enabled,
             cpu_offload=job_config.training.enable_cpu_offload,
-            reshard_after_forward_policy=job_config.parallelism.fsdp_reshard_after_forward,
+            reshard_after_forward_policy=policy,
         )
         force_sum_reduction(model)
-    elif parallel_dims.dp_replicate_enabled:
-        apply_ddp(model, parallel_dims.get_mesh("dp_replicate"), enable_compile=compiled)
     return model
+
+
+class FSDPDims(ParallelDims):
+    """The meshes of a job whose parameters FSDP2 holds, on a mesh of one rank where nothing is sharded.
+
+    A workaround for torchtitan 0.2.2 (distributed/parallel_dims.py), which uses FSDP2 from two shards on. With fewer it
+    casts by autocast or, under tensor and pipeline parallelism, not at all: other numbers, and slower ones on a GPU.
+    """
+
+    fsdp_enabled = property(lambda self: True)
+
+    def _mesh_exist(self, name: str, degree: int) -> bool:
+        return name == "fsdp" or super()._mesh_exist(name, degree)
 
 
 def enable_async_tp(mesh: DeviceMesh, job_config: JobConfig) -> None:

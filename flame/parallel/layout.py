@@ -93,8 +93,15 @@ def dp_degree(layout: Any, world_size: int) -> int:
     return world_size // (tensor * context * layout.pipeline_parallel_degree)
 
 
+def uses_fsdp(job_config: JobConfig, world_size: int) -> bool:
+    """Whether FSDP2 holds the parameters. It does not where it has nothing to reduce, to cast or to offload."""
+    training, degree = job_config.training, job_config.parallelism.context_parallel_degree
+    many = dp_degree(job_config.parallelism, world_size) * degree > 1
+    return many or {training.dtype, training.mixed_precision_param} != {"float32"} or training.enable_cpu_offload
+
+
 def fsdp_degree(layout: Any, world_size: int) -> int:
-    """The number of ranks over which FSDP2 shards each parameter; 1: there is no FSDP2."""
+    """The number of ranks over which FSDP2 shards each parameter."""
     return dp_degree(layout, world_size) * layout.context_parallel_degree // layout.data_parallel_replicate_degree
 
 

@@ -160,18 +160,12 @@ def _check_parallelism(config: JobConfig, world_size: int) -> int:
         raise UserError(f"--parallelism.{' x '.join(given)}", " x ".join(map(str, given.values())), allowed)
     inner_degree = math.prod(degrees[name] for name in inner)
     dp_degree = world_size // inner_degree
-    replicas = p.data_parallel_replicate_degree
-    ddp = replicas == dp_degree > 1 and p.context_parallel_degree == 1  # FSDP2 shards over context ranks
-    if ddp and inner_degree > 1:
-        hint = "replicas that share no weights (DDP) are possible in no other layout; leave the ranks to FSDP"
-        allowed = "1 beside tensor or pipeline parallelism"
-        raise UserError("--parallelism.data_parallel_replicate_degree", replicas, allowed, hint)
-    if config.optimizer.early_step_in_backward and (ddp or p.pipeline_parallel_degree > 1):
-        hint = "each replica (DDP) would update with its own gradient" if ddp else "torchtitan has none for pipelines"
+    if config.optimizer.early_step_in_backward and p.pipeline_parallel_degree > 1:
+        hint = "torchtitan has none for pipelines"
         raise UserError("--optimizer.early_step_in_backward", "true", "false", hint)
     if p.pipeline_parallel_degree > 1:
         _check_microbatches(config)
-    _check_experts(config, dp_degree // replicas)
+    _check_experts(config, dp_degree // p.data_parallel_replicate_degree)
     return dp_degree
 
 

@@ -12,13 +12,13 @@ _SUPPRESSED_LOG_PREFIXES = (
     "[GC]",  # a line at each save
     "Building auto",  # forty lines of JSON; the run folder has config.json
     "CPU memory usage for model",  # on a CPU that is the whole process
-    "Mixed precision training is handled by AMP",  # also where there is none
+    "Mixed precision training",  # says that autocast does it or nothing, where nothing is to be cast
     "Sleeping 2 seconds",
     "Destroying the purge thread",
     "ENV[",  # variables that torchrun set a moment ago
 )
 _SUPPRESSED_WARNINGS = (
-    "In CPU autocast",  # flame.training.trainer replaces the autocast that it is about
+    "In CPU autocast",  # torchtitan makes one that no run enters
     "Triton is not supported",  # flame.models.reference takes over
     "torch.distributed is disabled",  # exports read checkpoints without a process group on purpose
     "`torch.jit.script",  # inside torch

@@ -113,9 +113,25 @@ def parallelize(
     if parallel_dims.tp_enabled:
         _sum_router_gradients(model, parallel_dims.get_mesh("tp"))
         _pass_local_heads(model)
-    model = parallelize_fn(model, parallel_dims, job_config)
+    with _hide_tied_ends(model):
+        model = parallelize_fn(model, parallel_dims, job_config)
     force_sum_reduction(model)
     return model
+
+
+@contextlib.contextmanager
+def _hide_tied_ends(model: Any) -> Iterator[None]:
+    """Workaround for torchtitan 0.2.2, models/llama4/infra/parallelize.py, apply_fsdp.
+
+    It gives embedding and head a group of FSDP2 each, which unties them. Effect: the root's group holds their weight.
+    """
+    tied = getattr(model.model_args, "enable_weight_tying", False)
+    owner, ends = type(model), ("tok_embeddings", "output") if tied else ()
+    for name in ends:
+        setattr(owner, name, None)  # what a class has comes before a module's children
+    yield
+    for name in ends:
+        delattr(owner, name)
 
 
 def _sum_router_gradients(model: nn.Module, mesh: DeviceMesh) -> None:

@@ -12,7 +12,6 @@ from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_type
 
 from flame.config.files import read_json
-from flame.config.parser import world_size
 from flame.config.schema import JobConfig
 from flame.convert.hf_structure import model_structure
 from flame.convert.initial import build_adapter
@@ -124,7 +123,7 @@ def _load_hf(job_config: JobConfig, tokenizer: Tokenizer, context: RunContext) -
     if job_config.training.varlen and family.packing is None:
         hint = f"models of type {hf_config.model_type} cannot keep packed documents apart"
         raise UserError("--training.varlen", "true", "false", hint)
-    choose_attention(hf_config, family, compute_dtype(job_config))
+    choose_attention(hf_config, family, job_config.training.mixed_precision_param)
     hf_model = build_on_meta(hf_config, model.config, model.trust_remote_code)
     fit_positions(hf_model, job_config)
     layout.validate(family, hf_config, hf_model, job_config)
@@ -138,14 +137,6 @@ def _load_hf(job_config: JobConfig, tokenizer: Tokenizer, context: RunContext) -
         "state_dict_adapter": build_adapter(job_config, model_structure(hf_model), context.plan),
     }
     return fields, "--model.config", json.loads(hf_config.to_json_string(use_diff=False))
-
-
-def compute_dtype(job_config: JobConfig) -> str:
-    """The type that blocks compute in: torchtitan has no mixed precision for TP and PP without FSDP2."""
-    training, ranks = job_config.training, job_config.parallelism
-    divided = ranks.tensor_parallel_degree * ranks.pipeline_parallel_degree
-    sharded = world_size() > divided * ranks.data_parallel_replicate_degree
-    return training.mixed_precision_param if sharded or divided == 1 else training.dtype
 
 
 def _check_backend(name: str) -> None:

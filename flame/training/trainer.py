@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any, NamedTuple, NoReturn
 
@@ -24,6 +23,8 @@ from flame.config.schema import JobConfig
 from flame.data.ledger import roll
 from flame.data.loader import Position
 from flame.errors import NonFiniteError, UserError
+from flame.parallel.apply import FSDPDims
+from flame.parallel.layout import uses_fsdp
 from flame.runtime import stop
 from flame.runtime.consensus import naming_interface
 from flame.runtime.device import upload
@@ -56,13 +57,10 @@ def step_seed(seed: int, step: int, rank: int) -> int:
 class FlameTrainer(torchtitan.train.Trainer):
     """Differs from torchtitan's Trainer in its loop, its step (`train_step`) and what a save does."""
 
-    maybe_enable_amp: Any
-
     def __init__(self, job_config: JobConfig, context: RunContext) -> None:
         self.context, self.run = context, context.run
         use_our_checkpoint_manager()
         super().__init__(job_config)
-        self.maybe_enable_amp = autocast_for(job_config, self.maybe_enable_amp)
         self.tokenizer.use(context.consensus.first(lambda: self.tokenizer.engine))
         training, (_, dp_degree) = job_config.training, self._batch_rank()
         sequences = self.gradient_accumulation_steps * training.local_batch_size * dp_degree
@@ -90,7 +88,7 @@ class FlameTrainer(torchtitan.train.Trainer):
         with naming_interface():
             dims = super().init_distributed()
             _ = self.context.consensus  # a collective: made here, where all ranks are
-        return dims
+        return FSDPDims(**vars(dims)) if uses_fsdp(self.job_config, dims.world_size) else dims
 
     # -- a run --------------------------------------------------------------------------------------------------------
 
@@ -285,21 +283,19 @@ class FlameTrainer(torchtitan.train.Trainer):
         """Backward of (sum of the local losses / global valid tokens); returns that quotient.
 
         Replaces torchtitan 0.2.2's, which gives the labels to the loss function: here the model's head takes them and
-        never holds all logits. It also divides by the global tokens after the backward of a pipeline, and before the
-        average that DDP takes over its replicas, so that gradients are too large and too small.
+        never holds all logits. It also divides by the global tokens after the backward of a pipeline, so that gradients
+        are too large.
         """
         inputs = dict(input_dict)
-        tokens, dims = inputs.pop("input"), self.parallel_dims
+        tokens = inputs.pop("input")
         if self.pipeline is not None:
             with self.train_context():
                 scale = 1 / global_valid_tokens
                 return self.pipeline.sum_losses(tokens, labels, inputs.get("positions"), scale=scale, backward=True)
-        replicas = dims.dp_replicate if dims.dp_replicate_enabled and not dims.fsdp_enabled else 1  # that DDP averages
         with self.train_context():
-            with self.maybe_enable_amp:
-                loss = self.model_parts[0](tokens, **inputs, labels=labels) / (global_valid_tokens / replicas)
+            loss = self.model_parts[0](tokens, **inputs, labels=labels) / global_valid_tokens
             loss.backward()
-        return loss / replicas
+        return loss
 
     def _update(self, norm: torch.Tensor) -> None:
         self.gradients.clip(self.job_config.training.max_norm, norm)
@@ -373,11 +369,3 @@ def can_skip_on_device(optimizers: OptimizersContainer) -> bool:
 def use_our_checkpoint_manager() -> None:
     """Workaround: torchtitan 0.2.2's Trainer makes the CheckpointManager of its module (train.py); there is no hook."""
     torchtitan.train.CheckpointManager = CheckpointManager
-
-
-def autocast_for(job_config: JobConfig, autocast: Any) -> Any:
-    """Workaround: torchtitan 0.2.2 (distributed/utils.py, maybe_enable_amp) asks autocast for float32 as well.
-
-    A CPU's autocast does not have it and warns at every step.
-    """
-    return nullcontext() if job_config.training.mixed_precision_param == "float32" else autocast

@@ -27,7 +27,6 @@ from flame.runtime.device import upload
 from flame.training.context import RunContext
 from flame.training.metrics import Metrics
 from flame.training.pipeline import Pipeline, ScaledLoss
-from flame.training.trainer import autocast_for
 
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
 
@@ -50,16 +49,15 @@ class Validator(BaseValidator):
         parallel_dims: ParallelDims,
         loss_fn: ScaledLoss,
         validation_context: Callable[[], AbstractContextManager],
-        maybe_enable_amp: AbstractContextManager,
         metrics_processor: Metrics,
         pp_schedule: Any = None,
         pp_has_first_stage: Any = None,
         pp_has_last_stage: Any = None,
+        **_: Any,
     ) -> None:
         super().__init__(job_config)
         self._context, self._metrics, self._dims = context, metrics_processor, parallel_dims
         self._rank, self._dp_degree, self._train_context = dp_rank, dp_world_size, validation_context
-        self._autocast = autocast_for(job_config, maybe_enable_amp)
         self._pipeline = Pipeline(pp_schedule, pp_has_first_stage, pp_has_last_stage, loss_fn) if pp_schedule else None
         training, validation = job_config.training, job_config.validation
         by_row = replace(
@@ -87,7 +85,7 @@ class Validator(BaseValidator):
                 self._context.raise_if_stopped()
                 moved = {name: upload(tensor, total.device) for name, tensor in inputs.items()}
                 tokens, targets = moved.pop("input"), upload(labels, total.device)
-                with self._train_context(), self._autocast:
+                with self._train_context():
                     if self._pipeline is not None:
                         total[0] += self._pipeline.sum_losses(tokens, targets, moved.get("positions"))
                     else:

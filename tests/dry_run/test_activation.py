@@ -13,7 +13,7 @@ from tests.dry_run.jobs import EXPERT, TENSOR, build_job
 def test_full_checkpointing_keeps_a_block_input_and_selective_2_does_so_in_every_second_block(tmp_path):
     ac = "--activation_checkpoint."
     config, spec = build_job(tmp_path, "llama", f"{ac}mode=selective", f"{ac}selective_ac_option=2")
-    modes = measure_modes(spec, config, 1)
+    modes = measure_modes(spec, config)
     assert list(modes) == ["none", "selective", "full"]
     none, half, full = ([block.saved for block in parts.blocks] for parts in modes.values())
     hidden = 8 * 128 * 64 * 4  # batch, seq, hidden, float32
@@ -26,17 +26,17 @@ def test_tensor_parallel_ranks_share_activations_and_logits(tmp_path, model):
     parts = {}
     for degree in (1, 2):
         config, spec = build_job(tmp_path, model, f"{TENSOR}={degree}")
-        parts[degree] = measure(spec, config, degree, "none")
+        parts[degree] = measure(spec, config, "none")
     one, two = parts[1], parts[2]
     assert 0.45 < two.blocks[0].saved / one.blocks[0].saved < 0.7
     assert 0.3 < two.head.saved / one.head.saved < 0.6
     assert 0.4 < two.blocks[0].backward / one.blocks[0].backward < 0.7
-    assert measure(spec, config, 2, "none") == two  # whatever this process ran before
+    assert measure(spec, config, "none") == two  # whatever this process ran before
 
 
 def test_only_blocks_whose_tokens_choose_their_experts_are_estimated_by_a_formula(tmp_path):
     dense, whole, divided = (
-        measure(*reversed(build_job(tmp_path, f"{model} debugmodel", f"{EXPERT}={degree}")), 2, "none")
+        measure(*reversed(build_job(tmp_path, f"{model} debugmodel", f"{EXPERT}={degree}")), "none")
         for model, degree in (("llama3", 1), ("deepseek_v3", 1), ("deepseek_v3", 2))
     )
     assert whole.untraceable and divided.untraceable and not dense.untraceable
@@ -51,12 +51,12 @@ def test_torchtitans_llama_takes_what_transformers_takes(tmp_path):
     """Blocks of the same sizes keep as much for the backward in both, but for fused or copied tensors."""
     config, spec = build_job(tmp_path, "llama3 debugmodel")
     args = spec.model_args["debugmodel"]
-    theirs = measure(spec, config, 1, "none")
+    theirs = measure(spec, config, "none")
     config, spec = build_job(
         *(tmp_path, "llama"), hidden_size=args.dim, intermediate_size=768, num_attention_heads=args.n_heads,
         num_key_value_heads=args.n_heads, num_hidden_layers=args.n_layers, vocab_size=args.vocab_size,
     )  # fmt: skip
-    ours = measure(spec, config, 1, "none")
+    ours = measure(spec, config, "none")
     assert [sorted(part.shapes) for part in theirs.blocks] == [sorted(part.shapes) for part in ours.blocks]
     assert theirs.blocks[0].saved == pytest.approx(ours.blocks[0].saved, rel=0.2)
 

@@ -52,7 +52,7 @@ def count_sharded(config, spec, world_size):
 )
 def test_a_rank_has_as_many_parameters_as_after_really_sharding(tmp_path, model, world_size, flags):
     config, spec = build_job(tmp_path, model, *flags, num_key_value_heads=4)
-    (memory,) = estimate(measure(spec, config, world_size, "none"), config, world_size)
+    (memory,) = estimate(measure(spec, config, "none"), config, world_size)
     assert memory.parameters == count_sharded(config, spec, world_size)
     assert memory.weights == 4 * memory.parameters and memory.optimizer_states == 2 * memory.weights
 
@@ -66,14 +66,14 @@ def test_the_stages_have_all_parameters_and_their_ranks_all_of_these(tmp_path, s
     whole = sum(p.numel() for p in model.parameters())
     assert len(names) == stages
     assert sum(count_stage(model, each) for each in names) == whole
-    assert sum(rank.parameters for rank in estimate(measure(spec, config, 2, "none"), config, 2)) == whole
+    assert sum(rank.parameters for rank in estimate(measure(spec, config, "none"), config, 2)) == whole
 
 
 @pytest.mark.parametrize("schedule", ["1F1B", "Interleaved1F1B", "ZBVZeroBubble"])
 def test_the_name_of_a_schedule_may_be_in_lower_case(tmp_path, schedule):
     flag = "--parallelism.pipeline_parallel_schedule"
     config, spec = build_job(tmp_path, "llama", f"{PIPELINE}=2", f"{flag}={schedule}", num_hidden_layers=6)
-    parts = measure(spec, config, 2, "none")
+    parts = measure(spec, config, "none")
     found = estimate(parts, config, 2)
     config.parallelism.pipeline_parallel_schedule = schedule.lower()
     assert estimate(parts, config, 2) == found
@@ -83,7 +83,7 @@ def test_the_name_of_a_schedule_may_be_in_lower_case(tmp_path, schedule):
 
 def test_a_pipeline_holds_activations_of_more_microbatches_on_its_first_rank(tmp_path):
     config, spec = build_job(tmp_path, "llama", f"{PIPELINE}=2", num_hidden_layers=6)
-    first, last = estimate(measure(spec, config, 2, "none"), config, 2)
+    first, last = estimate(measure(spec, config, "none"), config, 2)
     assert first.activations > 1.5 * last.activations > 0
     assert (first.logits_and_loss, first.parameters) < (last.logits_and_loss, last.parameters)
 

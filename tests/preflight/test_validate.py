@@ -45,6 +45,7 @@ def rejection(flags, ranks=1, model=MODEL):
         ("--parallelism.data_parallel_shard_degree 2 --parallelism.data_parallel_replicate_degree 4", 8),
         ("--parallelism.data_parallel_replicate_degree 4 --parallelism.data_parallel_shard_degree 1", 4),
         ("--parallelism.data_parallel_replicate_degree 2", 8),
+        ("--parallelism.tensor_parallel_degree 2 --parallelism.data_parallel_replicate_degree 2", 4),
         ("--training.dataset a.jsonl", 1),
         ("--training.dataset *.jsonl", 1),
         ("--training.dataset a.jsonl,stdlib,some/hub-id --training.data_probs 0.5,0.25,0.25", 1),
@@ -205,12 +206,6 @@ def test_a_layout_this_version_lacks_is_rejected(kind):
             4,
             "pipeline_parallel_degree x data_parallel_shard_degree",
             "2 x 4, 4, the number of ranks",
-        ),
-        (
-            "--parallelism.tensor_parallel_degree 2 --parallelism.data_parallel_replicate_degree 2",
-            4,
-            "data_parallel_replicate_degree",
-            "2, 1 beside tensor or pipeline parallelism",
         ),
         (
             "--parallelism.pipeline_parallel_degree 2 --parallelism.pipeline_parallel_microbatch_size 3",
@@ -378,11 +373,6 @@ _SCHEDULE = f"{_PIPELINE} --parallelism.pipeline_parallel_schedule"
             "--optimizer.early_step_in_backward",
             "true, false; torchtitan has none for pipelines",
         ),
-        (
-            "--parallelism.data_parallel_replicate_degree 2 --optimizer.early_step_in_backward",
-            "--optimizer.early_step_in_backward",
-            "true, false; each replica (DDP)",
-        ),
     ],
 )
 @pytest.mark.parametrize("model", [MODEL, ["--model.name", "llama3"]])
@@ -399,6 +389,7 @@ def test_a_schedule_and_an_optimizer_that_cannot_run_are_rejected(flags, setting
         (f"{_SCHEDULE} LoopedBFS --training.local_batch_size 1 --compile.enable", 2),
         (f"{_PIPELINE} --parallelism.pipeline_parallel_schedule_csv a.jsonl --training.local_batch_size 1", 2),
         ("--optimizer.early_step_in_backward", 2),
+        ("--optimizer.early_step_in_backward --parallelism.data_parallel_replicate_degree 2", 2),
         ("--optimizer.early_step_in_backward --parallelism.data_parallel_replicate_degree 2", 4),
         (
             "--optimizer.early_step_in_backward --parallelism.data_parallel_replicate_degree 2 "

@@ -10,7 +10,7 @@ from tokenizers.models import WordLevel
 from flame.config.parser import parse
 from flame.errors import UserError
 from flame.models.hf import choose_attention, load_hf_config
-from flame.training.train_spec import compute_dtype, register
+from flame.training.train_spec import register
 from tests.convert.models import save_run
 
 
@@ -66,18 +66,3 @@ def test_flash_attn_is_chosen_where_it_is_installed_for_the_types_that_it_has(dt
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     choose_attention(config, family, dtype)
     assert config._attn_implementation == chosen
-
-
-@pytest.mark.parametrize(
-    ("flags", "world_size", "dtype"),
-    [
-        ("", 1, "bfloat16"),
-        ("--parallelism.tensor_parallel_degree=2", 2, "float32"),
-        ("--parallelism.pipeline_parallel_degree=2 --training.dtype=bfloat16", 2, "bfloat16"),
-        ("--parallelism.tensor_parallel_degree=2", 4, "bfloat16"),
-        ("--parallelism.tensor_parallel_degree=2 --parallelism.data_parallel_replicate_degree=2", 8, "bfloat16"),
-    ],
-)
-def test_attention_is_chosen_for_the_type_that_blocks_compute_in(flags, world_size, dtype, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", str(world_size))
-    assert compute_dtype(parse(["--training.mixed_precision_param=bfloat16", *flags.split()])) == dtype

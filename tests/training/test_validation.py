@@ -61,11 +61,9 @@ def validator(held_out, rank=0, ranks=1, *flags):
         tokenizer=build_tokenizer("byte"),
         parallel_dims=SimpleNamespace(get_optional_mesh=lambda name: None),  # so that each rank logs its own part
         validation_context=nullcontext,
-        maybe_enable_amp=nullcontext(),
         metrics_processor=logged,
         **{"loss_fn": None},
     )
-    made._autocast = torch.no_grad()
     return made, logged
 
 
