@@ -19,7 +19,7 @@ _LAYERS, _MOST_EXPERTS = 4096, 2**17  # a model is built and looked at block by 
 
 
 def validate(config: PreTrainedConfig, source: str) -> None:
-    """Check the types of numbers, and the sizes of layers, heads and experts; fla's configs check nothing.
+    """Check the types of numbers, dropout, and the sizes of layers, heads and experts; fla's configs check nothing.
 
     Raises UserError, which names the field of `source`.
     """
@@ -32,8 +32,11 @@ def validate(config: PreTrainedConfig, source: str) -> None:
             ids = value if isinstance(value, list) else [value]
             if value is not None and not all(type(each) is int for each in ids):
                 raise UserError(f"{source}: {name}", repr(value), "an id, or a list of ids")
-        elif type(default) in (int, float) and value is not None and not isinstance(value, int | float):
-            raise UserError(f"{source}: {name}", repr(value), "a number")
+        elif type(default) in (int, float) and value is not None:
+            if not isinstance(value, int | float):
+                raise UserError(f"{source}: {name}", repr(value), "a number")
+            if "drop" in name and not 0 <= value <= 1:
+                raise UserError(f"{source}: {name}", value, "from 0 to 1")
     for layer in each_layer(config):
         _validate_layer(layer, layers, source)
 

@@ -91,6 +91,8 @@ def test_a_config_whose_layers_differ_is_read_layer_by_layer(model_type):
         ("pythia_160M", "rotary_pct", 7.0, "partial_rotary_factor", "more than 0 and at most 1"),
         ("falcon_40B", "num_kv_heads", 3, "num_kv_heads", "a divisor of num_attention_heads, 4"),
         ("transformer_340M", "num_heads", 7, "num_heads", "a divisor of hidden_size, 64"),
+        ("pythia_160M", "attention_dropout", -1, "attention_dropout", "from 0 to 1"),
+        ("gpt2", "embd_pdrop", 1e30, "embd_pdrop", "from 0 to 1"),
         ("gpt2", "n_embd", 0, "n_embd", "an integer, 1 or more"),
     ],
 )
