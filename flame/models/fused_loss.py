@@ -53,14 +53,8 @@ class _FusedLoss(torch.autograd.Function):
         losses = []
         for start in range(0, len(hidden), size):
             rows = slice(start, start + size)
-            logits = F.linear(hidden[rows], weight, bias)
-            loss, lse = _token_losses(logits, labels[rows], rank, group)
-            losses.append(loss)
-            for gradient in _gradients(logits, labels[rows], lse, rank, l2warp, group) if train else ():
-                _add_product(sums[0][rows], gradient, weight)
-                _add_product(sums[1], gradient.t(), hidden[rows])
-                if bias is not None:
-                    sums[2] += gradient.sum(0, dtype=torch.float32)
+            totals = [sums[0][rows], *sums[1:]] if train else []
+            losses.append(_add_chunk(totals, hidden[rows], weight, bias, labels[rows], l2warp, rank, group))
         if train and group is not None:
             dist.all_reduce(sums[0], group=group)
         ctx.dtype = hidden.dtype
@@ -73,6 +67,27 @@ class _FusedLoss(torch.autograd.Function):
         return *grads, *[None] * (7 - len(grads))
 
 
+def _add_chunk(
+    totals: list[Tensor],
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    l2warp: bool,
+    rank: int,
+    group: dist.ProcessGroup | None,
+) -> Tensor:
+    """The losses of a chunk's tokens; adds its gradients to their totals, if there are any. Frees the logits."""
+    logits = F.linear(hidden, weight, bias)
+    losses, lse = _token_losses(logits, labels, rank, group)
+    for gradient in _gradients(logits, labels, lse, l2warp, rank, group) if totals else ():
+        _add_product(totals[0], gradient, weight)
+        _add_product(totals[1], gradient.t(), hidden)
+        if bias is not None:
+            totals[2] += gradient.sum(0, dtype=torch.float32)
+    return losses
+
+
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """Add `a @ b` to a total in fp32, in which the product of two bf16 numbers is exact."""
     if a.is_cuda:
@@ -82,7 +97,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _gradients(
-    logits: Tensor, labels: Tensor, lse: Tensor, rank: int, l2warp: bool, group: dist.ProcessGroup | None
+    logits: Tensor, labels: Tensor, lse: Tensor, l2warp: bool, rank: int, group: dist.ProcessGroup | None
 ) -> Iterator[Tensor]:
     """The gradients of the loss and of RWKV's penalty by a chunk's logits, each in the place of the former.
 

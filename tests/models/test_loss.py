@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flame.dry_run.activation import LiveBytes
 from flame.models.fused_loss import L2WARP, fused_loss
 from flame.models.loss import linear_cross_entropy
 from tests.models.kernels import run, worst
@@ -82,6 +83,17 @@ def test_no_gradient_is_computed_without_being_asked_for():
     with Products() as products, torch.no_grad():
         loss = fused_loss(*parts, None, labels)
     assert products.found == 3 * [("mm", torch.float32, torch.float32)] and not loss.requires_grad
+
+
+def test_logits_are_held_of_one_chunk_at_a_time():
+    def peak(tokens):
+        parts, labels = make_batch(tokens=tokens)
+        with LiveBytes() as live:
+            loss_and_gradients(fused_loss, parts, labels)
+        return live.lap()[0]
+
+    one, three = peak(1024), peak(3072)
+    assert three - one < 1024 * VOCAB * 4
 
 
 class Products(TorchDispatchMode):
