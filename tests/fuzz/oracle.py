@@ -32,7 +32,8 @@ CPU_SECONDS = 20  # not of the clock: other processes may have the cores
 ASLEEP_SECONDS = 20  # of the clock, in which no CPU time is used: also where many run, each gets some
 MEMORY = 6 * 2**30
 OUT = "out"  # what a command may write
-MORE = ("source ", "  ")  # begin lines that may come with a rejection: bad rows, tensors that are missing
+# begin lines that may come with a rejection: bad rows, tensors that are missing, unknown fields
+MORE = ("source ", "  ", "model.json: neither ")
 TRACEBACK = "Traceback (most recent call last)"
 
 device.choose()  # in the process that forks; conftest.py has in this one
