@@ -73,6 +73,8 @@ def replay(folder: Path, step: int, *, trusted: bool = False) -> Fed:
     if step < 1:
         raise UserError("--step", step, "1 or more")
     config, records = parse_recorded(folder, trusted=trusted), read_ledger(folder)
+    if step > (most := max(config.training.steps, *records, 0)):
+        raise UserError("--step", step, f"at most {most}, the last of the run")
     start = read_start(folder / config.checkpoint.folder, step)
     logged = min((s for s in records if s >= step), default=None)
     last = step if logged is None else logged

@@ -52,7 +52,8 @@ _RANGES: tuple[tuple[Callable[[float], bool], str, tuple[str, ...]], ...] = (
     ),
     (lambda v: 0 <= v < 1, "0 or more and below 1", ("optimizer.beta1", "optimizer.beta2")),
     (lambda v: 0 <= v <= 1, "from 0 to 1", ("lr_scheduler.decay_ratio", "lr_scheduler.min_lr_factor")),
-    (lambda v: 0 < v < math.inf, "more than 0, and finite", ("optimizer.lr", "optimizer.eps", "training.max_norm")),
+    (lambda v: 0 < v < math.inf, "more than 0, and finite", ("optimizer.lr", "training.max_norm")),
+    (lambda v: 1e-38 <= v < math.inf, "1e-38 or more, as float32 holds it, and finite", ("optimizer.eps",)),
     (lambda v: 0 < v <= 1, "more than 0 and at most 1", ("job.mfu",)),
     (lambda v: v >= -1, "-1 (the newest) or a step", ("checkpoint.load_step",)),
     (lambda v: v == -1 or v >= 1, "-1 (all of the data) or 1 or more", ("validation.steps",)),
@@ -257,6 +258,9 @@ def _check_folders(config: JobConfig) -> None:
             raise UserError(f"--{path}", repr(name), f"a name of at most {longest} bytes")
     for path in _FOLDERS:
         _check_inside(f"--{path}", attrgetter(path)(config), Path(dump_folder))
+    exports = Path(dump_folder, "hf")
+    if config.checkpoint.enable and config.checkpoint.export and exports.exists() and not exports.is_dir():
+        raise UserError("--job.dump_folder", f"the file {exports}", "a folder", "--checkpoint.export writes to it")
     checkpoints = os.path.normpath(config.checkpoint.folder)
     for path in _FOLDERS[1:]:
         name = os.path.normpath(attrgetter(path)(config))

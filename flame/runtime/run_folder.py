@@ -82,6 +82,8 @@ class Run:
         """What `write` writes into a folder, as files of model/. Raises OSError."""
         folder = self.folder / ".model.tmp"
         shutil.rmtree(folder, ignore_errors=True)  # of a start that was killed
+        if os.path.lexists(folder):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(folder))
         try:
             write(folder)
             files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
@@ -104,6 +106,12 @@ class Run:
         if before.endswith(moved):  # or nothing moves; or a kill came between the two files
             return {path.name: kept}
         return {replaced.name: before + moved, path.name: kept}
+
+    def check_place(self) -> None:
+        """Raises UserError if the folder with the records of `begin` is not there any more."""
+        if self.writes and not (self.folder / "status.json").exists():
+            hint = "it was moved or deleted; what was saved in it before can be resumed where it is now"
+            raise UserError("--job.dump_folder", f"no records of this run in {self.folder}", hint=hint)
 
     def set_status(self, status: Status, **fields: Any) -> None:
         """Replace status.json; fields that are not given keep their value, but `reason`, which becomes None."""

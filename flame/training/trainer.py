@@ -302,7 +302,11 @@ class FlameTrainer(torchtitan.train.Trainer):
         self.optimizers.step()
 
     def check_state(self) -> None:
-        """Raises NonFiniteError, on all ranks, if the weights or the optimizer may not be saved."""
+        """Raises NonFiniteError, on all ranks, if the weights or the optimizer may not be saved.
+
+        Raises UserError, on all ranks, if the run folder is gone: the save would make another one.
+        """
+        self.context.consensus.first(self.run.check_place)
         if bad := nonfinite.find_bad_state(self.model_parts, self.optimizers, self.context.consensus):
             raise NonFiniteError(
                 f"step {self.step}: not finite after it: {bad}; it is not saved, what was saved before is kept; "

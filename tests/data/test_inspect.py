@@ -14,6 +14,7 @@ from flame.data.ledger import digest_batch, roll
 from flame.data.loader import build_dataloader
 from flame.data.source import build_sources
 from flame.data.tokenize import build_tokenizer
+from flame.errors import UserError
 from flame.runtime.environment import describe_environment
 from flame.runtime.run_folder import Run, to_json
 from tests.launch import SMALL, train_each
@@ -146,6 +147,8 @@ def test_checkpoints_that_are_incomplete_or_hold_the_model_only_are_passed_over(
     assert read_start(run / "checkpoint", 9).step == 3
     assert read_start(run / "checkpoint", 3).step == 0
     assert replay(run, 8).found == replay(run, 8).expected
+    with pytest.raises(UserError, match=r"^--step: found 999999999, must be at most \d+"):
+        replay(run, 999_999_999)
 
 
 @pytest.mark.parametrize(

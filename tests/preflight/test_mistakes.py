@@ -74,6 +74,7 @@ FLAGS = [  # what was typed, the setting that the line names, the rule
     ("--training.prefetch_factor 1e9", "--training.dataloader.prefetch_factor", "at most 1024"),
     ("--optimizer.lr 0", "--optimizer.lr", "more than 0"),
     ("--optimizer.lr 1e-4,", "--optimizer.lr", "a number"),
+    ("--optimizer.eps 1e-300", "--optimizer.eps", "1e-38 or more"),
     ("--optimizer.name adamw", "--optimizer.name", "Adam or AdamW"),
     ("--optimizer.name SGD", "--optimizer.name", "Adam or AdamW"),
     ("--lr_scheduler.decay_type exponential", "--lr_scheduler.decay_type", "linear, sqrt, cosine"),
@@ -296,6 +297,7 @@ PATHS = [
         "--checkpoint.load_step",
         "a complete checkpoint in run/checkpoint: 10",
     ),
+    ("--job.dump_folder exported", "--job.dump_folder", "the file exported/hf, a folder"),
     ("--job.dump_folder run --checkpoint.start scratch", "--checkpoint.start", "auto or resume"),
 ]
 
@@ -305,6 +307,8 @@ def test_a_mistake_in_a_path_or_a_choice(typed, setting, rule):
     for folder in ("folder", "pickled"):
         Path(folder).mkdir(parents=True)
     Path("folder/notes.md").write_text("x")
+    Path("exported").mkdir()
+    Path("exported/hf").write_text("x")
     Path("pickled/pytorch_model.bin").write_bytes(b"")
     write_empty(Path("run/checkpoint/step-10"))
     assert holds(error := rejected(typed.split()), setting, rule), error

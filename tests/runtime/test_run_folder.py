@@ -31,6 +31,28 @@ def test_records_after_the_resumed_step_and_broken_lines_are_moved_to_another_fi
     assert [json.loads(line)["step"] for line in replaced] == [2, 3] and last == bad
 
 
+def test_a_folder_that_is_moved_or_deleted_while_its_run_goes_on_is_noticed(tmp_path):
+    run, other = Run(tmp_path / "run", writes=True), Run(tmp_path / "run", writes=False)
+    run.folder.mkdir()
+    with run.begin({}):
+        pass
+    run.check_place()
+    run.folder.rename(tmp_path / "moved")
+    for made in (False, True):  # by whatever else writes to the run
+        if made:
+            (tmp_path / "run/logs").mkdir(parents=True)
+        other.check_place()
+        with pytest.raises(UserError, match=f"no records of this run in {tmp_path}/run; it was moved"):
+            run.check_place()
+
+
+def test_a_file_in_the_place_of_the_folder_where_the_model_is_written_is_named(tmp_path):
+    (tmp_path / ".model.tmp").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"\.model\.tmp"):
+        Run(tmp_path, writes=True).capture(lambda folder: None)
+    assert (tmp_path / ".model.tmp").read_text() == "mine"
+
+
 def test_status_keeps_step_and_tokens_and_forgets_an_old_reason(tmp_path):
     run = Run(tmp_path, writes=True)
     run.set_status("failed", step=7, tokens=70, reason="out of memory")

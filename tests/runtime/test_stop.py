@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from flame.config.parser import parse, to_toml
-from flame.errors import PREEMPTED, UserError
+from flame.errors import PREEMPTED, REFUSED, UserError
 from flame.preflight.validate import check
 from flame.runtime.stop import seconds
 from tests.launch import REPO, SMALL, environment, metrics, train_each
@@ -243,6 +243,18 @@ def test_a_second_signal_stops_at_once_and_one_within_five_seconds_does_not(rank
     else:  # killed before they could write it
         assert status["status"] == "running"
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks_alive)
+
+
+@pytest.mark.slow
+def test_a_run_whose_folder_is_moved_stops_at_its_next_save_and_makes_no_other(tmp_path):
+    job = Job(tmp_path / "here", slow_flags(tmp_path, "--checkpoint.interval=10", "--training.steps=100000"), ranks=2)
+    job.wait_for_step(11)
+    (tmp_path / "here").rename(tmp_path / "there")
+    code, _ = job.end(within=100)
+    text = job.log.read_text()
+    assert code == REFUSED and "Traceback" not in text, text
+    assert text.count(f"flame: --job.dump_folder: found no records of this run in {tmp_path}/here") == 1
+    assert not (tmp_path / "here").exists() and (tmp_path / "there/checkpoint/step-10/complete.json").exists()
 
 
 @pytest.mark.slow
