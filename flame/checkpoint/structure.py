@@ -117,10 +117,11 @@ def name_tensors(model: Any) -> NamedTensors:
 
 
 def main_dtype(found: TensorSpecs) -> str:
-    """The dtype of most floating-point elements, float32 if there are no tensors."""
+    """The dtype of most floating-point elements, float32 if there are none."""
     counts: Counter[str] = Counter()
     for dtype, shape in found.values():
-        counts[dtype] += prod(shape) if dtype in FLOATS else 0
+        if dtype in FLOATS:
+            counts[dtype] += prod(shape)
     return max(counts, key=lambda dtype: counts[dtype], default="float32")
 
 

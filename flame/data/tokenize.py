@@ -37,8 +37,8 @@ class Tokenizer(BaseTokenizer):
 
     Ids are those of `hf` without special tokens; the loader puts `prefix` before a document and the EOS after it. Those
     of `add_tokens` that `hf` lacks are given new ids; `added` counts the ids that they need above all others.
-    Raises UserError if the tokenizer has no Rust backend or no EOS, if two tokens share an id, or if the ids of a text
-    are random.
+    Raises UserError if the tokenizer has no Rust backend or no EOS, if two tokens share an id, if a token to add is the
+    spelling of other text, or if the ids of a text are random.
     """
 
     def __init__(self, hf: "PreTrainedTokenizerFast", path: str, add_tokens: Sequence[str] = ()) -> None:
@@ -52,6 +52,7 @@ class Tokenizer(BaseTokenizer):
                 raise UserError(FLAG, f"no EOS token in {path}", "a tokenizer with one", hint)
             hf.add_special_tokens({"eos_token": known[0]})  # as it is when it is read again
         self.hf, self.path = hf, path
+        _check_new_tokens(hf, add_tokens, path)
         before = _count_ids(hf)
         special: dict[str, Any] = {"extra_special_tokens": list(add_tokens)}
         hf.add_special_tokens(special, replace_extra_special_tokens=False)
@@ -249,6 +250,15 @@ def _check_ids(hf: "PreTrainedTokenizerFast", path: str) -> None:
     if shared is not None:
         tokens = " and ".join(repr(token) for token, id in vocab.items() if id == shared)
         raise UserError(FLAG, f"the tokens {tokens} of the same id, {shared}, in {path}", "a tokenizer of unique ids")
+
+
+def _check_new_tokens(hf: "PreTrainedTokenizerFast", tokens: Sequence[str], path: str) -> None:
+    """Raises UserError if a token is how other text is spelled: byte-level tokenizers write byte 0xE9 as \u00e9."""
+    vocab = hf.get_vocab()
+    for token in tokens:
+        if token in vocab and (text := hf.decode([vocab[token]], clean_up_tokenization_spaces=False)) != token:
+            hint = f"{path} writes {text!r} so, whose id it would take"
+            raise UserError("--model.add_tokens", repr(token), "a token of another spelling", hint)
 
 
 def _byte_level() -> "PreTrainedTokenizerFast":

@@ -1,6 +1,7 @@
 """Hugging Face models: read a config, validate it, build the model, fit it to a tokenizer, save its assets."""
 
 import contextlib
+import copy
 import importlib.util
 import inspect
 import json
@@ -280,7 +281,7 @@ def _ids(value: int | list[int] | None) -> list[int]:
 
 
 def read_generation(source: str) -> dict[str, Any]:
-    """The generation_config.json beside a model's config, {} if there is none. Raises UserError if it is not JSON."""
+    """The generation_config.json beside a model's config, {} without one. Raises UserError if it cannot be read."""
     folder = str(Path(source).parent) if Path(source).is_file() else source
     path = cached_file(
         folder,
@@ -290,8 +291,10 @@ def read_generation(source: str) -> dict[str, Any]:
         _raise_exceptions_for_gated_repo=False,
     )
     try:
-        return read_json(path) if path else {}
-    except (OSError, ValueError) as error:
+        fields = read_json(path) if path else {}
+        GenerationConfig.from_dict(copy.deepcopy(fields))
+        return fields
+    except (OSError, ValueError, TypeError, AttributeError) as error:  # the last two of values of other types
         raise UserError("--model.config", path, hint=f"cannot be read: {first_line(error)}") from None
 
 

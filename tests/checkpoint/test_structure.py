@@ -29,6 +29,7 @@ def test_a_model_may_be_cast_to_another_float_dtype_and_keep_tensors_in_its_own(
         ({"norm": ("float16", (4,))}, "dtype: norm has float16, must have bfloat16 or float32"),
         ({"a\nb\x1b[31m": ("int8", ())}, r"unexpected: a\\nb\\x1b\[31m$"),
         ({"count": ("int32", ())}, "dtype: count has int32, must have int64"),
+        (dict.fromkeys(("embed", "norm"), ("int8", (4,))), "dtype: norm has int8, must have float32"),
         ({f"x{i}": ("int8", ()) for i in range(30)}, "unexpected: x19\n  and 10 more$"),
     ],
 )

@@ -97,6 +97,20 @@ def test_every_causal_model_of_transformers_keeps_the_ids(trained, tmp_path):
         assert {text: hf(text).input_ids for text in expected} == expected, model_type
 
 
+def test_a_tokenizer_that_cannot_encode_every_text_is_compared_on_what_it_can(tmp_path):
+    backend = Backend(models.Unigram([("</s>", 0.0), *((chr(c), -1.0) for c in range(0x20, 0x7F))], unk_id=None))
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>").save_pretrained(tmp_path)
+    found = compare_tokenizer(tmp_path)
+    assert found["ids"] > 1000 and found["differences"] == 0
+
+
+def test_a_tokenizer_that_transformers_cannot_call_is_reported(trained, tmp_path):
+    trained.hf.save_pretrained(tmp_path)
+    names = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"model_max_length": "long"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
+    assert compare_tokenizer(tmp_path).startswith("not compared: '>'")
+
+
 def test_what_is_not_there_is_reported(tmp_path):
     settle_tokenizer(tmp_path)
     assert compare_tokenizer(tmp_path) == "not compared: there is no tokenizer.json"

@@ -201,6 +201,13 @@ def test_the_vocabulary_ends_after_the_largest_id(folder, tmp_path):
     assert with_token.encode("<|a|>") == [600]
 
 
+def test_a_token_to_add_that_spells_other_text_is_rejected():
+    with pytest.raises(UserError) as error:
+        build_tokenizer("byte", add_tokens=["<|a|>", "\u00e9"])  # as which byte-level tokenizers write byte 0xE9
+    assert error.value.setting == "--model.add_tokens" and "'\u00e9'" in str(error.value)
+    assert build_tokenizer("byte", add_tokens=["a", "\u65e5"]).encode("a\u65e5") == [97, 257]
+
+
 def test_the_end_of_text_inside_a_document_is_its_token(folder):
     assert build_tokenizer("byte").encode("a<|endoftext|>") == [97, 256]
     assert build_tokenizer(str(folder)).encode("</s><s>") == [1, 0]

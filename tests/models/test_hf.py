@@ -194,8 +194,11 @@ def test_ids_of_another_tokenizer_are_not_kept(tmp_path):
     assert "pad_token_id" not in generation and generation["temperature"] == 0.6
 
 
-def test_a_generation_config_that_is_no_json_is_rejected(tmp_path):
-    (tmp_path / "generation_config.json").write_text("{")
+@pytest.mark.parametrize(
+    "content", ["{", '{"cache_implementation": "bogus"}', '{"max_new_tokens": -3}', '{"watermarking_config": {"x": 1}}']
+)
+def test_a_generation_config_that_transformers_does_not_read_is_rejected(tmp_path, content):
+    (tmp_path / "generation_config.json").write_text(content)
     with pytest.raises(UserError) as error:
         read_generation(str(tmp_path))
     assert error.value.setting == "--model.config" and "generation_config.json" in str(error.value)
