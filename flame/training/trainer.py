@@ -238,7 +238,10 @@ class FlameTrainer(torchtitan.train.Trainer):
         seed, (rank, dp_degree) = self.job_config.debug.seed or 0, self._batch_rank()
         if self.parallel_dims.pp_enabled:
             rank += dp_degree * self.parallel_dims.get_mesh("pp").get_local_rank()
-        torch.manual_seed(step_seed(seed, self.step, rank))
+        own = step_seed(seed, self.step, rank)
+        torch.default_generator.manual_seed(own)  # torch.manual_seed asks for all kinds of devices, a third of a ms
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).manual_seed(own)
 
     def _collect(self, data_iterator: Iterator[Batch]) -> StepData:
         microbatches: list[Batch] = []
