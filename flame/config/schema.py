@@ -39,7 +39,8 @@ class Model(titan.Model):
 
     add_tokens: list[str] = field(default_factory=list)
     """Special tokens to add to the tokenizer, in this order and for the life of a run. The vocabulary of the model
-    grows if they need it; the rows of new ids start as the mean of the rows of the weights that are loaded."""
+    grows if they need it; the rows of new ids start as the mean of the rows of the weights that are loaded.
+    A comma list drops blanks around its items, and blank items; a TOML list keeps them."""
 
     trust_remote_code: bool = False
     """Run Python code that a hub model, tokenizer or dataset brings along."""
