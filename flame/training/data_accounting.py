@@ -72,7 +72,7 @@ class DataAccounting:
         limit = self._settings.max_bad_rows
         for name, (bad, read, begun) in rows.items():
             epochs = max(1, -(-begun // self._settings.lanes))
-            bad, read = bad // epochs, read // epochs
+            bad, read = -(-bad // epochs), read // epochs
             if bad > (allowed := allow_bad(limit, read)):
                 example = next((f", such as {row.place} ({row.reason})" for n, row in noted if n == name), "")
                 found = f"{bad} bad rows among {read} of source {name}{example}"

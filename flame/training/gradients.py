@@ -16,9 +16,8 @@ class Gradients:
     """
 
     def __init__(self, parts: Iterable[nn.Module], pipeline: DeviceMesh | None, device: torch.device) -> None:
-        groups: dict[
-            bool, list[nn.Parameter]
-        ] = {}  # a norm spans tensors of one mesh alone, and experts have their own
+        # A norm spans tensors of one mesh alone, and experts have their own.
+        groups: dict[bool, list[nn.Parameter]] = {}
         for parameter in (parameter for part in parts for parameter in part.parameters()):
             mesh = parameter.device_mesh.mesh_dim_names if isinstance(parameter, DTensor) else None
             groups.setdefault("ep" in (mesh or ()), []).append(parameter)

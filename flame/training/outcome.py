@@ -28,7 +28,8 @@ class Outcome(NamedTuple):
 class Agreement:
     """The outcome of a step while it is on its way; launched behind the backward, by all ranks.
 
-    loss: float, this rank's part; norm: float, the same on all ranks that share gradients; both scalars on the device.
+    loss: float scalar on the device, this rank's part. norm: float scalar, the same on all ranks that share gradients;
+    on the CPU if they are offloaded.
     exhausted, asked, due: this rank's. sums: int64 (n,), the same on all ranks that share data.
     unfit: float32 scalar on the device, 1 if the step may not update anything and else 0: an optimizer's `found_inf`.
     """
@@ -36,6 +37,7 @@ class Agreement:
     def __init__(
         self, loss: torch.Tensor, norm: torch.Tensor, sums: torch.Tensor, *, exhausted: bool, asked: int, due: bool
     ) -> None:
+        norm = norm.to(loss.device)
         flags = upload(torch.tensor([0, exhausted, asked, due]), loss.device)
         flags[0] = ~(loss.isfinite() & norm.isfinite())
         if dist.get_world_size() > 1:

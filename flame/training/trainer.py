@@ -77,7 +77,8 @@ class FlameTrainer(torchtitan.train.Trainer):
         batch_mesh = self.parallel_dims.get_mesh("batch") if self.parallel_dims.dp_enabled else None
         self.accounting = DataAccounting(self.dataloader, batch_mesh, self.device, context)
         self.gradients = Gradients(self.model_parts, self.parallel_dims.get_optional_mesh("pp"), self.device)
-        self.updates_unread = not in_backward and can_skip_on_device(self.optimizers)
+        offloaded = training.enable_cpu_offload  # the update is the CPU's, and what it may not do is on the device
+        self.updates_unread = not in_backward and not offloaded and can_skip_on_device(self.optimizers)
         self.pipeline: Pipeline | None = None
         if self.parallel_dims.pp_enabled:
             self.pipeline = Pipeline(self.pp_schedule, self.pp_has_first_stage, self.pp_has_last_stage, self.loss_fn)
@@ -111,6 +112,8 @@ class FlameTrainer(torchtitan.train.Trainer):
             data = self.job_config.data
             found = f"{data.epochs}, and the data does not fill one step"
             hint = f"use fewer --data.lanes than {data.lanes}, a shorter --training.seq_len or more epochs"
+            if bad := next((row for rows in self.dataloader.noted().values() for row in rows), None):
+                hint += f"; rows are bad, such as {bad.place} ({bad.reason})"
             raise UserError("--data.epochs", found, hint=hint)
         if self.step < steps:
             self.exhausted = True
@@ -195,9 +198,10 @@ class FlameTrainer(torchtitan.train.Trainer):
         lr = self.lr_schedulers.schedulers[0].get_last_lr()[0]
         position = self.dataloader.position()
         data = self._collect(data_iterator)
-        if self._must_end_now(data.exhausted):
-            self._cancel(position)
         sums = self.accounting.sum_step(data.valid_tokens, data.digest)
+        if self._must_end_now(data.exhausted):
+            self.accounting.read_step(sums.tolist())
+            self._cancel(position)
         missing = self.gradient_accumulation_steps - len(data.microbatches)  # others may have theirs
         loss = self._run_microbatches(data.microbatches + [self.dataloader.blank()] * missing, sums[0])
         norm = self.gradients.norm()
@@ -209,10 +213,10 @@ class FlameTrainer(torchtitan.train.Trainer):
                 optimizer.found_inf = agreement.unfit  # it then leaves weights and its state as they are
             self._update(norm)
         outcome = agreement.wait()
+        global_tokens, digest = self.accounting.read_step(outcome.sums)  # the data's last rows may be bad ones
         if outcome.exhausted:
             self._cancel(position)
         self.asked, self.checkpointer.due = outcome.asked, outcome.due
-        global_tokens, digest = self.accounting.read_step(outcome.sums)
         self.tokens += self.step_tokens
         self.data_digest = roll(self.data_digest, digest)
         self.metrics_processor.steps_since_last_log += 1

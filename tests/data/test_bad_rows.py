@@ -179,6 +179,22 @@ def test_a_bad_row_is_counted_once_however_many_epochs_read_it(kind, limit):
             train()
 
 
+def test_bad_rows_in_the_step_in_which_the_data_ends_are_judged(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(('{"text": "one of forty documents"}\n' + "no JSON\n" * 8) * 40)
+    done = train(
+        *(*SMALL, f"--model.config={write_config(tmp_path, 'llama')}", f"--training.dataset={file}"),
+        *("--data.lanes=1", "--data.window=16", "--data.epochs=1", "--data.max_bad_rows=5", "--checkpoint.no_enable"),
+        *(
+            "--training.local_batch_size=1",
+            "--training.gradient_accumulation_steps=8",
+            "--training.steps=4",
+            f"--job.dump_folder={tmp_path / 'run'}",
+        ),
+    )
+    assert done.returncode != 0 and "flame: --data.max_bad_rows: found" in done.stderr
+
+
 @pytest.mark.slow
 def test_a_run_logs_counts_and_names_bad_rows_of_all_ranks_and_stops_at_the_limit(file, tmp_path):
     job = [
