@@ -158,8 +158,8 @@ def compare_bf16(name, layout, runs, types):
     assert types[name, layout] == types[name, "one"] != set()
     assert {each.split()[1] for each in types[name, layout]} == {"torch.bfloat16"}
     # Sums in another order, each rounded to 8 bits: up to 2^-8 = 4e-3 of a gradient. In a mean over 1,024 tokens most
-    # of it cancels. Seen: 1.3e-4 of the loss, 3.6e-3 of the norm.
-    compare(name, layout, runs, loss_bound=1e-3, norm_bound=1e-2)
+    # of it cancels. Seen: 1.3e-4 of the loss, 4.7e-3 of the norm; autocast on one rank would give 5.4e-4 and 1.5e-3.
+    compare(name, layout, runs, loss_bound=5e-4, norm_bound=1e-2)
 
 
 @pytest.mark.parametrize("name, layout", BF16)
