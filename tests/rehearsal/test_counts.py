@@ -1,0 +1,54 @@
+"""Today's counts of a step on a GPU, as upper bounds: two blocks in bfloat16, 16,384 tokens a GPU.
+
+Needs the environment of scripts/rehearsal/setup.sh, which FLAME_REHEARSAL names. A change that lowers a count lowers
+its bound here.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LLAMA, GLA = "scripts/rehearsal/tinyllama_1.1B.json", "configs/gla_340M.json"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif("FLAME_REHEARSAL" not in os.environ, reason="FLAME_REHEARSAL names no rehearsal environment"),
+]
+
+
+def rehearse(config: str, world: int, *flags: str) -> dict[str, Any]:
+    command = [sys.executable, ROOT / "scripts/rehearsal/rehearse.py", ROOT / config, f"--world={world}", "--depth=2"]
+    done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])["runs"]["flame"]
+
+
+def float32_products(run: dict[str, Any]) -> float:
+    """TFLOP of matrix products in float32 or TF32."""
+    rows = run["roofline"]["rows"]
+    return sum(row["flops"] for row in rows if row["kind"] == "product" and row["dtype"] in ("float32", "tf32")) / 1e12
+
+
+# Waits of a step, of them before the update, and of a microbatch; gloo rounds of a step and of a microbatch; TFLOP of
+# float32 products; launches.
+BOUNDS = {
+    (LLAMA, 1): (1, 0, 0, 0, 0, 0.0, 392),
+    (LLAMA, 8): (1, 0, 0, 0, 0, 0.0, 416),
+    (GLA, 8): (1, 0, 0, 0, 0, 0.0, 304),
+}
+
+
+@pytest.mark.parametrize("config, world", BOUNDS)
+def test_a_step_has_no_more_waits_launches_and_float32_than_today(config, world):
+    run = rehearse(config, world)
+    waits, gloo = run["waits"], run["gloo_rounds"]
+    found = (waits["step"], waits["before_update"], waits["microbatch"], gloo["step"], gloo["microbatch"])
+    found += (float32_products(run), run["launches"]["all"])
+    assert all(count <= bound for count, bound in zip(found, BOUNDS[config, world], strict=True)), (found, waits)
+    assert {kernel["q"].split()[0] for kernel in run["sdpa"]} <= {"bfloat16"}
