@@ -3,6 +3,7 @@
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ from flame.config.parser import world_size
 from flame.config.schema import JobConfig
 from flame.errors import UserError
 from flame.parallel import pipeline_schedule
-from flame.parallel.apply import force_sum_reduction
+from flame.parallel.apply import force_sum_reduction, reshard_policy
 from flame.parallel.layout import ASYNC_TP_FLAG, CP_FLAG, PP_FLAG, TP_FLAG, fsdp_degree, stages
 from flame.parallel.sequence_parallel import redistribute, transform_hidden
 
@@ -113,8 +114,11 @@ def parallelize(
     if parallel_dims.tp_enabled:
         _sum_router_gradients(model, parallel_dims.get_mesh("tp"))
         _pass_local_heads(model)
+    changed = copy.copy(job_config)
+    policy = reshard_policy(parallel_dims, job_config)
+    changed.parallelism = replace(job_config.parallelism, fsdp_reshard_after_forward=policy)
     with _hide_tied_ends(model):
-        model = parallelize_fn(model, parallel_dims, job_config)
+        model = parallelize_fn(model, parallel_dims, changed)
     force_sum_reduction(model)
     return model
 
@@ -129,9 +133,11 @@ def _hide_tied_ends(model: Any) -> Iterator[None]:
     owner, ends = type(model), ("tok_embeddings", "output") if tied else ()
     for name in ends:
         setattr(owner, name, None)  # what a class has comes before a module's children
-    yield
-    for name in ends:
-        delattr(owner, name)
+    try:
+        yield
+    finally:
+        for name in ends:
+            delattr(owner, name)
 
 
 def _sum_router_gradients(model: nn.Module, mesh: DeviceMesh) -> None:

@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 import torch.testing._internal.distributed.fake_pg  # registers the backend "fake"
-from torch.nn.parallel import DistributedDataParallel
 from triton.runtime.autotuner import Autotuner, Heuristics
 from triton.runtime.jit import JITFunction
 
@@ -169,7 +168,7 @@ def _count_inductor(stub: Stub) -> None:
 
 
 def _replace_libraries() -> None:
-    """cuDNN's attention, cuSOLVER's QR and NCCL's results: their libraries would need the device itself."""
+    """cuDNN's attention and cuSOLVER's QR: their libraries would need the device itself."""
 
     def attend(q, k, v, bias, compute_log_sumexp, dropout_p=0.0, is_causal=False, debug=False, *, scale=None):
         out = torch.empty_like(q)
@@ -186,19 +185,6 @@ def _replace_libraries() -> None:
         library.impl("_scaled_dot_product_cudnn_attention_backward", attend_backward, "CUDA")
     _replace_libraries.library = library  # type: ignore[attr-defined]  # what it holds ends with it
     torch.nn.init.orthogonal_ = lambda tensor, gain=1, generator=None: tensor
-
-    def keep(_state: Any, bucket: Any) -> torch.futures.Future:
-        future: torch.futures.Future = torch.futures.Future()
-        future.set_result(bucket.buffer())
-        return future
-
-    init = DistributedDataParallel.__init__
-
-    def init_and_keep(self: DistributedDataParallel, *args: Any, **options: Any) -> None:
-        init(self, *args, **options)
-        self.register_comm_hook(None, keep)
-
-    DistributedDataParallel.__init__ = init_and_keep  # type: ignore[method-assign]
 
 
 def _answer_values(stub: Stub, packed: bool) -> None:
