@@ -8,11 +8,13 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchtitan.distributed import ParallelDims
+from torchtitan.protocols.train_spec import get_train_spec
 
 from flame.config.parser import parse
 from flame.models.causal_lm import CausalLM, ModelArgs
 from flame.models.hf import read_config, read_fields
-from flame.parallel.apply import parallelize
+from flame.parallel.apply import FSDPDims, parallelize
+from flame.titan.parallelize import parallelize as titan_parallelize
 from tests.tiny import write_config
 
 
@@ -43,6 +45,17 @@ def test_blocks_are_freed_after_their_forward_or_kept_as_asked(name, policy, fre
     assert all(isinstance(p, DTensor) for p in model.layers.parameters())
     loss_of(model)
     assert {isinstance(p, DTensor) for p in model.layers.parameters()} == {freed}  # a whole one is a plain tensor
+
+
+def test_one_shard_of_a_model_of_torchtitan_keeps_its_cast_parameters_for_the_backward():
+    spec, config = get_train_spec("llama3"), parse(["--model.name=llama3", "--model.flavor=debugmodel"])
+    with torch.device("meta"):
+        model = spec.model_cls(spec.model_args["debugmodel"])
+    model = titan_parallelize(spec.parallelize_fn, model, FSDPDims(2, 1, 1, 1, 1, 1, 1, 2), config)
+    with torch.no_grad():
+        model.to_empty(device="cpu").init_weights()
+    model(torch.randint(0, 320, (2, 16)))
+    assert not any(isinstance(p, DTensor) for p in model.layers.parameters())
 
 
 @pytest.mark.parametrize("name", ["llama", "gla"])
