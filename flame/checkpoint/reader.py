@@ -26,7 +26,7 @@ from torch.futures import Future
 
 from flame.checkpoint.commit import MARKER, read_marker, read_metadata, report_unreadable
 from flame.checkpoint.metadata import METADATA, TensorInfo
-from flame.errors import UserError
+from flame.errors import UserError, first_line
 
 
 def load(state_dict: dict[str, Any], checkpoint: Path, *, no_dist: bool = False) -> None:
@@ -71,7 +71,8 @@ class Reader(FileSystemReader):
         except (UserError, torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError) as error:  # of torch.load
-            found = f"a damaged file ({type(error).__name__})"  # torch's message says how to run what it holds
+            is_pickle = isinstance(error, pickle.UnpicklingError)  # its message says how to run what it holds
+            found = f"a damaged file ({type(error).__name__ if is_pickle else first_line(error)})"
             raise UserError(str(self.path), found, "an intact checkpoint") from None
 
 

@@ -27,7 +27,7 @@ from flame.data.tokenize import Tokenizer
 from flame.data.window import IndexedWindows, Place, StreamedWindows, WindowShuffle
 from flame.errors import UserError, first_line
 
-MANY = 10  # epochs, of which the length is known from a few rows
+MANY = 100  # epochs: an epoch is guessed from a few rows, and may be many times as long
 AHEAD = 1 << 19  # tokens in rows read ahead, up to 4 rows per lane: a document of a megabyte delays no other lane
 
 
@@ -85,7 +85,6 @@ class Loader(BaseDataLoader):
         if workers:  # each of them is a thread of its own; Rust's pool of threads would have them wait for each other
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         lengths = [typical_length(source, encoder) for source in sources]
-        self._check_skip(lengths, step)
         places = tuple(Place() for _ in sources)
         self._initial_states = {
             lane: LaneState(-1, 0, initial_deficits(lane, self._shares, lengths), places) for lane in own_lanes
@@ -95,17 +94,6 @@ class Loader(BaseDataLoader):
         self._iteration: object = None
         self.rows: Sequence[Row] = ()  # of the last batch handed out
         self.digest = 0  # of the last batch handed out, its rows at their indices in the step; see flame.data.ledger
-
-    def _check_skip(self, lengths: Sequence[float], step: int) -> None:
-        """Raise UserError for steps to skip that are more than many epochs, which would be read to the end of time."""
-        if any(source.streamed for source in self._sources):
-            return
-        tokens = sum(length * len(source.rows) for length, source in zip(lengths, self._sources, strict=True))
-        epoch = int(tokens / (step * self._seq_len)) + 1
-        for first, last in self._order.skip:
-            if last - first >= MANY * epoch:
-                hint = f"an epoch of the data has about {epoch:,}"
-                raise UserError("--data.skip", f"{first}-{last}", f"a range of at most {MANY * epoch:,} steps", hint)
 
     def __iter__(self) -> Generator[tuple[dict[str, torch.Tensor], torch.Tensor], None, None]:
         iteration = self._iteration = object()
@@ -284,6 +272,20 @@ def build_dataloader(
     """torchtitan's `build_dataloader_fn`: the loader of a rank over the job's opened sources."""
     training, data, seed = job_config.training, job_config.data, job_config.debug.seed or 0
     return Loader(sources, tokenizer, training, data, seed=seed, dp_rank=dp_rank, dp_degree=dp_world_size)
+
+
+def check_skip(sources: Sequence[Source], encoder: Encoder, training: Training, data: Data, dp_degree: int) -> None:
+    """Raise UserError for steps to skip that are more than many epochs, which would be read to the end of time."""
+    ranges = parse_skip(data.skip)
+    if not ranges or data.epochs or any(source.streamed for source in sources):
+        return
+    tokens = sum(typical_length(source, encoder) * len(source.rows) for source in sources)
+    step = max(training.global_batch_size, training.local_batch_size * dp_degree)
+    epoch = int(tokens / (step * training.seq_len)) + 1
+    for first, last in ranges:
+        if last - first >= MANY * epoch:
+            hint = f"an epoch of the data has about {epoch:,}"
+            raise UserError("--data.skip", f"{first}-{last}", f"a range of at most {MANY * epoch:,} steps", hint)
 
 
 def typical_length(source: Source, encoder: Encoder) -> float:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from flame.errors import UserError, first_line
 
 Answer = TypeVar("Answer")
+_CANNOT_CONNECT = ("connectFullMesh failed", "Unable to find")  # gloo: the other ranks, an interface or its address
 
 
 class RankConsensus:
@@ -66,11 +67,14 @@ class RankConsensus:
 
 @contextmanager
 def naming_interface() -> Iterator[None]:
-    """Raise UserError if the ranks cannot connect over gloo: it took a network interface that does not reach them."""
+    """Raise UserError if the ranks cannot connect over gloo: it took a network interface that does not reach them.
+
+    A rank that ends meanwhile ("Connection closed by peer") says nothing of the interface.
+    """
     try:
         yield
     except RuntimeError as error:
-        if "gloo" not in str(error).lower():
+        if "by peer" in str(error) or not any(said in str(error) for said in _CANNOT_CONNECT):
             raise
         allowed = "the network interface by which the nodes reach each other, as `ip address` names it on each"
         raise UserError(

@@ -52,6 +52,8 @@ class Run:
     memory.
     """
 
+    _place: os.stat_result  # of the folder that `begin` wrote to
+
     def __init__(self, folder: str | Path, writes: bool) -> None:
         self.folder = Path(folder)
         self.writes = writes
@@ -67,6 +69,7 @@ class Run:
         status = {"status.json": to_json(self._describe("running", fields))}  # first: a run is known by it
         with replace_together({self.folder / name: data for name, data in (status | self._keep(files)).items()}):
             yield
+        self._place = self.folder.stat()
 
     def _keep(self, files: Mapping[str, str | bytes]) -> dict[str, str | bytes]:
         path = self.folder / "config.toml"
@@ -108,8 +111,13 @@ class Run:
         return {replaced.name: before + moved, path.name: kept}
 
     def check_place(self) -> None:
-        """Raises UserError if the folder with the records of `begin` is not there any more."""
-        if self.writes and not (self.folder / "status.json").exists():
+        """Raises UserError if the folder with the records of `begin` is not there any more.
+
+        Another one under its name, which whatever else writes to the run may have made, is none.
+        """
+        if not self.writes:
+            return
+        if not (self.folder / "status.json").exists() or not os.path.samestat(self.folder.stat(), self._place):
             hint = "it was moved or deleted; what was saved in it before can be resumed where it is now"
             raise UserError("--job.dump_folder", f"no records of this run in {self.folder}", hint=hint)
 

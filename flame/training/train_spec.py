@@ -12,10 +12,11 @@ from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_type
 
 from flame.config.files import read_json
+from flame.config.parser import world_size
 from flame.config.schema import JobConfig
 from flame.convert.hf_structure import model_structure
 from flame.convert.initial import build_adapter
-from flame.data.loader import build_dataloader, typical_length
+from flame.data.loader import build_dataloader, check_skip, typical_length
 from flame.data.source import build_sources
 from flame.data.tokenize import Tokenizer, load_tokenizer
 from flame.errors import UserError, first_line
@@ -30,6 +31,7 @@ from flame.models.hf import (
 )
 from flame.parallel import layout
 from flame.parallel.apply import parallelize
+from flame.parallel.layout import dp_degree
 from flame.parallel.pipeline import pipeline
 from flame.titan import model as titan_model
 from flame.titan.hf_equivalent import TITAN_CONFIG, titan_structure
@@ -81,6 +83,9 @@ def register(job_config: JobConfig, context: RunContext | None = None) -> None:
     if not tokenizer.encodes_all:
         for source in (*sources, *held_out_sources):
             typical_length(source, tokenizer)  # fails now rather than when the loader is made
+    if plan and plan.mode != "resume":  # what a run has begun to skip, it may go on with
+        dp = dp_degree(job_config.parallelism, world_size())
+        check_skip(sources, tokenizer, job_config.training, job_config.data, dp)
     for line in (tokenizer.describe(), *(line for s in (*sources, *held_out_sources) for line in s.describe())):
         logger.info(line)
     spec = TrainSpec(

@@ -21,6 +21,7 @@ from flame.checkpoint.commit import (
     verify_hashes,
 )
 from flame.checkpoint.metadata import METADATA
+from flame.checkpoint.reader import load
 from flame.checkpoint.writer import Writer
 from flame.convert.hf_to_dcp import convert_hf_to_dcp
 from flame.convert.hf_weights import read_weights
@@ -114,6 +115,13 @@ def test_each_rank_hashes_its_share_of_the_files(tmp_path):
     each = [verify_hashes(checkpoint, rank, 3) for rank in range(3)]
     assert sorted(len(lines) for lines in each) == [0, 1, 1]
     assert sorted(line for lines in each for line in lines) == sorted(verify_hashes(checkpoint))
+
+
+def test_what_torch_says_of_a_damaged_file_is_kept(tmp_path):
+    file = save(tmp_path / "step-3") / DATA
+    file.write_bytes(file.read_bytes().replace(b"PK\x01\x02", b"PK\0\0"))
+    with pytest.raises(UserError, match=r"a damaged file \(RuntimeError: .*archive is corrupted"):
+        load({"weight": torch.zeros(4096)}, tmp_path / "step-3", no_dist=True)
 
 
 def test_a_marker_that_is_damaged_once_it_was_found_is_a_problem_on_every_rank(tmp_path):

@@ -4,9 +4,12 @@ import json
 
 import pytest
 
+from flame.config.schema import Data, Training
 from flame.data.inspect import replay
+from flame.data.loader import check_skip
+from flame.data.source import Source
 from flame.errors import UserError
-from tests.data.fakes import loader, take, three
+from tests.data.fakes import Bytes, Texts, loader, take, three
 from tests.data.test_inspect import BATCH, STEPS, flags, texts, write_run  # noqa: F401 - fixtures
 
 SKIP = [(3, 5), (9, 9)]
@@ -73,13 +76,21 @@ def test_a_checkpoint_without_a_record_of_skipped_steps_had_none():
 
 
 def test_a_range_to_skip_that_is_many_epochs_is_rejected_rather_than_read():
+    training = Training(local_batch_size=2, seq_len=24)
     for last in (10**15, 10**17):
         with pytest.raises(UserError) as error:
-            loader(three(), skip=[(3, last)])
+            check_skip(three(), Bytes(), training, Data(skip=f"3-{last}"), dp_degree=2)
         assert (error.value.setting, error.value.found) == ("--data.skip", f"3-{last}")
-    epoch = sum(map(len, (text for source in three() for text in source.rows))) // (4 * 24)
-    assert len(take(iter(loader(three(), skip=[(3, 3 + 2 * epoch)])), 3)) == 3
-    loader(three(), skip=[(10**15, 10**15)])
+    check_skip(three(), Bytes(), training, Data(skip=f"3-{10**15}", epochs=2), dp_degree=2)  # which end by themselves
+    check_skip(three(), Bytes(), training, Data(skip=f"{10**15}"), dp_degree=2)
+
+
+def test_an_epoch_to_skip_is_allowed_where_the_few_rows_read_are_a_hundredth_of_the_others(monkeypatch):
+    monkeypatch.setattr(Source, "head", ["a" * 20] * 16)
+    documents = ["a" * 2000] * 1000
+    epoch = sum(map(len, documents)) // (4 * 24)
+    source, training = Source("a", 1.0, Texts(documents)), Training(local_batch_size=2, seq_len=24)
+    check_skip([source], Bytes(), training, Data(skip=f"3-{3 + epoch // 2}"), dp_degree=2)
 
 
 @pytest.mark.parametrize("step", [1, 4, 8])

@@ -37,13 +37,19 @@ def test_a_folder_that_is_moved_or_deleted_while_its_run_goes_on_is_noticed(tmp_
     with run.begin({}):
         pass
     run.check_place()
+
+    def make_logs():
+        (run.folder / "logs").mkdir(parents=True)
+
     run.folder.rename(tmp_path / "moved")
-    for made in (False, True):  # by whatever else writes to the run
-        if made:
-            (tmp_path / "run/logs").mkdir(parents=True)
+    for change in (lambda: None, make_logs, lambda: run.set_status("running", step=1)):
+        change()
         other.check_place()
         with pytest.raises(UserError, match=f"no records of this run in {tmp_path}/run; it was moved"):
             run.check_place()
+    run.folder.rename(tmp_path / "made")
+    (tmp_path / "moved").rename(run.folder)
+    run.check_place()
 
 
 def test_a_file_in_the_place_of_the_folder_where_the_model_is_written_is_named(tmp_path):

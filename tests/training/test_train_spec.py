@@ -7,9 +7,11 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
+from flame.checkpoint.start import StartPlan
 from flame.config.parser import parse
 from flame.errors import UserError
 from flame.models.hf import choose_attention, load_hf_config
+from flame.training.context import RunContext
 from flame.training.train_spec import register
 from tests.convert.models import save_run
 
@@ -43,6 +45,16 @@ def test_text_that_the_tokenizer_cannot_encode_is_rejected(tmp_path):
     data, tokenizer = f"--training.dataset={tmp_path}/data.jsonl", f"--model.tokenizer_path={tmp_path}"
     error = rejected("--model.config=configs/gla_debug.json", data, tokenizer)
     assert error.setting == "--model.tokenizer_path" and "'b'" in error.found
+
+
+def test_many_epochs_to_skip_are_rejected_at_the_first_start_alone(tmp_path):
+    (tmp_path / "data.jsonl").write_text('{"text": "a"}\n' * 20)
+    data, skip = f"--training.dataset={tmp_path}/data.jsonl", f"--data.skip=3-{10**15}"
+    flags = ["--model.config=configs/gla_debug.json", data, skip, f"--job.dump_folder={tmp_path}/run"]
+    assert rejected(*flags).setting == "--data.skip"
+    context = RunContext(parse(flags))
+    context.plan = StartPlan("resume", (2,))
+    register(parse(flags), context)
 
 
 BROKEN = [(name, content) for name in ("config.json", "tokenizer.json") for content in ("{", "\0\0", "[1]")]
