@@ -222,6 +222,17 @@ def remove_incomplete(checkpoint: Path) -> None:
             shutil.rmtree(checkpoint, ignore_errors=True)
 
 
+def find_added(checkpoint: Path) -> list[str]:
+    """The files in a checkpoint, by their relative paths, that its save did not write and whose names are not hidden.
+
+    None are known without a marker. Raises OSError, and ValueError or UserError as `read_marker` does.
+    """
+    if not (marker := read_marker(checkpoint)):
+        return []
+    names = (path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("[!.]*") if not path.is_dir())
+    return sorted(set(names) - {*marker["files"], MARKER})
+
+
 def mark_for_deletion(checkpoint: Path) -> Path:
     """Rename a checkpoint before its deletion, so that the next start can finish one that is cut short.
 

@@ -72,6 +72,7 @@ class CheckpointManager(TitanCheckpointManager):
         self.consensus = self.context.consensus
         self.every_seconds = checkpoint_config.interval_type == "seconds"
         self.last_save = time.monotonic()  # for intervals in seconds
+        self.kept: set[Path] = set()  # that rotation would delete, but which hold a user's files
         self.due = False  # by the clock of any rank; the trainer asks all of them in every step
         self.saving = ""  # the checkpoint that was begun last
         self.replaced_after: float = math.inf  # the step after which checkpoints are replaced
@@ -212,8 +213,13 @@ class CheckpointManager(TitanCheckpointManager):
             if step == 0 or (every and step % every == 0):  # step 0 is what the user began with
                 continue
             try:
+                if added := commit.find_added(path):
+                    if path not in self.kept:
+                        logger.warning(f"{path} is kept: it holds a file that is not the checkpoint's, {added[0]}")
+                    self.kept.add(path)
+                    continue
                 self.purge_queue.put(str(commit.mark_for_deletion(path)))
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 logger.warning(f"{path} could not be deleted: {error}")
 
     # -- starting -----------------------------------------------------------------------------------------------------

@@ -112,6 +112,16 @@ def test_a_seed_checkpoint_is_neither_counted_nor_deleted(tmp_path):
     assert steps(tmp_path) == [0, 8, 10]
 
 
+def test_rotation_keeps_a_checkpoint_that_a_user_has_put_files_into(tmp_path, caplog):
+    Job(tmp_path).run(4)
+    notes = tmp_path / "checkpoint" / "step-2" / "notes" / "why.txt"
+    notes.parent.mkdir()
+    notes.write_text("the best one")
+    Job(tmp_path, keep_latest_k=2).run(12)
+    assert steps(tmp_path) == [2, 10, 12] and notes.read_text() == "the best one"
+    assert caplog.text.count("step-2 is kept: it holds a file that is not the checkpoint's, notes/why.txt") == 1
+
+
 def test_exclude_from_loading_does_not_apply_to_a_resume(tmp_path):
     Job(tmp_path / "donor").run(2)
     options = {"exclude_from_loading": ["dataloader", "train_state"], "initial_load_model_only": False}
