@@ -68,13 +68,14 @@ def read_start(folder: Path, step: int) -> Start:
 def replay(folder: Path, step: int, *, trusted: bool = False) -> Fed:
     """Decode what a step was fed, and go on to the next logged step, whose digest is then compared.
 
-    Raises UserError if the folder is not that of a run, for a step below 1, and for a step after the end of the data.
+    Raises UserError if the folder is not that of a run, for a step below 1 or far beyond the run, and for a step after
+    the end of the data.
     """
     if step < 1:
         raise UserError("--step", step, "1 or more")
     config, records = parse_recorded(folder, trusted=trusted), read_ledger(folder)
-    if step > (most := max(config.training.steps, *records, 0)):
-        raise UserError("--step", step, f"at most {most}, the last of the run")
+    if step > (most := max(config.training.steps, *records, 0) + 1):
+        raise UserError("--step", step, f"at most {most}, the one after the run's last")
     start = read_start(folder / config.checkpoint.folder, step)
     logged = min((s for s in records if s >= step), default=None)
     last = step if logged is None else logged

@@ -49,7 +49,8 @@ def test_the_products_with_weights_are_those_of_a_forward(name):
     if name == "rwkv6":  # and so is one of its matrices
         products += 2 * SEQ * sum(layer.attn.x_proj[2].weight.numel() for layer in model.layers)
     flops = args.get_nparams_and_flops(model, SEQ)[1] - 3 * args.hf_family.mixer_flops(args.hf_config, SEQ)
-    assert flops == pytest.approx(3 * products / SEQ, rel=0.05)  # a backward is twice a forward
+    # A backward is twice a forward. At this width Falcon Mamba's decays and convolution are 5.3 %.
+    assert flops == pytest.approx(3 * products / SEQ, rel=0.06 if name == "falcon_mamba" else 0.05)
 
 
 @pytest.mark.parametrize("name", ["llama_7B", "llama2_70B", "pythia_160M", "falcon_7B", "qwen3_0.6B", "mixtral_8x7B"])

@@ -47,7 +47,8 @@ def test_text_that_the_tokenizer_cannot_encode_is_rejected(tmp_path):
     assert error.setting == "--model.tokenizer_path" and "'b'" in error.found
 
 
-def test_many_epochs_to_skip_are_rejected_at_the_first_start_alone(tmp_path):
+def test_many_epochs_to_skip_are_rejected_at_the_first_start_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("torchtitan.protocols.train_spec._extra_train_specs", {})
     (tmp_path / "data.jsonl").write_text('{"text": "a"}\n' * 20)
     data, skip = f"--training.dataset={tmp_path}/data.jsonl", f"--data.skip=3-{10**15}"
     flags = ["--model.config=configs/gla_debug.json", data, skip, f"--job.dump_folder={tmp_path}/run"]

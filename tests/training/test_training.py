@@ -239,7 +239,7 @@ def test_a_job_asked_for_fewer_steps_than_it_has_done_is_complete(root, job):
 def test_a_job_that_cannot_be_exported_says_so_in_one_line_and_the_same_command_exports_it(root, job):
     folder = root / "unexported"
     folder.mkdir()
-    (folder / "hf").touch()  # in the way
+    (folder / "hf").symlink_to("/proc")  # where nobody can make a folder
     flags = job("unexported", "--checkpoint.export", steps=2)
     done = train(*flags)
     status = json.loads((folder / "status.json").read_text())
