@@ -85,7 +85,9 @@ def _derive_seed(name: str, seed: int) -> int:
 def _copy(target: torch.Tensor, value: torch.Tensor) -> None:
     if isinstance(target, DTensor):
         mesh = target.device_mesh
-        whole = DTensor.from_local(value.detach().to(mesh.device_type), mesh, [Replicate()] * mesh.ndim, run_check=False)
+        whole = DTensor.from_local(
+            value.detach().to(mesh.device_type), mesh, [Replicate()] * mesh.ndim, run_check=False
+        )
         value = whole.redistribute(placements=target.placements).to_local()
     local_tensor(target).copy_(value)
 
