@@ -31,7 +31,6 @@ from flame.models.hf import (
 )
 from flame.parallel import layout
 from flame.parallel.apply import parallelize
-from flame.parallel.layout import dp_degree
 from flame.parallel.pipeline import pipeline
 from flame.titan import model as titan_model
 from flame.titan.hf_equivalent import TITAN_CONFIG, titan_structure
@@ -84,7 +83,7 @@ def register(job_config: JobConfig, context: RunContext | None = None) -> None:
         for source in (*sources, *held_out_sources):
             typical_length(source, tokenizer)  # fails now rather than when the loader is made
     if plan and plan.mode != "resume":  # what a run has begun to skip, it may go on with
-        dp = dp_degree(job_config.parallelism, world_size())
+        dp = layout.dp_degree(job_config.parallelism, world_size())
         check_skip(sources, tokenizer, job_config.training, job_config.data, dp)
     for line in (tokenizer.describe(), *(line for s in (*sources, *held_out_sources) for line in s.describe())):
         logger.info(line)
