@@ -68,9 +68,9 @@ class Reader(FileSystemReader):
         """torch's method. Raises UserError for a damaged file, as one is known without a marker."""
         try:
             return super().read_data(plan, planner)
-        except (UserError, torch.OutOfMemoryError, torch.AcceleratorError):
+        except (UserError, FileNotFoundError, torch.OutOfMemoryError, torch.AcceleratorError):
             raise
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError) as error:  # of torch.load
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, OSError) as error:
             is_pickle = isinstance(error, pickle.UnpicklingError)  # its message says how to run what it holds
             found = f"a damaged file ({type(error).__name__ if is_pickle else first_line(error)})"
             raise UserError(str(self.path), found, "an intact checkpoint") from None

@@ -227,6 +227,7 @@ def _load(path: str, trust_remote_code: bool) -> Any:
             reason = first_line(error)
         raise UserError(FLAG, f"no tokenizer.json in {path}", "a tokenizer with one", reason)
     hf = PreTrainedTokenizerFast.from_pretrained(found)
+    json.dumps(hf.init_kwargs, default=str, ensure_ascii=False).encode()  # as it is saved: no half surrogate pair
     hf.init_kwargs.pop("auto_map", None)  # it names code, which is not run and which an export would not have
     if hf.eos_token is None:  # GPT-2's folder leaves its name to the class
         vocab = hf.get_vocab()

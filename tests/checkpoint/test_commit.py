@@ -124,6 +124,14 @@ def test_what_torch_says_of_a_damaged_file_is_kept(tmp_path):
         load({"weight": torch.zeros(4096)}, tmp_path / "step-3", no_dist=True)
 
 
+def test_a_file_whose_second_half_was_not_written_is_named(tmp_path):
+    file = save_unmarked(tmp_path / "step-3") / DATA
+    data = file.read_bytes()
+    file.write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
+    with pytest.raises(UserError, match=r"a damaged file \("):
+        load({"weight": torch.zeros(4096)}, tmp_path / "step-3", no_dist=True)
+
+
 def test_a_marker_that_is_damaged_once_it_was_found_is_a_problem_on_every_rank(tmp_path):
     checkpoint = save(tmp_path / "step-3")
     flip(checkpoint / MARKER)

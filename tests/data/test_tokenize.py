@@ -183,6 +183,16 @@ def test_a_damaged_tokenizer_config_is_named(content, tmp_path):
     assert error.value.setting == "--model.tokenizer_path" and "tokenizer_config.json" in error.value.found
 
 
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("content", [r'{"backend": "\ud800"}', r'{"extra": {"\udc00": 1}}', r'{"extra": ["a\ud800"]}'])
+def test_text_that_could_not_be_saved_with_a_tokenizer_is_one_line(content, file, tmp_path):
+    save(tmp_path, GROUPED)
+    (tmp_path / file).write_text(content)
+    with pytest.raises(UserError) as error:
+        build_tokenizer(str(tmp_path))
+    assert error.value.setting == "--model.tokenizer_path" and "surrogates not allowed" in error.value.hint
+
+
 def test_a_broken_tokenizer_file_is_one_line(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(UserError) as error:
