@@ -16,6 +16,7 @@ _SUPPRESSED_LOG_PREFIXES = (
     "Sleeping 2 seconds",
     "Destroying the purge thread",
     "ENV[",  # variables that torchrun set a moment ago
+    *("The fast path is not", "The CUDA backend is not", "Mamba2 does not"),  # fla's code, which flame does not run
 )
 _SUPPRESSED_WARNINGS = (
     "In CPU autocast",  # torchtitan makes one that no run enters

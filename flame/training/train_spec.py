@@ -20,6 +20,7 @@ from flame.data.loader import build_dataloader, check_skip, typical_length
 from flame.data.source import build_sources
 from flame.data.tokenize import Tokenizer, load_tokenizer
 from flame.errors import UserError, first_line
+from flame.models import reference
 from flame.models.causal_lm import CausalLM, ModelArgs
 from flame.models.hf import (
     build_on_meta,
@@ -124,6 +125,8 @@ def _load_hf(job_config: JobConfig, tokenizer: Tokenizer, context: RunContext) -
     family, hf_config = load_hf_config(
         model.config, tokenizer=tokenizer, grow_vocab=model.grow_vocab, trust_remote_code=model.trust_remote_code
     )
+    if family.from_fla and device_type != "cpu":
+        reference.check_kernels(hf_config.model_type)
     if job_config.training.varlen and family.packing is None:
         hint = f"models of type {hf_config.model_type} cannot keep packed documents apart"
         raise UserError("--training.varlen", "true", "false", hint)

@@ -1,8 +1,8 @@
-"""The RWKV references, and the norm of Mamba 2, against the Triton kernels of fla they stand in for, in fp32.
+"""The RWKV references and Mamba 2 against the Triton kernels of fla they stand in for, in fp32.
 
 `pytest -m slow` runs this file again as a script, because the interpreter has to be on before fla is imported. The
-kernels of Mamba and Mamba 2 are CUDA code of the packages mamba_ssm and causal_conv1d, which cannot run here:
-test_reference_state_space.py compares those references with the recurrences.
+kernels of Mamba are CUDA code of the packages mamba_ssm and causal_conv1d, which cannot run here:
+test_reference_state_space.py compares its reference with the recurrence.
 """
 
 import functools
@@ -75,6 +75,26 @@ def without_the_gradient_of_the_state(op):
     return call
 
 
+def mamba2_layer(groups):
+    """The output of fla's Mamba 2 by its Triton kernels as flame calls them, and by fla token by token."""
+    from fla.layers.mamba2 import Mamba2
+
+    from flame.models.reference import mamba
+
+    torch.manual_seed(0)
+    layer = Mamba2(hidden_size=32, head_dim=16, state_size=16, n_groups=groups)
+
+    def decode(x, *_):
+        last = {"conv_state": x.new_zeros(2, layer.conv_dim, 4), "recurrent_state": x.new_zeros(2, 4, 16, 16)}
+        outputs = []
+        for token in x.split(1, 1):
+            o, last["conv_state"], last["recurrent_state"] = layer.torch_forward(token, last)
+            outputs.append(o)
+        return torch.cat(outputs, 1)
+
+    return decode, lambda x: mamba.mamba2(layer, x)[0], {"x": normal(2, T, 32)}
+
+
 def look_gather_up_late():
     """The interpreter replaces triton.language's functions while a kernel runs; fla keeps this one by name."""
     from triton import language
@@ -129,6 +149,8 @@ def cases():
         "key": (fused_k_update.fused_k_rwkv7, rwkv.update_key, (x, y, weight)),
         "output": (gate_output_correction.gate_output_correction, rwkv.correct_output, correct),
         "squared relu": (sqrelu, rwkv.squared_relu, (x,)),
+        "mamba2": mamba2_layer(1),
+        "mamba2 with four groups": mamba2_layer(4),
         "norm": (*norm, {"x": x, "weight": weight, "bias": None}),
         "norm, then gate": (*norm, {"x": x, "weight": weight, "bias": None, "z": y}),
         "gate, then norm": (*norm, {"x": x, "weight": weight, "bias": None, "z": y, "norm_before_gate": False}),
@@ -141,7 +163,7 @@ def cases():
 @pytest.mark.slow
 def test_every_reference_equals_its_kernel():
     errors = run(__file__)
-    assert len(errors) == 30
+    assert len(errors) == 32
     assert errors.pop(ROUGH) < 1e-3
     assert {name: error for name, error in errors.items() if not error < 1e-5} == {}
 

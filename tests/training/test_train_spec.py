@@ -35,6 +35,23 @@ def test_what_needs_a_gpu_is_rejected_on_a_cpu(monkeypatch):
     assert (error.setting, error.hint) == (flag, "needs a GPU, and none is visible")
 
 
+@pytest.mark.parametrize("name", ["mamba_340M", "samba_1B"])
+def test_a_scan_whose_kernels_are_not_installed_is_rejected_on_a_gpu(name, monkeypatch):
+    monkeypatch.setattr("torchtitan.protocols.train_spec._extra_train_specs", {})
+    monkeypatch.setattr("flame.training.train_spec.device_type", "cuda")
+    error = rejected(f"--model.config=configs/{name}.json")
+    assert error.setting == "--model.config" and "pip install" in error.hint and "mamba-ssm" in error.hint
+    for package in ("is_fast_path_available", "causal_conv1d_fn"):
+        monkeypatch.setattr(f"fla.layers.mamba.{package}", True)
+    register(parse([f"--model.config=configs/{name}.json"]))
+
+
+def test_mamba2_needs_no_package_on_a_gpu(monkeypatch):
+    monkeypatch.setattr("torchtitan.protocols.train_spec._extra_train_specs", {})
+    monkeypatch.setattr("flame.training.train_spec.device_type", "cuda")
+    register(parse(["--model.config=configs/mamba2_340M.json"]))
+
+
 def test_a_backend_that_is_not_used_is_not_validated():
     register(parse(["--model.config=configs/gla_debug.json", "--compile.backend=nonsense"]))
 

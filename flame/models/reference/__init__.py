@@ -37,10 +37,21 @@ def check_supported(model_type: str) -> None:
         raise UserError("--model.config", f"model_type {model_type!r}", rule, hint)
 
 
+def check_kernels(model_type: str) -> None:
+    """Check that a model type of fla can run on a GPU. Raises UserError if it needs packages that are not installed."""
+    from fla.layers import mamba
+
+    if model_type in ("mamba", "samba") and not (mamba.is_fast_path_available and mamba.causal_conv1d_fn):
+        hint = "its scan on a GPU needs two packages: pip install --no-build-isolation causal-conv1d mamba-ssm"
+        raise UserError("--model.config", f"model_type {model_type!r}", hint=hint)
+
+
 @functools.cache
 def enable() -> None:
     """Import fla and rebind its entry points for CPU tensors. Calling it again does nothing."""
     import fla  # noqa: F401  (imports every layer, so that every global below exists)
+    from fla.layers.mamba import Mamba
+    from fla.layers.mamba2 import Mamba2
     from fla.modules.activations.ops import ACT2FN
 
     references = [pair for module in _MODULES for pair in module.pairs()]
@@ -57,8 +68,8 @@ def enable() -> None:
             for reference in (attention.flash_attn_func, attention.flash_attn_varlen_func):
                 original = table.get(name := reference.__name__)
                 table[name] = _on_cpu(reference, original) if original else reference
-    for layer, reference in mamba.layers():  # fla's own CPU code is a method here, not a global
-        layer.forward = _on_cpu(reference, layer.forward)
+    Mamba.forward = _on_cpu(mamba.mamba, Mamba.forward)  # whose PyTorch code is a method, not a global
+    Mamba2.forward = _on_cpu(mamba.mamba2, mamba.mamba2)  # on a GPU, too, where its own needs a package
 
 
 def _on_cpu(reference: Callable, original: Callable) -> Callable:

@@ -1,8 +1,9 @@
 """Mamba and Mamba 2: state space models whose decays and writes depend on the input.
 
 fla takes their kernels from the package mamba_ssm. Its own PyTorch fallback runs Mamba token by token in a time that
-grows with the square of seq, and repeats Mamba 2's groups in another order than those kernels and its own decoding do;
-so the references replace whole layers.
+grows with the square of seq. Mamba 2's takes gigabytes for each layer, and repeats groups in another order than those
+kernels and its own decoding do. So `mamba` replaces fla's layer on a CPU, and `mamba2` on a GPU as well: it calls entry
+points of fla that are Triton kernels there, and references on a CPU.
 """
 
 from collections.abc import Callable
@@ -13,8 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flame.models.reference.common import wide
-from flame.models.reference.convolution import causal_conv1d
-from flame.models.reference.linear_attention import simple_gla
 from flame.models.reference.norm import norm
 
 CHUNK = 32  # tokens; all chunks step from token to token together, then the state passes from chunk to chunk
@@ -58,11 +57,13 @@ def state_space_duality(
     x and y are (batch, seq, heads, P), dt >= 0 is (batch, seq, heads), A <= 0 (heads,), B and C are (batch, seq,
     groups, N), each group shared by neighbouring heads, states (batch, heads, P, N).
     """
+    from fla.ops.simple_gla import chunk_simple_gla
+
     shared = x.shape[2] // B.shape[2]
-    B, C = (wide(t).repeat_interleave(shared, 2) for t in (B, C))
+    B, C = (t.repeat_interleave(shared, 2) for t in (B, C))
     dt = wide(dt)
-    return simple_gla(
-        C, B, dt[..., None] * wide(x), dt * wide(A), scale=1.0, initial_state=initial_state,
+    return chunk_simple_gla(
+        C, B, (dt[..., None] * x).to(x.dtype), dt * wide(A), scale=1.0, initial_state=initial_state,
         output_final_state=output_final_state, state_v_first=True,
     )  # fmt: skip
 
@@ -96,13 +97,14 @@ def mamba2(
     gate, x, dt = layer.in_proj(hidden_states).split([inner, inner + 2 * group, layer.num_heads], -1)
     x, conv_state = _convolve(layer, x, mask, last, use_cache)
     x, B, C = x.split([inner, group, group], -1)
-    x = wide(x).unflatten(-1, (layer.num_heads, -1))
+    x = x.unflatten(-1, (layer.num_heads, -1))
     B, C = (t.unflatten(-1, (layer.n_groups, -1)) for t in (B, C))
     dt = F.softplus(wide(dt) + wide(layer.dt_bias)).clamp(*layer.dt_limit)
     state = last and last["recurrent_state"]
     y, state = state_space_duality(x, dt, -wide(layer.A_log).exp(), B, C, state, bool(use_cache))
-    y = (y + x * wide(layer.D).view(layer.num_heads, -1)).flatten(2)  # D is a number for each head or each channel
-    y = layer.norm(y, gate) if layer.rmsnorm else y * layer.act(wide(gate))
+    D = layer.D.to(x.dtype).view(layer.num_heads, -1)  # a number for each head or each channel
+    y = torch.addcmul(y, x, D).flatten(2)
+    y = layer.norm(y, gate) if layer.rmsnorm else y * layer.act(gate)
     _remember(layer, past_key_values, use_cache, state, conv_state, hidden_states.shape[1])
     return layer.out_proj(y.to(hidden_states.dtype)), None, past_key_values
 
@@ -116,11 +118,14 @@ def _cached(layer: Any, x: Tensor, mask: Tensor | None, cache: Any) -> tuple[Any
 
 
 def _convolve(layer: Any, x: Tensor, mask: Tensor | None, last: Any, use_cache: bool | None) -> Any:
+    from fla.modules.causal_conv1d import causal_conv1d
+
     if mask is not None:
         x = x * mask.to(x.dtype)
     state = last and last["conv_state"]
-    y, state = causal_conv1d(x, layer.conv1d.weight[:, 0], layer.conv1d.bias, None, state, bool(use_cache))
-    y = layer.act(y)
+    fused = layer.activation if layer.activation in ("silu", "swish") else None
+    y, state = causal_conv1d(x, layer.conv1d.weight[:, 0], layer.conv1d.bias, None, state, bool(use_cache), fused)
+    y = y if fused else layer.act(y)
     return (y if mask is None else y * mask.to(y.dtype)), state
 
 
@@ -149,11 +154,3 @@ def pairs() -> list[tuple[Callable, Callable]]:
     from fla.modules.norm import layernorm_gated
 
     return [(layernorm_gated.rmsnorm_fn, rms_norm_gated)]
-
-
-def layers() -> list[tuple[Any, Callable]]:
-    """Layers of fla, each with the reference of its forward."""
-    from fla.layers.mamba import Mamba
-    from fla.layers.mamba2 import Mamba2
-
-    return [(Mamba, mamba), (Mamba2, mamba2)]
