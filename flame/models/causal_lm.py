@@ -223,7 +223,7 @@ class CausalLM(ModelProtocol):
         units += [Unit(name, part, self.build[name]) for name, part in others]
         units += [Unit(self.head_name, head, self._build_head)] if head is not None else []
         constants = {f"{self.prefix}.{name}": value for name, value in self.family.constants.items()}
-        init_weights(self, units, self.hf._init_weights, self.model_args.seed, constants)
+        init_weights(self, units, self.hf._init_weights, self.model_args.seed, constants, buffer_device)
         setattr(self.hf, self.head_name, head)
 
     def _build_head(self) -> nn.Module:

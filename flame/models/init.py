@@ -33,11 +33,13 @@ def init_weights(
     init_module: Callable[[nn.Module], None],
     seed: int,
     constants: Mapping[str, float] | None = None,
+    buffer_device: torch.device | None = None,
 ) -> None:
     """Set every parameter and buffer of `model`, which consists of `units` and of `constants`, {name: value}.
 
-    `init_module` is Hugging Face's `_init_weights`. Peak extra memory is one unit. Raises RuntimeError naming
-    parameters or buffers that nothing initialised.
+    `init_module` is Hugging Face's `_init_weights`. Buffers move to `buffer_device`, if there is one: FSDP2, which
+    brings offloaded parameters to the GPU, leaves them where they are. Peak extra memory is one unit. Raises
+    RuntimeError naming parameters or buffers that nothing initialised.
     """
     for name, tensor in _floating_point(model):
         tensor.fill_((constants or {}).get(name, float("nan")))
@@ -46,6 +48,9 @@ def init_weights(
     unset = [name for name, tensor in _floating_point(model) if tensor.isnan().any()]
     if unset:
         raise RuntimeError(f"initialisation left {len(unset)} tensors unset: {', '.join(unset[:8])}")
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(buffer_device or buffer.device))
 
 
 def _floating_point(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -115,10 +115,8 @@ def wrap_model_class(model_cls: type, description: dict[str, Any], hf_config: Pr
                 self.output.weight = self.tok_embeddings.weight  # materialising the meta tensors has untied them
             draw = _unit_initializer(model_cls, self.model_args)
             units = [Unit(name, module, partial(draw, name)) for name, module in _units(self)]
-            init_weights(self, [*units, Unit("", _own_buffers(self), partial(draw, ""))], lambda _: None, seed)
-            for module in self.modules():
-                for name, buffer in module.named_buffers(recurse=False):
-                    setattr(module, name, buffer.to(buffer_device or buffer.device))
+            units.append(Unit("", _own_buffers(self), partial(draw, "")))
+            init_weights(self, units, lambda _: None, seed, buffer_device=buffer_device)
 
         def save_assets(self, folder: Path, tokenizer: Any) -> None:
             """Write the model's description and the tokenizer; config.json is transformers' if it has such a model."""

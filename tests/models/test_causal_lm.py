@@ -104,6 +104,16 @@ def test_a_parameter_that_nothing_initialises_is_named():
         init_weights(model, units, lambda module: None, seed=0)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "transformer", "retnet"])
+def test_buffers_move_to_their_device_where_parameters_are_offloaded(name, tmp_path):
+    path = tmp_path / "retnet.json"
+    path.write_text(json.dumps(fields_of("retnet_340M")))
+    model = build(path if name == "retnet" else write_config(tmp_path, name))
+    model.init_weights(buffer_device=torch.device("meta"))
+    assert {buffer.device.type for buffer in model.buffers()} == {"meta"}
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+
+
 def test_a_norm_that_the_familys_own_init_forgets_is_named(tmp_path, monkeypatch):
     model = build(write_config(tmp_path, "llama"))
     own = model.hf._init_weights
