@@ -32,23 +32,25 @@ def main(argv: list[str], trainer: str = "flame.training.trainer:FlameTrainer") 
 
 def train(argv: list[str], signals: Signals, trainer: str) -> int:
     """What `main` does after it listens to signals."""
-    from flame.runtime import device, log
+    from flame.runtime import device, imports, log
 
     log.configure()
     device.choose()  # before the imports below, which import torchtitan, which reads the device
-    from flame.config.parser import parse, world_size
-    from flame.dry_run.summary import summarize
-    from flame.preflight.validate import check
-    from flame.runtime.lock import hold
-    from flame.training.context import RunContext
-    from flame.training.job import run_job
-    from flame.training.train_spec import register
+    with imports.on_demand():
+        from flame.config.parser import parse, world_size
+        from flame.preflight.validate import check
+        from flame.runtime.lock import hold
+        from flame.training.context import RunContext
+        from flame.training.job import run_job
+        from flame.training.train_spec import register
 
     try:
         config = parse(argv)
         context = RunContext(config, signals)
         check(config, world_size(), is_first=context.is_first)
         if config.job.dry_run:
+            from flame.dry_run.summary import summarize
+
             print(summarize(config, world_size()))
             return 0
         with hold(context.run.folder) if context.is_first else nullcontext():

@@ -18,6 +18,7 @@ from torch import nn
 
 from flame.errors import UserError
 from flame.models.reference import attention, convolution, delta_rule, gsa, linear_attention, mamba, norm, rwkv
+from flame.runtime.imports import on_demand
 
 _MODULES = (attention, convolution, delta_rule, gsa, linear_attention, mamba, norm, rwkv)
 # The model types of fla whose training and generation need these references alone; each has a test.
@@ -49,7 +50,8 @@ def check_kernels(model_type: str) -> None:
 @functools.cache
 def enable() -> None:
     """Import fla and rebind its entry points for CPU tensors. Calling it again does nothing."""
-    import fla  # noqa: F401  (imports every layer, so that every global below exists)
+    with on_demand():
+        import fla  # noqa: F401  (imports every layer, so that every global below exists)
     from fla.layers.mamba import Mamba
     from fla.layers.mamba2 import Mamba2
     from fla.modules.activations.ops import ACT2FN
