@@ -32,12 +32,14 @@ from flame.models import limits, reference, table
 from flame.models.family import Family
 from flame.models.generic import read_family
 from flame.models.vocabulary import fit_vocab_size
+from flame.runtime.log import hold_back
 
 logger = logging.getLogger("flame")
 _OF_ANY = (  # fields that transformers looks for in a config whose class lacks them
     *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id"),
     *("auto_map", "tie_word_embeddings", "head_dim"),
 )
+_SHAPES_DIFFER = ("must match", "cannot be multiplied", "is invalid for", "broadcast")  # how torch says so
 _OF_IDS = ("_token_id", "_ids", "suppress_tokens")  # ends of the names of a generation config's fields
 
 
@@ -96,12 +98,14 @@ def _parse_float(table: dict[str, Any]) -> Any:
     return float(table["__float__"]) if table.keys() == {"__float__"} else table
 
 
+@hold_back("transformers")
 def read_config(
     fields: dict[str, Any], source: str, trust_remote_code: bool = False
 ) -> tuple[Family, PreTrainedConfig]:
     """The family and config of a config's fields, which came from `source`.
 
-    Raises UserError if the model type is unknown or remote code that is not trusted, or if a field is invalid.
+    Raises UserError if the model type is unknown or remote code that is not trusted, if a field is invalid, or if a
+    model without a row in flame.models.table cannot run.
     """
     for name in ("attn_implementation", "_attn_implementation"):
         if "/" in str(fields.get(name)):
@@ -140,6 +144,7 @@ def read_config(
         family = replace(family, packing=None)  # ALiBi's biases have no form with such a mask
     if family is None:
         hf = build_on_meta(config, source, trust_remote_code)
+        _check_shapes(hf, source)
         family = read_family(hf, model_type, from_fla=type(hf).__module__.startswith("fla."))
     return family, config
 
@@ -220,6 +225,16 @@ def build_on_meta(config: PreTrainedConfig, source: str, trust_remote_code: bool
     if empty := [name for name, parameter in hf.named_parameters() if not parameter.numel()]:
         raise UserError("--model.config", source, hint=f"cannot be built: {empty[0]} has no elements")
     return hf
+
+
+def _check_shapes(hf: PreTrainedModel, source: str) -> None:
+    """Raises UserError if sizes in a model's config contradict each other in its forward. hf: on the meta device."""
+    try:
+        with known_packing(False):
+            hf(input_ids=torch.zeros(1, 8, dtype=torch.int64, device="meta"), use_cache=False)
+    except Exception as error:  # others are about the meta device, such as of experts that are chosen by values
+        if any(said in str(error) for said in _SHAPES_DIFFER):
+            raise UserError("--model.config", source, hint=f"cannot run: {first_line(error)}") from None
 
 
 @contextlib.contextmanager

@@ -4,6 +4,9 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from logging.handlers import BufferingHandler
 
 _SUPPRESSED_LOG_PREFIXES = (
     "Error running lspci",  # torchtitan looks for its GPU table's names three times
@@ -37,3 +40,17 @@ def configure() -> None:
     for name in ("torchao", "torch.utils._pytree"):  # transformers imports torchao where it is installed
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ["KINETO_LOG_LEVEL"] = "5"  # silences torch.profiler, as torchtitan does
+
+
+@contextmanager
+def hold_back(library: str) -> Iterator[None]:
+    """What a library logs in a block is logged at its end, and dropped if the block fails: its error says enough."""
+    logger, held = logging.getLogger(library), BufferingHandler(capacity=1000)
+    handlers, logger.handlers = logger.handlers, [held]
+    propagate, logger.propagate = logger.propagate, False
+    try:
+        yield
+    finally:
+        logger.handlers, logger.propagate = handlers, propagate
+    for record in held.buffer:
+        logger.callHandlers(record)

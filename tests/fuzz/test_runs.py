@@ -130,7 +130,7 @@ def write(case):
 
 def _damage(path, kind, *how):
     content = path.read_bytes() if path.is_file() else b""
-    if kind == "bytes":
+    if kind == "bytes" and path.is_file():
         path.write_bytes(spoil_bytes(content, how[0]))
     elif kind == "json" and content:
         path.write_bytes(spoil_text(content, how[0]))
@@ -143,8 +143,8 @@ def _damage(path, kind, *how):
     else:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        elif path.exists():
-            path.unlink()
+        else:
+            path.unlink(missing_ok=True)
         if kind == "gone" or not path.parent.is_dir():
             return
         {"folder": Path.mkdir, "pipe": os.mkfifo, "loop": lambda at: at.symlink_to(at.name)}.get(kind, Path.touch)(path)

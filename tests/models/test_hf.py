@@ -1,6 +1,7 @@
 """Configs that transformers takes and a run would fall over, and those that only look like it."""
 
 import json
+import logging
 
 import pytest
 import torch
@@ -109,6 +110,38 @@ def test_a_model_of_which_a_parameter_is_empty_is_rejected():
     with pytest.raises(UserError) as error:
         build_on_meta(read_config(fields_of("granitemoe") | {"num_local_experts": 0}, "m.json")[1], "m.json")
     assert error.value.setting == "--model.config" and "has no elements" in error.value.hint
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {**LEARNED["gptj"], "rotary_dim": 64},  # of heads of 16
+        {
+            **OTHERS["qwen2"],
+            "model_type": "deepseek_v3",
+            "head_dim": 8,
+            "qk_rope_head_dim": 64,
+            "first_k_dense_replace": 9,
+        },
+    ],
+    ids=["gptj", "deepseek_v3"],
+)
+def test_sizes_that_contradict_each_other_are_rejected_before_a_model_is_trained(fields):
+    with pytest.raises(UserError) as error:
+        read_config(fields, "m.json")
+    assert error.value.setting == "--model.config" and error.value.hint.startswith("cannot run: RuntimeError")
+
+
+def test_what_transformers_says_of_a_config_is_logged_once_it_is_taken(monkeypatch):
+    said, handler = [], logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    monkeypatch.setattr(logging.getLogger("transformers"), "handlers", [handler])
+    taken = fields_of("gpt2") | {"bos_token_id": 999}
+    read_config(taken, "m.json")
+    assert len(said) == 1 and "bos_token_id" in said.pop()
+    with pytest.raises(UserError):
+        read_config(taken | {"n_head": 3}, "m.json")
+    assert not said
 
 
 def test_slots_that_are_left_to_fla_are_counted():
