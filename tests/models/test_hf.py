@@ -136,11 +136,11 @@ def test_what_transformers_says_of_a_config_is_logged_once_it_is_taken(monkeypat
     said, handler = [], logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
     monkeypatch.setattr(logging.getLogger("transformers"), "handlers", [handler])
-    taken = fields_of("gpt2") | {"bos_token_id": 999}
+    taken = fields_of("gpt2") | {"bos_token_id": 999, "eos_token_id": 1}
     read_config(taken, "m.json")
     assert len(said) == 1 and "bos_token_id" in said.pop()
     with pytest.raises(UserError):
-        read_config(taken | {"n_head": 3}, "m.json")
+        read_config(taken | {"n_head": 3, "bos_token_id": 998}, "m.json")
     assert not said
 
 
