@@ -55,7 +55,7 @@ status=0
 case $status in
   0) ;;
   64) exit 0 ;; # the help was printed
-  65) exec "${start[@]}" "$python" -m flame.train "$@" ;; # a dry run: one process reports for all ranks
+  65) exec "${start[@]}" "$python" -m flame.dry_run "$@" ;; # a dry run: one process reports for all ranks
   *) exit "$status" ;;
 esac
 

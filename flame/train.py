@@ -46,13 +46,10 @@ def train(argv: list[str], signals: Signals, trainer: str) -> int:
 
     try:
         config = parse(argv)
+        if config.job.dry_run:
+            raise UserError("--job.dry_run", "true", "false in a rank", "train.sh starts python -m flame.dry_run")
         context = RunContext(config, signals)
         check(config, world_size(), is_first=context.is_first)
-        if config.job.dry_run:
-            from flame.dry_run.summary import summarize
-
-            print(summarize(config, world_size()))
-            return 0
         with hold(context.run.folder) if context.is_first else nullcontext():
             register(config, context)
             return run_job(resolve_name(trainer), context)

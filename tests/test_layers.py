@@ -19,8 +19,8 @@ ROOMS = {  # lowest first; a room imports itself, `errors`, and the rooms named 
     "convert": "config runtime checkpoint data models titan",
     "preflight": "config runtime checkpoint data models parallel convert",
     "training": "config runtime checkpoint data models parallel titan convert",
-    "dry_run": "config data models parallel titan training",
-    "train": "config runtime preflight training dry_run",
+    "dry_run": "config runtime preflight data models parallel titan training",
+    "train": "config runtime preflight training",
     "drills": "config checkpoint training train",
     "__main__": "",
 }

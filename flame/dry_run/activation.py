@@ -1,7 +1,7 @@
 """The memory of each block in training, in bytes, from tracing one block of each kind with fake tensors (no values).
 
 The trace is the real step: the rank's own shapes, tensor and context parallelism, activation checkpointing,
-forward and backward, on this machine's device type.
+forward and backward, on the CPU: fake tensors would have fla and the loss launch kernels on a GPU.
 """
 
 import copy

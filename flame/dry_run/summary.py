@@ -12,7 +12,7 @@ from huggingface_hub.constants import HF_HUB_OFFLINE
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.logging import logger
-from torchtitan.tools.utils import device_module, device_type, get_peak_flops, set_default_dtype
+from torchtitan.tools.utils import get_peak_flops, set_default_dtype
 
 from flame.config.schema import JobConfig
 from flame.data.document import Bad
@@ -93,13 +93,13 @@ def _memory(memory: dict[str, list[Memory]], job_config: JobConfig) -> str:
     ]
     names = [field.name for field in fields(Memory) if field.name != "parameters"]
     rows += [(name.replace("_", " "), *(_gib(getattr(m, name)) for m in highest)) for name in names]
-    return _table(rows, f"memory of the rank with the highest peak, traced on {device_type} (peaks are less than sums)")
+    return _table(rows, "memory of the rank with the highest peak, traced on a CPU (peaks are less than sums)")
 
 
 def _caveats(untraceable: str, model: Any, job_config: JobConfig) -> Iterator[str]:
     if untraceable:
         yield f"  activations, and so the peak, are a rough estimate: a block cannot be traced ({untraceable})"
-    elif device_type == "cpu" and job_config.model.name == "auto" and model.family.from_fla:
+    elif job_config.model.name == "auto" and model.family.from_fla:
         yield "  activations are those of the CPU reference kernels; fla's kernels on a GPU keep less"
     if job_config.activation_checkpoint.mode == "memory_budget":
         yield "  activation_checkpoint.mode memory_budget is between the two columns"
@@ -188,8 +188,8 @@ def _disk(parameters: int, job_config: JobConfig) -> str:
 
 def _time(flops: int, world_size: int, assumed_mfu: float | None) -> str:
     name, peak, example = "H100", 989e12, ", as an example"  # for a machine without a GPU
-    if device_type != "cpu":
-        name, example = device_module.get_device_name(), ""
+    if torch.accelerator.is_available():
+        name, example = torch.get_device_module().get_device_name(), ""
         peak = get_peak_flops(name)
     rows = [("MFU", "hours", "days")]
     for mfu in (0.3, 0.4, 0.5) if assumed_mfu is None else (assumed_mfu,):

@@ -279,7 +279,7 @@ def known_packing(packed: bool) -> Iterator[None]:
 def choose_attention(config: PreTrainedConfig, family: Family, dtype: str) -> None:
     """flash-attn for transformers' attention if it is installed and supports `dtype`; else SDPA."""
     installed = importlib.util.find_spec("flash_attn") is not None
-    if family.packing == "positions" and installed and torch.cuda.is_available() and dtype in ("bfloat16", "float16"):
+    if family.packing == "positions" and installed and device_type == "cuda" and dtype in ("bfloat16", "float16"):
         config._attn_implementation = "flash_attention_2"
 
 

@@ -13,15 +13,15 @@ import torch.distributed as dist
 import torch.profiler
 
 
-def choose() -> str:
+def choose(cpu: bool = False) -> str:
     """Choose the device of this process; returns its type ("cuda", "cpu", ...). Comes before torchtitan's import.
 
-    Without an accelerator, torch is patched where torchtitan takes one for granted; with one, nothing is.
+    Without an accelerator, or with `cpu`, torch is patched where torchtitan takes one for granted; else nothing is.
     """
     device_type = torch._utils._get_available_device_type()
-    if device_type not in (None, "cpu"):
+    if device_type not in (None, "cpu") and not cpu:
         return device_type
-    if device_type is None:
+    if device_type != "cpu":
         assert "torchtitan.tools.utils" not in sys.modules, "device.choose() must run before torchtitan is imported"
         _find_cpu()
         _complete_cpu_module()

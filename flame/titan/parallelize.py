@@ -14,7 +14,6 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from torchtitan.distributed import ParallelDims
 from torchtitan.models.moe import MoE
 from torchtitan.protocols.train_spec import TrainSpec
-from torchtitan.tools.utils import device_type
 
 from flame.config.parser import world_size
 from flame.config.schema import JobConfig
@@ -38,7 +37,7 @@ def validate(spec: TrainSpec, args: Any, job_config: JobConfig) -> None:
     if masked != training.varlen:
         reason = f"its attention {'keeps' if masked else 'cannot keep'} documents apart"
         raise UserError("--training.varlen", str(training.varlen).lower(), f"{str(masked).lower()} for {name}", reason)
-    if device_type == "cpu" and attention not in ("sdpa", "flex"):
+    if attention not in ("sdpa", "flex") and not torch.accelerator.is_available():
         raise UserError("--model.flavor", model.flavor, hint=f"its {attention} attention needs a GPU, none is visible")
     cp, comm = layout.context_parallel_degree, layout.expert_parallel_comm_backend
     for rejected, setting, found, allowed in (

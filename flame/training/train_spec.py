@@ -6,10 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torchtitan.components.optimizer import build_optimizers
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 from torchtitan.tools.logging import logger
-from torchtitan.tools.utils import device_type
 
 from flame.config.files import read_json
 from flame.config.parser import world_size
@@ -65,7 +65,8 @@ def register(job_config: JobConfig, context: RunContext | None = None) -> None:
     holds, on the first rank alone. Raises UserError.
     """
     context, model = context or RunContext(job_config), job_config.model
-    if device_type == "cpu" and (flag := next((f for f, asked in _NEEDS_GPU.items() if asked(job_config)), None)):
+    flag = next((flag for flag, asked in _NEEDS_GPU.items() if asked(job_config)), None)
+    if flag and not torch.accelerator.is_available():
         raise UserError(f"--{flag}", hint="needs a GPU, and none is visible")
     quantize.check(job_config)
     if job_config.compile.enable:
@@ -125,7 +126,7 @@ def _load_hf(job_config: JobConfig, tokenizer: Tokenizer, context: RunContext) -
     family, hf_config = load_hf_config(
         model.config, tokenizer=tokenizer, grow_vocab=model.grow_vocab, trust_remote_code=model.trust_remote_code
     )
-    if family.from_fla and device_type != "cpu":
+    if family.from_fla and torch.accelerator.is_available():
         reference.check_kernels(hf_config.model_type)
     if job_config.training.varlen and family.packing is None:
         hint = f"models of type {hf_config.model_type} cannot keep packed documents apart"

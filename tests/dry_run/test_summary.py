@@ -136,6 +136,35 @@ def test_train_sh_ends_with_0_and_a_page_or_with_2_and_one_line_and_leaves_nothi
     assert os.listdir(tmp_path) == ["llama.json"]
 
 
+# A machine with a GPU, as far as torch is asked before it is used; every launch of a Triton kernel fails.
+ON_A_GPU = """
+import sys, torch, triton
+torch._utils._get_available_device_type = lambda: "cuda"
+torch.accelerator.is_available = torch.cuda.is_available = lambda: True
+torch._C._get_accelerator = lambda: torch.device("cuda")
+torch.cuda.get_device_name = lambda: "NVIDIA H100"
+def run(*args, **options): raise AssertionError("a kernel is launched")
+triton.JITFunction.run = run
+from flame.dry_run.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("model", ["llama", "gla"])
+def test_a_machine_with_a_gpu_computes_nothing_on_it_and_lends_its_name(tmp_path, model):
+    flags = [f"--model.config={write_config(tmp_path, model)}", *SMALL, "--training.enable_cpu_offload"]
+    command = [sys.executable, "-c", ON_A_GPU, *flags]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "traced on a CPU" in done.stdout and "time on 1 NVIDIA H100 (989 TFLOPS each)" in done.stdout
+
+
+def test_a_rank_makes_no_page():
+    command = [sys.executable, "-m", "flame.train", "--dry_run"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "python -m flame.dry_run" in done.stderr
+
+
 @pytest.mark.parametrize("flag", ["--dry_run", "--job.dry_run", "--memory_estimation.enabled"])
 def test_the_flags_that_ask_for_it(flag):
     assert parse([flag]).job.dry_run and not parse([]).job.dry_run

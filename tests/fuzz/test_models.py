@@ -8,8 +8,8 @@ import pytest
 from hypothesis import strategies as st
 from torchtitan.protocols import train_spec
 
-from flame import train
 from flame.config.parser import parse, world_size
+from flame.dry_run import __main__ as dry_run
 from flame.errors import REFUSED, UserError
 from flame.models import __main__ as models
 from flame.preflight.validate import check as validate
@@ -62,7 +62,7 @@ def run(case):
         return models.main(["audit", "model.json", "--seq_len=16"])
     flags = ["--model.config=model.json", "--job.dump_folder=out/run", "--training.seq_len=64"]
     if command == "dry_run":
-        return train.main(["--dry_run", *flags])
+        return dry_run.main(["--dry_run", *flags])
     try:
         config = parse([*flags, *{"grow": ["--model.grow_vocab"], "varlen": ["--training.varlen"]}.get(command, [])])
         validate(config, world_size())

@@ -3,7 +3,6 @@
 import importlib.util
 
 import pytest
-import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
@@ -29,7 +28,7 @@ def test_a_compile_backend_that_torch_does_not_have_is_rejected():
 
 
 def test_what_needs_a_gpu_is_rejected_on_a_cpu(monkeypatch):
-    monkeypatch.setattr("flame.training.train_spec.device_type", "cpu")
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
     flag = "--parallelism.enable_async_tensor_parallel"
     error = rejected(flag, "--parallelism.tensor_parallel_degree=2", "--compile.enable")
     assert (error.setting, error.hint) == (flag, "needs a GPU, and none is visible")
@@ -38,7 +37,7 @@ def test_what_needs_a_gpu_is_rejected_on_a_cpu(monkeypatch):
 @pytest.mark.parametrize("name", ["mamba_340M", "samba_1B"])
 def test_a_scan_whose_kernels_are_not_installed_is_rejected_on_a_gpu(name, monkeypatch):
     monkeypatch.setattr("torchtitan.protocols.train_spec._extra_train_specs", {})
-    monkeypatch.setattr("flame.training.train_spec.device_type", "cuda")
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
     error = rejected(f"--model.config=configs/{name}.json")
     assert error.setting == "--model.config" and "pip install" in error.hint and "mamba-ssm" in error.hint
     for package in ("is_fast_path_available", "causal_conv1d_fn"):
@@ -48,7 +47,7 @@ def test_a_scan_whose_kernels_are_not_installed_is_rejected_on_a_gpu(name, monke
 
 def test_mamba2_needs_no_package_on_a_gpu(monkeypatch):
     monkeypatch.setattr("torchtitan.protocols.train_spec._extra_train_specs", {})
-    monkeypatch.setattr("flame.training.train_spec.device_type", "cuda")
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
     register(parse(["--model.config=configs/mamba2_340M.json"]))
 
 
@@ -92,7 +91,7 @@ def test_flash_attn_is_chosen_where_it_is_installed_for_the_types_that_it_has(dt
     family, config = load_hf_config("configs/llama2_7B.json")
     choose_attention(config, family, dtype)
     assert config._attn_implementation in (None, "sdpa")  # no GPU, or no flash-attn
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("flame.models.hf.device_type", "cuda")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     choose_attention(config, family, dtype)
     assert config._attn_implementation == chosen
