@@ -117,7 +117,7 @@ def read_schema(kind: str, file: str) -> Any:
 @contextmanager
 def _open_table(kind: str, file: str) -> Iterator[Any]:
     """A ParquetFile, or a reader of Arrow's stream or file format. Raises UserError, in the block too."""
-    from pyarrow import ArrowInvalid, ipc
+    from pyarrow import ArrowException, ArrowInvalid, ipc
     from pyarrow.parquet import ParquetFile
 
     with open(file, "rb") as content:
@@ -132,7 +132,7 @@ def _open_table(kind: str, file: str) -> Iterator[Any]:
             yield table
         except UserError:
             raise
-        except (OSError, ValueError) as error:  # Arrow's errors are both
+        except (ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:  # the last two of lengths
             if getattr(error, "errno", None) is not None:  # of the disk
                 raise
             raise UserError(file, hint=f"not a whole .{kind} file, {_one_line(error)}") from error

@@ -8,7 +8,7 @@ from datasets import Dataset, DatasetDict
 
 from flame.data.document import Bad
 from flame.data.source import Source
-from flame.data.table import RetryingStream, TableRows
+from flame.data.table import RetryingStream, TableRows, open_column, read_schema
 from flame.errors import UserError
 from tests.data.fakes import COMPRESS, Tape, build, documents, loader, take
 from tests.launch import SMALL, metrics, train_each
@@ -203,6 +203,24 @@ def test_a_damaged_file_is_named_at_once(tmp_path, name, streaming, caplog):
             read(tmp_path, streaming=streaming)
         assert name.format(1) in str(error.value) and "\n" not in str(error.value)
     assert "trying again" not in caplog.text
+
+
+@pytest.mark.parametrize("number", [2**64 - 1, 2**63 - 1, 2**62, 2**32, 0x7F7F7F7F7F7F7F7F])
+def test_a_number_damaged_anywhere_in_an_arrow_file_is_found_or_harmless(tmp_path, number):
+    file = tmp_path / "a.arrow"
+    with pyarrow.ipc.new_stream(file, table([]).schema) as writer:
+        writer.write_table(pyarrow.table({"text": ["a", "b", None, "d"] * 4}, table([]).schema))
+    whole, rejected = file.read_bytes(), 0
+    for place in range(0, len(whole), 8):
+        file.write_bytes(whole[:place] + number.to_bytes(8, "little") + whole[place + 8 :])
+        try:
+            if "text" in read_schema("arrow", str(file)).names:
+                rows = open_column("arrow", str(file), "text")
+                rows.texts(list(range(len(rows))))
+        except UserError as error:
+            assert error.setting == str(file)
+            rejected += 1
+    assert rejected > 20
 
 
 @EVERY_FORM

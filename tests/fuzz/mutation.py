@@ -76,7 +76,7 @@ def spoil_text(data: bytes, steps: list[Step]) -> bytes:
     """Apply steps of JSON to a text, if it is JSON."""
     try:
         return dump(spoil_json(json.loads(data), steps))
-    except ValueError:
+    except (ValueError, RecursionError):
         return data
 
 
