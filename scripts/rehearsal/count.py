@@ -22,7 +22,11 @@ WARM_UP, COST, COUNT, MORE, LOGGED, LAST = 1, 2, 3, 4, 5, 9  # MORE: one microba
 LOG_EVERY = LOGGED
 STAGED = 64 * 1024  # bytes of pageable memory that the driver copies before it returns; it waits for more
 _OWN = (f"{ROOT}/flame/", f"{ROOT}/scripts/", "/torchtitan/", "/transformers/", "/fla/", "/torchao/")
-_METER = (__file__, f"{ROOT}/scripts/rehearsal/device.py")  # their frames are nobody's
+_METER = (
+    __file__,
+    f"{ROOT}/scripts/rehearsal/device.py",
+    f"{ROOT}/scripts/gpu_check/speed.py",
+)  # their frames are nobody's
 
 
 class Mark(NamedTuple):

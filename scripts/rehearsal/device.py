@@ -205,3 +205,16 @@ def _answer_values(stub: Stub, packed: bool) -> None:
 
     masking.find_packed_sequence_indices = find_packed
     torch.Tensor.diff = diff_on_host  # type: ignore[method-assign]
+
+
+def expect_good_steps() -> None:
+    """Have flame take every step of a run for a good one, whatever it reads of memory that no kernel wrote."""
+    from flame.training.outcome import Agreement
+
+    wait = Agreement.wait
+
+    def wait_for_a_good_step(self: Agreement) -> Any:
+        read = wait(self)
+        return read._replace(bad=False, exhausted=False, asked=0, due=False, sums=[0] * len(read.sums))
+
+    Agreement.wait = wait_for_a_good_step  # type: ignore[method-assign]

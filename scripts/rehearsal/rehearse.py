@@ -67,17 +67,22 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def run_one(where: Path, spec: dict[str, Any]) -> dict[str, Any] | None:
-    """The result of run.py in a process with the stub runtime; None if it failed, with the end of its output shown."""
+def stub_environment(where: Path) -> dict[str, str]:
+    """What a process needs in its environment to have the GPU that is not there, beside `where`'s Python."""
     libraries = os.environ.get("LD_LIBRARY_PATH", "")
-    environment = {
+    return {
         "LD_PRELOAD": str(where / "libcudart_stub.so"),
         "LD_LIBRARY_PATH": f"{where}:{libraries}" if libraries else str(where),
         "OMP_NUM_THREADS": "1",
+        "PYTORCH_ALLOC_CONF": "expandable_segments:False",  # which the stub's driver does not have
         "TORCHINDUCTOR_COMPILE_THREADS": "1",  # in this process, which has the stub
         "TRITON_CACHE_DIR": str(where / "cache/triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(where / "cache/inductor"),
     }
+
+
+def run_one(where: Path, spec: dict[str, Any]) -> dict[str, Any] | None:
+    """The result of run.py in a process with the stub runtime; None if it failed, with the end of its output shown."""
     with tempfile.TemporaryDirectory(prefix="rehearsal-") as folder:
         result, log = Path(folder, "result.json"), Path(folder, "log")
         command = [
@@ -87,7 +92,7 @@ def run_one(where: Path, spec: dict[str, Any]) -> dict[str, Any] | None:
         ]
         with log.open("w") as output:
             code = subprocess.run(
-                command, env=os.environ | environment, stdout=output, stderr=subprocess.STDOUT
+                command, env=os.environ | stub_environment(where), stdout=output, stderr=subprocess.STDOUT
             ).returncode
         if code or not result.exists():
             print("\n".join(log.read_text().splitlines()[-40:]), file=sys.stderr)

@@ -10,8 +10,9 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,10 @@ sys.path.insert(0, str(ROOT))
 
 from scripts.rehearsal import device  # noqa: E402
 from scripts.rehearsal.count import LAST, LOG_EVERY, Meter  # noqa: E402
+
+# Makes the meter of a loop, from what sets the microbatches of its steps and how many they are.
+MakeMeter = Callable[[Callable[[int], None], int], Any]
+Building = Callable[[], contextlib.AbstractContextManager]  # what a loop's model is built in
 
 
 @dataclass
@@ -42,13 +47,15 @@ def main(spec: Spec) -> None:
     from flame.runtime import log
 
     log.configure()
+    device.expect_good_steps()
+    run = {"flame": run_flame, "bare": run_bare}.get(spec.run, run_torchtitan)
     with tempfile.TemporaryDirectory(prefix="rehearsal-") as folder:
-        job = _job(spec, Path(folder))
-        result = {"flame": run_flame, "bare": run_bare}.get(spec.run, run_torchtitan)(spec, job, stub)
+        job = make_job(spec, Path(folder))
+        result = run(spec, job, partial(Meter, stub), partial(stub.reading, False))  # no weight is NaN
     Path(spec.result).write_text(json.dumps(result))
 
 
-def _job(spec: Spec, folder: Path) -> Any:
+def make_job(spec: Spec, folder: Path) -> Any:
     """flame's config of the job, of a model with `depth` blocks."""
     from flame.config.parser import parse
     from flame.models.hf import read_config, read_fields
@@ -65,10 +72,10 @@ def _job(spec: Spec, folder: Path) -> Any:
     return parse([*(f"--{name}={value}" for name, value in own.items()), "--checkpoint.no_enable", *spec.flags])
 
 
-def _measure_steps(trainer: Any, stub: device.Stub) -> Meter:
+def _measure_steps(trainer: Any, make_meter: MakeMeter) -> Any:
     """Have a meter run each step of a trainer."""
-    meter = Meter(
-        stub, lambda n: setattr(trainer, "gradient_accumulation_steps", n), trainer.gradient_accumulation_steps
+    meter = make_meter(
+        lambda n: setattr(trainer, "gradient_accumulation_steps", n), trainer.gradient_accumulation_steps
     )
     meter.watch(trainer.model_parts)
     step = trainer.train_step
@@ -76,27 +83,19 @@ def _measure_steps(trainer: Any, stub: device.Stub) -> Meter:
     return meter
 
 
-def run_flame(spec: Spec, job: Any, stub: device.Stub) -> dict[str, Any]:
+def run_flame(spec: Spec, job: Any, make_meter: MakeMeter, building: Building) -> dict[str, Any]:
     from flame.config.parser import world_size
     from flame.preflight.validate import check
     from flame.training.context import RunContext
-    from flame.training.outcome import Agreement
     from flame.training.train_spec import register
     from flame.training.trainer import FlameTrainer
 
     context = RunContext(job)
     check(job, world_size())
     register(job, context)
-    wait = Agreement.wait
-
-    def wait_for_a_good_step(self: Agreement) -> Any:
-        read = wait(self)  # memory that no kernel wrote
-        return read._replace(bad=False, exhausted=False, asked=0, due=False, sums=[0] * len(read.sums))
-
-    Agreement.wait = wait_for_a_good_step  # type: ignore[method-assign]
-    with stub.reading(False):  # no weight is NaN
+    with building():
         trainer = FlameTrainer(job, context)
-    meter = _measure_steps(trainer, stub)
+    meter = _measure_steps(trainer, make_meter)
     trainer.train()
     trainer.close()
     tokens = job.training.local_batch_size * job.training.seq_len * trainer.gradient_accumulation_steps
@@ -110,7 +109,7 @@ def run_flame(spec: Spec, job: Any, stub: device.Stub) -> dict[str, Any]:
     }
 
 
-def run_torchtitan(spec: Spec, job: Any, stub: device.Stub) -> dict[str, Any]:
+def run_torchtitan(spec: Spec, job: Any, make_meter: MakeMeter, building: Building) -> dict[str, Any]:
     from torchtitan.config import ConfigManager
     from torchtitan.protocols.train_spec import get_train_spec, register_train_spec
     from torchtitan.train import Trainer
@@ -119,23 +118,23 @@ def run_torchtitan(spec: Spec, job: Any, stub: device.Stub) -> dict[str, Any]:
     theirs = replace(
         get_train_spec("llama3"),
         model_args={"shape": _llama_args(job.model.config)},
-        build_dataloader_fn=lambda **_: _rows(training),
+        build_dataloader_fn=lambda **_: make_rows(training),
         build_tokenizer_fn=None,
         state_dict_adapter=None,
     )
     register_train_spec("rehearsed", theirs)
     own = {
         "model.name": "rehearsed", "model.flavor": "shape", "job.dump_folder": job.job.dump_folder,
-        "training.steps": LAST, "metrics.log_freq": LOG_EVERY, "training.seq_len": training.seq_len,
+        "training.steps": training.steps, "metrics.log_freq": LOG_EVERY, "training.seq_len": training.seq_len,
         "training.local_batch_size": training.local_batch_size,
         "training.global_batch_size": training.global_batch_size,
         "activation_checkpoint.mode": job.activation_checkpoint.mode,
     }  # fmt: skip
     flags = [f"--{name}={value}" for name, value in own.items()]
     compiled = ["--compile.enable"] if spec.run.endswith("compiled") else []
-    with stub.reading(False):  # no value is out of range, which torch would draw again
+    with building():
         trainer = Trainer(ConfigManager().parse_args([*flags, *compiled]))
-    meter = _measure_steps(trainer, stub)
+    meter = _measure_steps(trainer, make_meter)
     trainer.train()
     return meter.result()
 
@@ -158,7 +157,7 @@ def _llama_args(config: str) -> Any:
     )
 
 
-def _rows(training: Any) -> Any:
+def make_rows(training: Any) -> Any:
     """A data loader of torchtitan's kind, of one batch again and again."""
     import torch
     from torchtitan.components.dataloader import BaseDataLoader
@@ -179,27 +178,32 @@ def _rows(training: Any) -> Any:
     return Rows()
 
 
-def run_bare(spec: Spec, job: Any, stub: device.Stub) -> dict[str, Any]:
+def run_bare(spec: Spec, job: Any, make_meter: MakeMeter, building: Building) -> dict[str, Any]:
     """FSDP2 in bfloat16 on several ranks, autocast on one."""
     import torch
     import torch.distributed as dist
     import torch.nn.functional as F
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torchtitan.tools.utils import device_type
 
-    from flame.models.hf import build_on_meta, read_config, read_fields
+    from flame.models.hf import build_hf, build_on_meta, read_config, read_fields
+    from flame.runtime.device import upload
 
     family, config = read_config(read_fields(job.model.config), job.model.config)
-    model, amp = build_on_meta(config, job.model.config), contextlib.nullcontext()
+    amp: Any = contextlib.nullcontext()
     if spec.world > 1:
+        model = build_on_meta(config, job.model.config)
         dist.init_process_group("nccl")
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
         for module in (*getattr(model.base_model, family.blocks), model):
             fully_shard(module, mp_policy=policy)
+        model.to_empty(device=device_type)
     else:
-        amp = torch.autocast("cuda", torch.bfloat16)
-    model.to_empty(device="cuda")
+        amp = torch.autocast(device_type, torch.bfloat16)
+        with torch.device(device_type), building():
+            model = build_hf(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    microbatches = 1
+    microbatches, where = 1, torch.device(device_type)
 
     def set_microbatches(number: int) -> None:
         nonlocal microbatches
@@ -209,7 +213,7 @@ def run_bare(spec: Spec, job: Any, stub: device.Stub) -> dict[str, Any]:
         optimizer.zero_grad()
         for _ in range(microbatches):
             inputs, labels = next(batches)
-            tokens, labels = (x.pin_memory().to("cuda", non_blocking=True) for x in (inputs["input"], labels))
+            tokens, labels = (upload(x, where) for x in (inputs["input"], labels))
             with amp:
                 logits = model(input_ids=tokens, use_cache=False).logits
                 loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten()) / microbatches
@@ -219,9 +223,9 @@ def run_bare(spec: Spec, job: Any, stub: device.Stub) -> dict[str, Any]:
         if number % LOG_EVERY == 0:
             print(loss.item())
 
-    batches, meter = iter(_rows(job.training)), Meter(stub, set_microbatches, microbatches)
+    batches, meter = iter(make_rows(job.training)), make_meter(set_microbatches, microbatches)
     meter.watch([model])
-    for number in range(1, LAST + 1):
+    for number in range(1, job.training.steps + 1):
         meter.step(number, step)
     return meter.result()
 
