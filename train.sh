@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains. Every argument goes to flame.train untouched (`bash train.sh -h` lists them); without any, the debug job runs.
 # Exit code: 0; 2 if the job was rejected; 75 if it was stopped, and resumes when started again (docs/stopping.md); else
-# torchrun's.
+# the launcher's.
 #
 #   NNODE        number of nodes (1, or Slurm's)        NGPU         processes per node (its visible GPUs, else 1)
 #   LOG_RANK     local ranks to show, a list (0)        MASTER_ADDR  first node (localhost, or Slurm's first)
@@ -72,6 +72,11 @@ if ((NNODE > 1)); then
   fi
 fi
 
-exec "${start[@]}" "$python" -m flame.runtime.launch --nnodes "$NNODE" --nproc_per_node "$NGPU" "${rendezvous[@]}" \
+ranks="$NGPU rank$( ((NGPU == 1)) || echo s)"
+((NNODE == 1)) || ranks+=" on this node, one of $NNODE"
+(printf '%s I starting %s\n' "$(date +%T)" "$ranks") || true # in a shell of its own: nobody may be reading
+start+=("$python" -m flame.runtime.launch)
+((NNODE * NGPU > 1)) || exec "${start[@]}" -m flame.train "$@"
+exec "${start[@]}" --nnodes "$NNODE" --nproc_per_node "$NGPU" "${rendezvous[@]}" \
   --rdzv_endpoint "${MASTER_ADDR:-localhost}:${MASTER_PORT:-$port}" \
   --local-ranks-filter "${LOG_RANK:-0}" -m flame.train "$@"

@@ -1,6 +1,7 @@
 """train.sh and scripts/setup.sh, really run, with a stand-in for Python that records its arguments."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -71,6 +72,8 @@ def shell(tmp_path):
 
 
 def launch_line(*, nnode="1", ngpu="1", rendezvous=(), run_id="none", endpoint="localhost:0", log_rank="0", args=()):
+    if nnode == ngpu == "1":
+        return [*LAUNCH, "-m", "flame.train", *args]
     return [
         *LAUNCH, "--nnodes", nnode, "--nproc_per_node", ngpu,
         "--rdzv_backend", "c10d", "--rdzv_id", run_id, *rendezvous, "--rdzv_endpoint", endpoint,
@@ -187,9 +190,23 @@ def test_the_exit_code_is_torchruns(shell, code):
     assert shell.train("--x", TORCHRUN_CODE=code).returncode == int(code)
 
 
+@pytest.mark.parametrize(
+    "layout, line",
+    [
+        ({}, "starting 1 rank"),
+        ({"NGPU": "8"}, "starting 8 ranks"),
+        ({"NNODE": "2", "MASTER_ADDR": "a"}, "starting 1 rank on this node, one of 2"),
+    ],
+)
+def test_what_starts_is_the_first_line(shell, layout, line):
+    done = shell.train("--x", **layout)
+    assert re.fullmatch(r"\d\d:\d\d:\d\d I (.*)\n", done.stdout)[1] == line
+
+
 @pytest.mark.parametrize("code, expected", [("2", 2), ("1", 1), ("64", 0)])
 def test_nothing_is_launched_after_a_rejection_or_the_help(shell, code, expected):
-    assert shell.train("-h", PREFLIGHT_CODE=code).returncode == expected
+    done = shell.train("-h", PREFLIGHT_CODE=code)
+    assert (done.returncode, done.stdout) == (expected, "")
     assert [call["args"] for call in shell.calls] == [[*PREFLIGHT, "-h"]]
 
 
@@ -216,6 +233,7 @@ def test_ctrl_c_before_the_launch_ends_the_command_in_silence(shell, after):
     os.killpg(started.pid, signal.SIGINT)  # as the terminal does
     said, _ = started.communicate(timeout=60)
     assert started.returncode in (130, -signal.SIGINT, PREEMPTED)
+    said = re.sub(r"^\S+ I starting 1 rank\n", "", said)
     assert "Traceback" not in said and said.count("\n") <= 1
 
 

@@ -42,9 +42,17 @@ class DrillJob:
         inputs = write_inputs(self.folder.parent)
         self.pids.mkdir(exist_ok=True, parents=True)
         self.reached.unlink(missing_ok=True)
+        torchrun = (
+            "--nproc_per_node",
+            str(self.world_size),
+            "--rdzv_backend",
+            "c10d",
+            "--rdzv_endpoint",
+            "localhost:0",
+        )
         command = [
-            *(sys.executable, "-m", "flame.runtime.launch", "--nproc_per_node", str(self.world_size)),
-            *("--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "-m", "flame.drills.job"),
+            *(sys.executable, "-m", "flame.runtime.launch", *(torchrun if self.world_size > 1 else ())),
+            *("-m", "flame.drills.job"),
             *(str(self.pids), trainer, str(self.reached), json.dumps(moment)),
             *(f"--job.dump_folder={self.folder}", f"--checkpoint.interval={INTERVAL}", "--checkpoint.no_export"),
             *(f"--model.config={inputs / 'model.json'}", f"--training.dataset={inputs / 'text.jsonl'}"),

@@ -4,9 +4,8 @@ import json
 import os
 import signal
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-
-from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from flame.errors import UserError
 from flame.runtime.lock import check_free
@@ -15,7 +14,16 @@ from flame.runtime.run_folder import Run
 KILLS = {-number for number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS)}  # negative, as exit codes
 
 
-def find_cause(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
+@dataclass(frozen=True)
+class Failure:
+    """How a rank ended: exit code, negative for a signal; the file of its exception, if there is one; when, in s."""
+
+    exitcode: int
+    error_file: str
+    timestamp: float
+
+
+def find_cause(failures: Mapping[int, Failure]) -> tuple[int, Failure]:
     """The rank, and its failure, that the other ranks of the node failed after; `failures` in the order of their ends.
 
     A rank notices the end of another only when that one's sockets are closed. Two may have ended before the launcher
@@ -30,7 +38,7 @@ def find_cause(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFail
     return found[0]
 
 
-def read_error(failure: ProcessFailure) -> tuple[str, str]:
+def read_error(failure: Failure) -> tuple[str, str]:
     """The first line of a rank's exception, and its traceback; ("", "") if it did not end by one."""
     try:
         message = json.loads(Path(failure.error_file).read_text())["message"]
@@ -39,14 +47,21 @@ def read_error(failure: ProcessFailure) -> tuple[str, str]:
         return "", ""
 
 
-def describe(rank: int, failure: ProcessFailure) -> str:
+def describe(rank: int, failure: Failure) -> str:
     """How a rank ended: "rank 1: RuntimeError: ...", "rank 1 was killed by signal 9 (SIGKILL)"."""
     if error := read_error(failure)[0]:
         return f"rank {rank}: {error}"
     if failure.exitcode >= 0:
         return f"rank {rank} ended with exit code {failure.exitcode}"
     hint = ", as the kernel does when memory runs out" if failure.exitcode == -signal.SIGKILL else ""
-    return f"rank {rank} was killed by signal {-failure.exitcode} ({failure.signal_name()}){hint}"
+    return f"rank {rank} was killed by signal {-failure.exitcode} ({_name_signal(-failure.exitcode)}){hint}"
+
+
+def _name_signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time one
+        return "<N/A>"
 
 
 def version_of_status(folder: Path) -> tuple[int, int] | None:

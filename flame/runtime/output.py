@@ -5,6 +5,7 @@ The launcher reads it from pipes. A disk that takes no more costs a log its last
 
 import os
 import re
+import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -12,8 +13,6 @@ from pathlib import Path
 from selectors import EVENT_READ, DefaultSelector
 from threading import Thread
 from typing import IO
-
-from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
 
 STARTS = 10  # whose logs are kept
 PATIENCE = 10.0  # seconds for what is left in the pipes, which a process that outlives its rank may keep filling
@@ -97,14 +96,18 @@ def show(descriptor: int, text: bytes) -> None:
             text = text[os.write(descriptor, text) :]
 
 
-class RankOutput(LogsSpecs):
-    """The pipes of the ranks of a node, in the place of torchrun's files.
+def report(line: str) -> None:
+    """Print a line of the launcher's own."""
+    print(f"flame: {line}", file=sys.stderr, flush=True)
+
+
+class RankOutput:
+    """The pipes of the ranks of a node.
 
     shown: the local ranks that are printed too; None: all. errors: a folder for the exceptions of ranks.
     """
 
     def __init__(self, run: Path, shown: set[int] | None, errors: str) -> None:
-        super().__init__()
         self.run, self.shown, self.errors = run, shown, errors
         self.logs: dict[int, Log] = {}  # of global ranks
         self._selector = DefaultSelector()
@@ -112,29 +115,24 @@ class RankOutput(LogsSpecs):
         self._selector.register(self._ended, EVENT_READ)
         self._thread = Thread(target=self._read, daemon=True)
 
-    @property
-    def root_log_dir(self) -> str:
-        """For torchrun's own log."""
-        return str(self.run / "logs")
-
-    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-        """What torchrun opens in place of the ranks' streams, before it starts them."""
-        destination = LogsDest()
-        for local, env in envs.items():
-            rank = int(env["RANK"])
-            is_shown = self.shown is None or local in self.shown
-            prefix = f"[rank{rank}]:".encode() if int(env["WORLD_SIZE"]) > 1 else b""
-            if rank not in self.logs:  # torchrun starts the ranks again when a node comes or goes
-                self.logs[rank] = Log(self.run, rank, is_shown, prefix)
-            for shown, paths in ((1, destination.stdouts), (2, destination.stderrs)):
-                readable, writable = os.pipe()
-                paths[local] = f"/dev/fd/{writable}"
-                stream = Stream(self.logs[rank], shown if is_shown else None, prefix)
-                self._selector.register(readable, EVENT_READ, stream)
-            destination.error_files[local] = env["TORCHELASTIC_ERROR_FILE"] = f"{self.errors}/{rank}.json"
+    def open(self, rank: int, local: int, world_size: int) -> tuple[int, int]:
+        """File descriptors for stdout and stderr of a rank that is about to start, the `local`-th of this node."""
+        is_shown = self.shown is None or local in self.shown
+        prefix = f"[rank{rank}]:".encode() if world_size > 1 else b""
+        if rank not in self.logs:  # torchrun starts the ranks again when a node comes or goes
+            self.logs[rank] = Log(self.run, rank, is_shown, prefix)
+        writable = []
+        for shown in (1, 2):
+            readable, end = os.pipe()
+            writable.append(end)
+            self._selector.register(readable, EVENT_READ, Stream(self.logs[rank], shown if is_shown else None, prefix))
         if self._thread.ident is None:
             self._thread.start()
-        return destination
+        return writable[0], writable[1]
+
+    def error_file(self, rank: int) -> str:
+        """Where a rank leaves the exception that ends it."""
+        return f"{self.errors}/{rank}.json"
 
     def finish(self) -> None:
         """Take what is left in the pipes, once the ranks have ended."""

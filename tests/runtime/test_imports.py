@@ -6,8 +6,9 @@ import sys
 
 import torch
 
+from flame.errors import REFUSED
 from flame.runtime.imports import on_demand
-from tests.launch import SMALL, environment
+from tests.launch import REPO, SMALL, environment
 from tests.tiny import write_config
 
 # inductor, which compiles; datasets, which reads what flame's own readers do not, and what both import
@@ -32,6 +33,27 @@ def test_a_job_that_compiles_nothing_and_reads_text_imports_neither_inductor_nor
     flags += [f"--training.dataset={tmp_path}/text.txt", "--training.steps=2", "--training.local_batch_size=2"]
     assert python(code, " ".join(UNUSED), *SMALL, *flags, **ALONE) == []
     assert (tmp_path / "run/hf/step-2/model.safetensors").exists()
+
+
+def test_the_first_line_is_printed_before_torch_is_imported_and_only_the_rank_imports_it(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("""
+import os, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            with open(os.environ["ORDER"], "a") as file:
+                print("torch", *sys.orig_argv[1:], file=file)
+sys.meta_path.insert(0, Finder())
+""")
+    order = tmp_path / "order"
+    env = environment(ORDER=str(order), FLAME_PYTHON=sys.executable, NGPU="1", PYTHONPATH=str(tmp_path))
+    flags = ["--model.config", str(write_config(tmp_path, "llama")), "--training.enable_cpu_offload"]
+    with open(order, "a") as log:  # a job that its rank rejects
+        done = subprocess.run(["bash", REPO / "train.sh", *flags], cwd=tmp_path, env=env, stdout=log, stderr=log)
+    first, *others = order.read_text().splitlines()
+    assert done.returncode == REFUSED and first.endswith("I starting 1 rank")
+    assert [line for line in others if line.startswith("torch")] == [f"torch -u -m flame.train {' '.join(flags)}"]
+    assert "--training.enable_cpu_offload: needs a GPU" in others[-1]
 
 
 def test_what_a_module_compiles_when_it_is_imported_is_compiled_when_it_is_first_called():

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -14,9 +15,11 @@ from torch.distributed.elastic.rendezvous import api
 
 from flame.errors import FAILED, PREEMPTED, REFUSED, UserError
 from flame.runtime import output
-from flame.runtime.failure import describe, find_cause, version_of_status
-from flame.runtime.launch import LocalRanks, _explain, _report, check_port
+from flame.runtime.failure import Failure, describe, find_cause, version_of_status
+from flame.runtime.launch import _report, check_port
 from flame.runtime.output import LONGEST, SIZE, STARTS, Log, RankOutput, Stream
+from flame.runtime.ranks import LocalRanks
+from flame.runtime.torchrun import explain
 from tests.launch import environment
 
 RANK = """
@@ -31,14 +34,17 @@ if fault == "refuse":
 os.makedirs(run, exist_ok=True)
 with open(f"{run}/status.json", "w") as status:
     json.dump({"status": "running", "step": 3}, status)
-if fault == "kill" and rank == 1:
+last = rank == int(os.environ["WORLD_SIZE"]) - 1
+if fault == "wait":
+    time.sleep(60)
+if fault == "kill" and last:
     os.kill(os.getpid(), signal.SIGKILL)
 def fail(text):
     with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w") as file:
         callstack = f"Traceback (most recent call last):\\n{text}\\n"
         json.dump({"message": {"message": text, "extraInfo": {"py_callstack": callstack, "timestamp": "7"}}}, file)
     sys.exit(1)
-if fault == "raise" and rank == 1:
+if fault == "raise" and last:
     fail("RuntimeError: the first line\\nthe second")
 if fault in ("kill", "raise"):
     time.sleep(1)
@@ -47,15 +53,23 @@ os.write(1, f"{rank} ends without a newline".encode())
 """
 
 
-def launch(tmp_path, fault, ranks=2):
-    """A finished launch of RANK, whose run folder is tmp_path/run."""
+def start(tmp_path, fault, ranks):
+    """A launch of RANK, whose run folder is tmp_path/run."""
     (tmp_path / "rank.py").write_text(textwrap.dedent(RANK))
-    command = [sys.executable, "-m", "flame.runtime.launch", f"--nproc_per_node={ranks}", "--rdzv_backend=c10d"]
-    command += ["--rdzv_endpoint=localhost:0", "--local-ranks-filter=0", "-m", "rank", fault]
+    command = [sys.executable, "-m", "flame.runtime.launch"]
+    if ranks > 1:
+        command += [f"--nproc_per_node={ranks}", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+        command += ["--local-ranks-filter=0"]
+    command += ["-m", "rank", fault, f"--job.dump_folder={tmp_path / 'run'}"]
     env = environment(TMPDIR=str(tmp_path)) | {"PYTHONPATH": f"{environment()['PYTHONPATH']}:{tmp_path}"}
-    return subprocess.run(
-        [*command, f"--job.dump_folder={tmp_path / 'run'}"], cwd=tmp_path, env=env, capture_output=True, text=True
-    )
+    return subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def launch(tmp_path, fault, ranks=2):
+    """A finished launch of RANK."""
+    launcher = start(tmp_path, fault, ranks)
+    stdout, stderr = launcher.communicate()
+    return SimpleNamespace(returncode=launcher.returncode, stdout=stdout, stderr=stderr)
 
 
 def logs(tmp_path):
@@ -72,27 +86,30 @@ def test_a_run_keeps_what_every_rank_printed_and_shows_the_first_without_a_folde
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "__pycache__") == ["rank.py", "run"]
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize(
     "fault, traceback, cause",
     [
-        ("kill", "", "rank 1 was killed by signal 9 (SIGKILL)"),
+        ("kill", "", " was killed by signal 9 (SIGKILL)"),
         (
             "raise",
             "Traceback (most recent call last):\nRuntimeError: the first line\nthe second\n",
-            "rank 1: RuntimeError: the first line",
+            ": RuntimeError: the first line",
         ),
     ],
 )
-def test_a_failed_rank_is_told_once_with_where_to_look(fault, traceback, cause, tmp_path):
-    done = launch(tmp_path, fault)
+def test_a_failed_rank_is_told_once_with_where_to_look(fault, traceback, cause, ranks, tmp_path):
+    done, name = launch(tmp_path, fault, ranks), f"rank{ranks - 1}.log"
+    cause = f"rank {ranks - 1}{cause}"
     assert done.returncode == 1
-    *before, last = done.stderr.removeprefix("[rank0]:0 warns\n").splitlines(keepends=True)
+    *before, last = done.stderr.removeprefix("[rank0]:").removeprefix("0 warns\n").splitlines(keepends=True)
     assert "".join(before) == traceback
     assert last.startswith(f"flame: {cause}") and f"status {tmp_path}/run/status.json, log {tmp_path}/run/logs/" in last
-    assert last.endswith("-rank1.log\n")
+    assert last.endswith(f"-{name}\n")
     kept = logs(tmp_path)
-    assert kept["rank1.log"].endswith(traceback + last)
-    assert "Connection closed" in kept["rank0.log"] or fault == "kill"  # it may be ended before it says so
+    assert kept[name].endswith(traceback + last)
+    if ranks == 2:
+        assert "Connection closed" in kept["rank0.log"] or fault == "kill"  # it may be ended before it says so
     status = json.loads((tmp_path / "run/status.json").read_text())
     assert (status["status"], status["step"]) == ("failed", 3) and status["reason"].startswith(cause)
 
@@ -104,15 +121,26 @@ def test_a_rejected_job_leaves_no_log_and_one_rank_has_no_prefix(tmp_path):
     assert list((tmp_path / "run").iterdir()) == []
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_fatal_signal_ends_launcher_and_ranks_and_leaves_no_folder(ranks, tmp_path):
+    launcher = start(tmp_path, "wait", ranks)
+    run = tmp_path / "run"
+    while not run.exists():  # the ranks are there
+        time.sleep(0.05)
+    launcher.send_signal(signal.SIGHUP)
+    assert launcher.wait(20) == 128 + signal.SIGHUP
+    launcher.communicate(timeout=5)  # no rank holds its streams
+    assert not list(tmp_path.glob("flame-*"))
+
+
 def failure(tmp_path, exitcode, timestamp=0, raised=None):
-    """A ProcessFailure, with a file of the exception that was raised at a time."""
+    """A failure, with a file of the exception that was raised at a time."""
     file = tmp_path / f"{exitcode}-{timestamp}-{raised}.json"
     if raised is not None:
         message = {"message": "ValueError: it", "extraInfo": {"py_callstack": "Traceback\n"}}
         file.write_text(json.dumps({"message": message}))
         os.utime(file, (raised, raised))
-    name = signal.Signals(-exitcode).name if exitcode < 0 else ""
-    return SimpleNamespace(exitcode=exitcode, timestamp=timestamp, error_file=str(file), signal_name=lambda: name)
+    return Failure(exitcode, str(file), timestamp)
 
 
 def test_the_cause_is_the_rank_that_the_others_failed_after(tmp_path):
@@ -204,9 +232,9 @@ def test_a_traceback_with_half_a_character_is_shown(tmp_path, capfd):
 
 def test_nodes_that_did_not_all_come_are_not_a_first_node_that_does_not_answer():
     for kind in (api.RendezvousTimeoutError, api.RendezvousClosedError):
-        error = _explain(kind(), "first:29500", 4)
+        error = explain(kind(), "first:29500", 4)
         assert (error.setting, error.found) == ("NNODE", 4) and "first:29500" in error.hint
-    error = _explain(api.RendezvousConnectionError("refused"), "first:29500", 4)
+    error = explain(api.RendezvousConnectionError("refused"), "first:29500", 4)
     assert error.setting == "MASTER_ADDR, MASTER_PORT" and error.hint == "refused"
 
 
@@ -218,11 +246,11 @@ def test_a_launcher_that_ends_at_once_leaves_no_folder(end, tmp_path, monkeypatc
     ranks = LocalRanks()
     ranks.errors = str(tmp_path / "flame-errors")
     os.mkdir(ranks.errors)
-    monkeypatch.setattr("flame.runtime.launch.leave", leave)
+    monkeypatch.setattr("flame.runtime.ranks.leave", leave)
     monkeypatch.setattr(os, "_exit", leave)
-    monkeypatch.setattr("flame.runtime.launch.GRACE", 0)
+    monkeypatch.setattr("flame.runtime.ranks.GRACE", 0)
     if end == "after them":  # torchrun waits for those of other nodes
-        ranks._context = SimpleNamespace(subprocess_handlers={})
+        ranks._processes = []
         with pytest.raises(SystemExit):
             ranks._kill()
     else:
@@ -243,9 +271,8 @@ def test_ranks_that_are_started_again_go_on_in_the_same_log(tmp_path):
     (tmp_path / "run").mkdir()
     ranks = RankOutput(tmp_path / "run", set(), str(tmp_path))
     for text in (b"first\n", b"second\n"):
-        destination = ranks.reify({0: {"RANK": "0", "WORLD_SIZE": "1"}})
-        with open(destination.stdouts[0], "wb") as stdout:
-            stdout.write(text)
+        stdout, _ = ranks.open(0, 0, 1)
+        os.write(stdout, text)
     ranks.finish()
     assert sorted(ranks.logs[0].path.read_bytes().splitlines()) == [b"first", b"second"]
 
@@ -253,8 +280,8 @@ def test_ranks_that_are_started_again_go_on_in_the_same_log(tmp_path):
 def test_a_process_that_outlives_its_rank_and_goes_on_printing_does_not_hold_the_launcher(tmp_path, monkeypatch):
     monkeypatch.setattr(output, "PATIENCE", 0.2)
     ranks = RankOutput(tmp_path / "run", set(), str(tmp_path))
-    destination = ranks.reify({0: {"RANK": "0", "WORLD_SIZE": "1"}})
-    with open(destination.stdouts[0], "wb") as stdout, subprocess.Popen(["yes"], stdout=stdout) as left:
+    stdout, _ = ranks.open(0, 0, 1)
+    with subprocess.Popen(["yes"], stdout=stdout) as left:
         ranks.finish()
         assert left.poll() is None
         left.kill()
