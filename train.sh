@@ -54,7 +54,7 @@ status=0
 "${start[@]}" "$python" -m flame.preflight "$@" || status=$?
 case $status in
   0) ;;
-  64) exit 0 ;; # the help was printed
+  64) exit 0 ;; # it has printed the help, or that the run is complete
   65) exec "${start[@]}" "$python" -m flame.dry_run "$@" ;; # a dry run: one process reports for all ranks
   *) exit "$status" ;;
 esac

@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from hashlib import sha256
 from itertools import count
 from math import prod
 from pathlib import Path
@@ -12,16 +11,14 @@ from typing import Any
 
 import torch
 
-from flame.checkpoint.commit import hash_file
 from flame.checkpoint.dtypes import FLOATS, SIZES
 from flame.checkpoint.structure import PublishedTensor, main_dtype, whole
 from flame.config.files import read_json
 from flame.convert.dcp_file import StoredTensor, read_tensors
 from flame.convert.hf_weights import specs_of
-from flame.convert.output import copy_assets, delete_abandoned, new_folder, read_report, write_report
-from flame.convert.safetensors_file import INDEX, check_file, find_files, group_by_bytes, read_headers, write_file
+from flame.convert.output import copy_assets, delete_abandoned, is_exported, new_folder, origin_of, write_report
+from flame.convert.safetensors_file import INDEX, check_file, group_by_bytes, write_file
 from flame.convert.tokenizer import settle_tokenizer
-from flame.errors import UserError
 
 SHARD_BYTES = 2 << 30
 
@@ -42,12 +39,9 @@ def export_checkpoint(
     gets its name, and what it returns goes into the report. An export of another checkpoint of the same name (its steps
     were done again), or what is left of one, is moved aside. Raises UserError if another process made one meanwhile.
     """
-    origin = {"metadata_sha256": hash_file(checkpoint / ".metadata", sha256), "dtype": dtype}
-    if exists := folder.exists():
-        report = read_report(folder)
-        if origin.items() <= report.items() and _is_whole(folder, report):
-            delete_abandoned(folder.parent)
-            return False
+    if (exists := folder.exists()) and is_exported(checkpoint, folder, dtype):
+        delete_abandoned(folder.parent)
+        return False
     tensors = read_tensors(checkpoint)
     found = specs_of(tensors)
     with new_folder(folder) as temporary:
@@ -59,7 +53,7 @@ def export_checkpoint(
             temporary,
             digests,
             checkpoint=str(checkpoint.resolve()),
-            **origin,
+            **origin_of(checkpoint, dtype),
             tensors=len(tensors),
             parameters=sum(prod(shape) for _, shape in found.values()),
             checks={"bytes": "every tensor reads back as it was written"} | verify(temporary),
@@ -117,14 +111,6 @@ def convert_dcp_to_hf(
     for check in checks:
         check.result()
     return digests
-
-
-def _is_whole(folder: Path, report: Mapping[str, Any]) -> bool:
-    """Whether the files that a report lists are there, and the weights as long as their headers say."""
-    try:
-        return all((folder / name).is_file() for name in report["files"]) and bool(read_headers(find_files(folder)))
-    except (OSError, UserError, KeyError, TypeError):
-        return False
 
 
 def _set_dtype(path: Path, dtype: str) -> None:

@@ -15,6 +15,7 @@ from typing import IO, Any
 
 from flame.checkpoint.commit import hash_file
 from flame.config.files import read_json
+from flame.convert.safetensors_file import find_files, read_headers
 from flame.errors import UserError
 from flame.runtime.environment import versions
 
@@ -114,6 +115,22 @@ def write_report(folder: Path, digests: dict[str, str], **fields: Any) -> None:
     files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
     digests = {name: digests.get(name) or hash_file(path, sha256) for name, path in files.items()}
     (folder / REPORT).write_text(json.dumps({**fields, "files": digests, "versions": versions()}, indent=2) + "\n")
+
+
+def origin_of(checkpoint: Path, dtype: str | None) -> dict[str, Any]:
+    """What the report of an export says of the checkpoint, and of the type that its weights were cast to."""
+    return {"metadata_sha256": hash_file(checkpoint / ".metadata", sha256), "dtype": dtype}
+
+
+def is_exported(checkpoint: Path, folder: Path, dtype: str | None) -> bool:
+    """Whether a folder is an export of this very checkpoint whose files are all there, as long as they must be."""
+    report = read_report(folder)
+    if not origin_of(checkpoint, dtype).items() <= report.items():
+        return False
+    try:
+        return all((folder / name).is_file() for name in report["files"]) and bool(read_headers(find_files(folder)))
+    except (OSError, UserError, KeyError, TypeError):
+        return False
 
 
 def read_report(folder: Path) -> dict[str, Any]:

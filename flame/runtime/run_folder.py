@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from flame.config.files import itself, parse_json, read_bytes, read_json
+from flame.config.paths import command
 from flame.config.record import has_comments, read_record
 from flame.errors import UserError
 from flame.runtime.atomic import replace_together, write_atomically
@@ -135,6 +136,22 @@ class Run:
     def read_status(self) -> dict[str, Any]:
         """The last status, or {} if there is none."""
         return _read_status(self.folder)
+
+    def describe_complete(self, step: int, steps: int) -> str:
+        """What a start of a run that has done its steps logs."""
+        return f"This job is complete: step {step} of {steps} is done; nothing was trained."
+
+    def describe_end(self, step: int, checkpoint: Path | None, export: Path | None, newer: int | None = None) -> str:
+        """What a run ends with: its status, and where everything is. newer: a later step that has a checkpoint."""
+        lines = [f"{self.read_status()['status']} at step {step}", f"metrics      {self.folder / 'metrics.jsonl'}"]
+        if checkpoint:
+            lines.append(f"checkpoint   {checkpoint}")
+        if export:
+            lines.append(f"model        {export}  (Hugging Face format)")
+        if newer:
+            lines.append(f"note         step {newer} is there as well, and is what a resume takes")
+        go_on = command("train.sh", "--job.config_file", self.folder / "config.toml", "--training.steps", "N")
+        return "\n  ".join([*lines, f"go on        {go_on}"])
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one step's metrics to metrics.jsonl."""

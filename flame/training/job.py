@@ -93,21 +93,13 @@ def _finish(trainer: FlameTrainer, signals: stop.Signals) -> None:
     """
     run, config, step = trainer.run, trainer.job_config.checkpoint, trainer.step
     steps = complete_steps(run.folder / config.folder) if config.enable else []
-    lines = [f"metrics      {run.folder / 'metrics.jsonl'}"]
-    if step in steps:
-        checkpoint = run.folder / config.folder / f"step-{step}"
-        lines.append(f"checkpoint   {checkpoint}")
-        if config.export:
-            export = run.folder / "hf" / f"step-{step}"
-            export.parent.mkdir(exist_ok=True)
-            signals.first = stop.interrupt
-            if signals.asked:  # since the last step began
-                stop.interrupt(signals.asked)
-            export_and_verify(checkpoint, run.folder / "model", export, config.export_dtype)
-            signals.first = stop.note
-            lines.append(f"model        {export}  (Hugging Face format)")
-    if later := [other for other in steps if other > step]:
-        lines.append(f"note         step {later[-1]} is there as well, and is what a resume takes")
-    go_on = command("train.sh", "--job.config_file", run.folder / "config.toml", "--training.steps", "N")
-    lines.append(f"go on        {go_on}")
-    logger.info("\n  ".join([f"{run.read_status()['status']} at step {step}", *lines]))
+    checkpoint = run.folder / config.folder / f"step-{step}" if step in steps else None
+    export = run.folder / "hf" / f"step-{step}" if checkpoint and config.export else None
+    if checkpoint and export:
+        export.parent.mkdir(exist_ok=True)
+        signals.first = stop.interrupt
+        if signals.asked:  # since the last step began
+            stop.interrupt(signals.asked)
+        export_and_verify(checkpoint, run.folder / "model", export, config.export_dtype)
+        signals.first = stop.note
+    logger.info(run.describe_end(step, checkpoint, export, max((s for s in steps if s > step), default=None)))

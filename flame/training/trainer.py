@@ -122,7 +122,7 @@ class FlameTrainer(torchtitan.train.Trainer):
             self.run.set_status("data_exhausted", step=self.step, tokens=self.tokens)
             return
         if self.resumed_at is not None and self.resumed_at >= steps:
-            logger.info(f"This job is complete: step {self.step} of {steps} is done; nothing was trained.")
+            logger.info(self.run.describe_complete(self.step, steps))
         self.run.set_status("completed", step=self.step, tokens=self.tokens)
 
     def start(self) -> None:
