@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from flame.models.family import Family, TPPlan, each_layer
+from flame.models.family import Family, TPPlan, each_layer, head_dim
 from flame.models.flops import attention_flops
 
 
@@ -19,9 +19,8 @@ def rotary_attention_flops(config: Any, seq_len: int) -> float:
 
 
 def _layer_flops(layer: Any, seq_len: int, slides: bool) -> float:
-    head_dim = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
     window = getattr(layer, "sliding_window", None) if slides else None
-    return attention_flops(layer.num_attention_heads * head_dim, seq_len, window)
+    return attention_flops(layer.num_attention_heads * head_dim(layer), seq_len, window)
 
 
 _ATTENTION = {**{f"self_attn.{name}_proj.*": 0 for name in "qkv"}, "self_attn.o_proj.weight": 1}

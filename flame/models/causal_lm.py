@@ -17,11 +17,13 @@ from transformers import PreTrainedConfig
 from transformers.utils.generic import is_flash_attention_requested
 
 from flame.config.schema import JobConfig
+from flame.models import varlen
 from flame.models.family import Family
 from flame.models.flops import active_params, flops_per_token
 from flame.models.hf import build_hf, known_packing, save_assets
 from flame.models.init import Unit, init_weights
 from flame.models.loss import Head, TiedHead, cross_entropy
+from flame.runtime.device import upload
 
 
 @dataclass
@@ -182,8 +184,11 @@ class CausalLM(ModelProtocol):
             packing = {"position_ids": positions}
             if self.family.packing == "mask":
                 packing["attention_mask"] = _document_mask(positions)
-            elif is_flash_attention_requested(self.hf.config):  # takes no mask, and reads no positions of several rows
+            elif self._takes_boundaries:
                 packing |= _flash_varlen(_boundaries(positions) if cu_seqlens is None else cu_seqlens, shape[1])
+        elif self.hf.config._attn_implementation == varlen.IMPLEMENTATION:  # each row is a document
+            rows = torch.arange(0, shape.numel() + 1, shape[1], dtype=torch.int32, device=tokens.device)
+            packing = _flash_varlen(rows, shape[1])
         router_loss = self.family.router_loss if labels is not None and self._trains_balance else None
         if router_loss is not None:
             packing["output_router_logits"] = True
@@ -200,6 +205,12 @@ class CausalLM(ModelProtocol):
         if router_loss is None:
             return loss
         return self._add_balance(loss, labels, router_loss(self.hf.config, output.router_logits))
+
+    @property
+    def _takes_boundaries(self) -> bool:
+        # These functions take no mask, and read no positions of several rows.
+        config = self.hf.config
+        return is_flash_attention_requested(config) or config._attn_implementation == varlen.IMPLEMENTATION
 
     def _own_shard(self, labels: torch.Tensor) -> torch.Tensor:
         shard, count = self.sequence_shard
@@ -250,15 +261,14 @@ def _document_mask(positions: torch.Tensor) -> torch.Tensor:
 
 def _flash_varlen(cu_seqlens: torch.Tensor, seq_len: int) -> dict[str, Any]:
     """transformers' FlashAttentionKwargs for documents within rows of `seq_len`."""
-    # The longest document may be overstated, at the price of empty blocks: a length that does not change with the batch
-    # neither waits for the GPU nor compiles anew.
-    return {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens, "max_length_q": seq_len, "max_length_k": seq_len}
+    longest = varlen.longest(cu_seqlens, seq_len)
+    return {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens, "max_length_q": longest, "max_length_k": longest}
 
 
 def _boundaries(positions: torch.Tensor) -> torch.Tensor:
     """cu_seqlens of a pipeline's microbatch, int32 (documents + 1,), from positions that restart at documents."""
-    starts = (positions.flatten() == 0).nonzero().flatten()
-    return F.pad(starts, (0, 1), value=positions.numel()).int()
+    starts = (positions.flatten().cpu() == 0).nonzero().flatten()  # on the host, which waits here and not in each layer
+    return upload(F.pad(starts, (0, 1), value=positions.numel()).int(), positions.device)
 
 
 def _builder(part: nn.Module, config: PreTrainedConfig) -> Any:

@@ -90,3 +90,8 @@ def each_layer(config: Any) -> list[Any]:
     if getattr(config, "is_heterogeneous", False):
         return list(config.per_layer_config)
     return [config] * config.num_hidden_layers
+
+
+def head_dim(layer: Any) -> int:
+    """The width of an attention head, of the config of a layer with transformers' names."""
+    return getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads

@@ -28,8 +28,8 @@ from flame.config.schema import JobConfig
 from flame.config.setting import nearest
 from flame.config.user_module import import_module
 from flame.errors import UserError, as_line, first_line
-from flame.models import limits, reference, table
-from flame.models.family import Family
+from flame.models import limits, reference, table, varlen
+from flame.models.family import Family, each_layer, head_dim
 from flame.models.generic import read_family
 from flame.models.vocabulary import fit_vocab_size
 from flame.runtime.log import hold_back
@@ -276,11 +276,21 @@ def known_packing(packed: bool) -> Iterator[None]:
         names["find_packed_sequence_indices"] = ask
 
 
-def choose_attention(config: PreTrainedConfig, family: Family, dtype: str) -> None:
-    """flash-attn for transformers' attention if it is installed and supports `dtype`; else SDPA."""
-    installed = importlib.util.find_spec("flash_attn") is not None
-    if family.packing == "positions" and installed and device_type == "cuda" and dtype in ("bfloat16", "float16"):
+def choose_attention(config: PreTrainedConfig, family: Family, dtype: str, packed: bool = False) -> None:
+    """flash-attn for transformers' attention if it is installed and supports `dtype`; else PyTorch's.
+
+    That is SDPA or, for packed documents, the kernel that keeps them apart without a mask, if it takes the model.
+    """
+    if family.packing != "positions" or device_type != "cuda" or dtype not in ("bfloat16", "float16"):
+        return
+    if importlib.util.find_spec("flash_attn") is not None:
         config._attn_implementation = "flash_attention_2"
+    elif packed and varlen.is_available() and _fits_varlen(config):
+        config._attn_implementation = varlen.register()
+
+
+def _fits_varlen(config: PreTrainedConfig) -> bool:
+    return not getattr(config, "attention_dropout", 0) and all(varlen.takes(head_dim(c)) for c in each_layer(config))
 
 
 def _fit_to_tokenizer(config: PreTrainedConfig, tokenizer: Any, source: str, grow: bool) -> None:

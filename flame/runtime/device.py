@@ -11,6 +11,9 @@ import torch
 import torch._utils
 import torch.distributed as dist
 import torch.profiler
+from torch.utils.weak import WeakTensorKeyDictionary
+
+_SOURCES = WeakTensorKeyDictionary()  # {a tensor on a device: the CPU tensor of which it is a copy}
 
 
 def choose(cpu: bool = False) -> str:
@@ -32,7 +35,16 @@ def choose(cpu: bool = False) -> str:
 
 def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A CPU tensor on a device, by a copy that the host does not wait for; on a CPU the tensor itself."""
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+    if device.type == "cpu":
+        return tensor
+    copy = tensor.pin_memory().to(device, non_blocking=True)
+    _SOURCES[copy] = tensor
+    return copy
+
+
+def source(copy: torch.Tensor) -> torch.Tensor | None:
+    """What `upload` made a tensor from, so that its values can be read without waiting; None of any other tensor."""
+    return copy if copy.device.type == "cpu" else _SOURCES.get(copy)
 
 
 def download(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:

@@ -126,12 +126,13 @@ def _load_hf(job_config: JobConfig, tokenizer: Tokenizer, context: RunContext) -
     family, hf_config = load_hf_config(
         model.config, tokenizer=tokenizer, grow_vocab=model.grow_vocab, trust_remote_code=model.trust_remote_code
     )
+    training = job_config.training
     if family.from_fla and torch.accelerator.is_available():
         reference.check_kernels(hf_config.model_type)
-    if job_config.training.varlen and family.packing is None:
+    if training.varlen and family.packing is None:
         hint = f"models of type {hf_config.model_type} cannot keep packed documents apart"
         raise UserError("--training.varlen", "true", "false", hint)
-    choose_attention(hf_config, family, job_config.training.mixed_precision_param)
+    choose_attention(hf_config, family, training.mixed_precision_param, packed=training.varlen)
     hf_model = build_on_meta(hf_config, model.config, model.trust_remote_code)
     fit_positions(hf_model, job_config)
     layout.validate(family, hf_config, hf_model, job_config)

@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LLAMA, GLA = "scripts/rehearsal/tinyllama_1.1B.json", "configs/gla_340M.json"
+DELTA, TRANSFORMER = "configs/gated_deltanet_340M.json", "configs/transformer_340M.json"
 
 pytestmark = [
     pytest.mark.slow,
@@ -52,3 +53,12 @@ def test_a_step_has_no_more_waits_launches_and_float32_than_today(config, world)
     found += (float32_products(run), run["launches"]["all"])
     assert all(count <= bound for count, bound in zip(found, BOUNDS[config, world], strict=True)), (found, waits)
     assert {kernel["q"].split()[0] for kernel in run["sdpa"]} <= {"bfloat16"}
+
+
+@pytest.mark.parametrize("config, kernels", [(LLAMA, 2), (TRANSFORMER, 2), (GLA, 0), (DELTA, 0)])
+def test_packed_documents_need_neither_waits_nor_masks(config, kernels):
+    run = rehearse(config, 8, "--training.varlen")
+    waits = run["waits"]
+    assert (waits["step"], waits["before_update"], waits["microbatch"]) == (1, 0, 0), waits
+    found = [(kernel["kernel"], kernel["q"].split()[0], kernel["mask"], kernel["calls"]) for kernel in run["sdpa"]]
+    assert found == ([("torch_attn::_varlen_attn", "bfloat16", "", kernels)] if kernels else [])

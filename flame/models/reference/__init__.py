@@ -14,10 +14,11 @@ import inspect
 import sys
 from collections.abc import Callable
 
+import torch
 from torch import nn
 
 from flame.errors import UserError
-from flame.models.reference import attention, convolution, delta_rule, gsa, linear_attention, mamba, norm, rwkv
+from flame.models.reference import attention, convolution, delta_rule, gsa, linear_attention, mamba, norm, packing, rwkv
 from flame.runtime.imports import on_demand
 
 _MODULES = (attention, convolution, delta_rule, gsa, linear_attention, mamba, norm, rwkv)
@@ -60,6 +61,7 @@ def enable() -> None:
     # fla's files import each other's functions by name, so every module global that *is* an original is rebound, and
     # so is the activation table.
     replacements = {id(original): _on_cpu(reference, original) for original, reference in references}
+    replacements |= {id(original): replacement for original, replacement in packing.pairs()}
     tables = [vars(module) for name, module in sys.modules.items() if name.startswith("fla.")]
     for table in [*tables, ACT2FN]:
         for name, value in table.items():
@@ -67,7 +69,8 @@ def enable() -> None:
                 table[name] = replacements[id(value)]
         # without flash-attn, fla's attention layers set flash_attn_func to None and leave the other undefined
         if "flash_attn_func" in table and str(table["__name__"]).startswith("fla.layers."):
-            for reference in (attention.flash_attn_func, attention.flash_attn_varlen_func):
+            # the lengths of documents are for Python to read, not for a graph
+            for reference in (attention.flash_attn_func, torch.compiler.disable(attention.flash_attn_varlen_func)):
                 original = table.get(name := reference.__name__)
                 table[name] = _on_cpu(reference, original) if original else reference
     Mamba.forward = _on_cpu(mamba.mamba, Mamba.forward)  # whose PyTorch code is a method, not a global

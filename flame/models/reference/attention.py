@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flame.models import varlen
 from flame.models.reference.common import place_tokens
 
 
@@ -57,11 +58,15 @@ def flash_attn_func(
 
 
 def flash_attn_varlen_func(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None, dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
+    max_seqlen_k: int, dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
 ) -> Tensor:  # fmt: skip
     """`flash_attn_func` inside each of the documents packed into q (tokens, heads, D), k and v."""
+    if not dropout_p and varlen.serves(q):
+        bounds = (cu_seqlens_q, cu_seqlens_k)
+        longest = (varlen.longest(cu_seqlens_q, max_seqlen_q), varlen.longest(cu_seqlens_k, max_seqlen_k))
+        return varlen.attention(q, k, v, bounds, longest, softmax_scale, (window_size[0], 0) if causal else window_size)
     queries, keys = (x.diff().tolist() for x in (cu_seqlens_q, cu_seqlens_k))
     documents = zip(q.split(queries), k.split(keys), v.split(keys), strict=True)
     options = (dropout_p, softmax_scale, causal, window_size)
