@@ -12,7 +12,7 @@ from huggingface_hub.constants import HF_HUB_OFFLINE
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.logging import logger
-from torchtitan.tools.utils import get_peak_flops, set_default_dtype
+from torchtitan.tools.utils import set_default_dtype
 
 from flame.config.schema import JobConfig
 from flame.data.document import Bad
@@ -22,6 +22,7 @@ from flame.models.listing import align
 from flame.parallel.layout import dp_degree
 from flame.parallel.pipeline_schedule import stage_rank
 from flame.training.lr_schedule import build_lr_schedule
+from flame.training.metrics import known_peak_flops
 from flame.training.train_spec import register
 
 Row = tuple[str, ...]
@@ -187,10 +188,10 @@ def _disk(parameters: int, job_config: JobConfig) -> str:
 
 
 def _time(flops: int, world_size: int, assumed_mfu: float | None) -> str:
-    name, peak, example = "H100", 989e12, ", as an example"  # for a machine without a GPU
-    if torch.accelerator.is_available():
-        name, example = torch.get_device_module().get_device_name(), ""
-        peak = get_peak_flops(name)
+    name, peak, example = "H100", 989e12, ", as an example"  # for a machine without a GPU, or with an unknown one
+    own = torch.get_device_module().get_device_name() if torch.accelerator.is_available() else ""
+    if own and (known := known_peak_flops(own)):
+        name, peak, example = own, known, ""
     rows = [("MFU", "hours", "days")]
     for mfu in (0.3, 0.4, 0.5) if assumed_mfu is None else (assumed_mfu,):
         hours = flops / (world_size * peak * mfu) / 3600

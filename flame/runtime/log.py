@@ -26,6 +26,7 @@ _SUPPRESSED_WARNINGS = (
     "Triton is not supported",  # flame.models.reference takes over
     "torch.distributed is disabled",  # exports read checkpoints without a process group on purpose
     "`torch.jit.script",  # inside torch
+    "`torch.distributed.distributed_c10d._set_pg_timeout`",  # torchtitan's; torch 2.14 has another name for it
 )
 
 

@@ -205,6 +205,8 @@ def keep_counts(model: nn.Module) -> Iterator[None]:
     Effect: the routers' counts are restored at the end, so that training alone balances the experts.
     """
     before = [(counts, counts.clone()) for name, counts in model.named_buffers() if name.endswith("tokens_per_expert")]
-    yield
-    for counts, values in before:
-        counts.copy_(values)
+    try:
+        yield
+    finally:
+        for counts, values in before:
+            counts.copy_(values)

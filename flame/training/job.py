@@ -5,6 +5,7 @@ from functools import partial
 
 import torch.distributed as dist
 from torchtitan.tools.logging import logger
+from torchtitan.tools.utils import device_module
 
 from flame.checkpoint.commit import complete_steps
 from flame.checkpoint.structure import ConversionError
@@ -45,7 +46,8 @@ def run_job(trainer_class: type[FlameTrainer], context: RunContext) -> int:
     trainer.close()
     if trainer.stopped:
         stop.ignore()  # torchrun sends SIGTERM to the ranks that end a moment after the first
-    dist.barrier()  # gloo aborts now and then when a rank destroys the group while another still uses it
+    # gloo aborts now and then when a rank destroys the group while another still uses it
+    dist.barrier(device_ids=[device_module.current_device()])
     dist.destroy_process_group()
     if not trainer.stopped and trainer.run.writes:
         try:

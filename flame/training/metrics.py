@@ -162,6 +162,8 @@ def _json_number(value: Any) -> Any:
 
 def known_peak_flops(device_name: str) -> float | None:
     """Peak bf16 FLOP/s of a device torchtitan knows by name, else None."""
+    if "H20" in device_name and "H200" not in device_name:
+        return 148e12  # as torchtitan's table has it; torchtitan asks lspci first, which calls the chip GH100
     peak = get_peak_flops(device_name)
     return peak if peak != _FALLBACK_PEAK or "A100" in device_name else None
 

@@ -13,6 +13,7 @@ from flame.errors import UserError
 from flame.preflight.inputs import TITAN
 from flame.preflight.validate import check
 from flame.titan import model as titan_model
+from flame.titan.parallelize import keep_counts
 from tests.launch import SMALL, metrics, train_each
 
 MODELS = {  # name: (--model.name, --model.flavor), of tests/flavors.py
@@ -364,3 +365,12 @@ def test_torchtitan_still_has_these_models():
     from torchtitan.models import _supported_models
 
     assert set(TITAN) < _supported_models
+
+
+def test_counts_are_restored_also_where_the_run_fails():
+    model = torch.nn.Module()
+    model.register_buffer("tokens_per_expert", torch.ones(2))
+    with pytest.raises(RuntimeError, match="failed"), keep_counts(model):
+        model.tokens_per_expert.add_(1)
+        raise RuntimeError("failed")
+    assert model.tokens_per_expert.tolist() == [1, 1]

@@ -1,11 +1,12 @@
-"""A full disk stops TensorBoard with one warning."""
+"""A full disk stops TensorBoard with one warning; the peak that MFU divides by."""
 
 import threading
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
-from flame.training.metrics import _report_once
+from flame.training.metrics import _report_once, known_peak_flops
 
 
 class Thread(threading.Thread):
@@ -36,3 +37,10 @@ def test_only_a_writer_that_finds_no_room_is_silent(kind, error, reported, monke
     thread.start()
     thread.join()
     assert bool(found) == reported
+
+
+@pytest.mark.parametrize("name, peak", [("NVIDIA H20", 148e12), ("NVIDIA H20-3e", 148e12), ("NVIDIA H200", 989e12)])
+def test_an_h20_is_not_taken_for_the_h100_that_lspci_shows(name, peak, monkeypatch):
+    lines = f"1b:00.0 3D controller: NVIDIA Corporation GH100 [{name.removeprefix('NVIDIA ')}] (rev a1)"
+    monkeypatch.setattr("torchtitan.tools.utils.subprocess.run", lambda *_, **__: SimpleNamespace(stdout=lines))
+    assert known_peak_flops(name) == peak
