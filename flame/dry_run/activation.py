@@ -27,8 +27,9 @@ from torchtitan.tools.utils import device_type, set_default_dtype
 
 from flame.config.schema import JobConfig
 from flame.errors import first_line
-from flame.models.causal_lm import ModelArgs
+from flame.models.causal_lm import CausalLM, ModelArgs
 from flame.models.flops import TOP_K_FIELDS, top_k
+from flame.models.fused_loss import GPU_CHUNK
 from flame.models.parameters import local_tensor
 from flame.titan.parallelize import has_experts
 
@@ -107,8 +108,11 @@ class LiveBytes(TorchDispatchMode):
         self._live -= size
 
 
-def measure(spec: TrainSpec, job_config: JobConfig, mode: str) -> ModelParts:
-    """The parts of a model on one rank, under an activation checkpointing mode; "selective" is by op."""
+def measure(spec: TrainSpec, job_config: JobConfig, mode: str, gpu_loss: bool = True) -> ModelParts:
+    """The parts of a model on one rank, under an activation checkpointing mode; "selective" is by op.
+
+    gpu_loss: with the fused loss of a GPU where the model has one, else with that of a CPU.
+    """
     args = copy.copy(spec.model_args[job_config.model.flavor])
     args.update_from_config(job_config)
     if hasattr(args, "attn_type"):  # torchtitan's masks depend on values, and save no more for the backward than SDPA
@@ -125,6 +129,9 @@ def measure(spec: TrainSpec, job_config: JobConfig, mode: str) -> ModelParts:
         for number in (i for i, kind in enumerate(kinds) if kind in kinds[:i]):
             del model.layers[str(number)]
         spec.parallelize_fn(model, _ModelParallelDims(1, 1, context, tensor, 1, 1, 1, tensor * context), config)
+        head: Any = model.head
+        if gpu_loss and isinstance(model, CausalLM) and model.family.fused_loss and not head.gather:
+            head.forward = partial(_lose_on_gpu, head)
         parts = _split(model, layout.expert_parallel_degree)
         batch = training.local_batch_size if pipeline == 1 else layout.pipeline_parallel_microbatch_size
         parallel_loss = get_train_context(tensor > 1 and not layout.disable_loss_parallel)
@@ -149,9 +156,31 @@ def measure(spec: TrainSpec, job_config: JobConfig, mode: str) -> ModelParts:
             trace()
         if untraceable:
             _apply_formula(model, parts, batch * training.seq_len // context, tensor, top_k or 0, mode)
-    embedding, *blocks, head = parts
+    embedding, *blocks, last = parts
     of_kind = dict(zip(dict.fromkeys(kinds), blocks, strict=True))
-    return ModelParts(embedding, [of_kind[kind] for kind in kinds], head, untraceable)
+    return ModelParts(embedding, [of_kind[kind] for kind in kinds], last, untraceable)
+
+
+class _GpuLoss(torch.autograd.Function):
+    """Allocates what flame.models.fused_loss does on a GPU: gradients in float32, and the logits of one chunk."""
+
+    @staticmethod
+    def forward(ctx: Any, *parts: torch.Tensor) -> torch.Tensor:
+        hidden, weight, *_ = parts
+        sums = [torch.empty_like(part, dtype=torch.float32) for part in parts]
+        hidden.new_empty(min(GPU_CHUNK, len(hidden)), len(weight))
+        ctx.dtype = hidden.dtype
+        ctx.save_for_backward(*sums)
+        return sums[0].sum()
+
+    @staticmethod
+    def backward(ctx: Any, _: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.empty_like(x, dtype=ctx.dtype) for x in ctx.saved_tensors)
+
+
+def _lose_on_gpu(head: Any, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    parameters = [local_tensor(p) for p in (head.weight, getattr(head, "bias", None)) if p is not None]
+    return _GpuLoss.apply(hidden.flatten(0, -2), *parameters)
 
 
 class _ModelParallelDims(ParallelDims):

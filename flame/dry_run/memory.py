@@ -37,13 +37,13 @@ def stage_modules(blocks: int, layout: Any) -> list[list[str]]:
     return stages(blocks, layout) if layout.pipeline_parallel_degree > 1 else [module_fqns(blocks)]
 
 
-def measure_modes(spec: TrainSpec, job_config: JobConfig) -> dict[str, ModelParts]:
+def measure_modes(spec: TrainSpec, job_config: JobConfig, gpu_loss: bool = True) -> dict[str, ModelParts]:
     """The parts under each activation checkpointing mode worth comparing: none, the job's own, and full."""
     ac = job_config.activation_checkpoint
-    found = {mode: measure(spec, job_config, mode) for mode in ("none", "full")}
-    if ac.mode == "selective" and ac.selective_ac_option == "op":
-        found["selective"] = measure(spec, job_config, "selective")
-    elif ac.mode == "selective":  # every n-th block as a whole
+    by_op = ac.mode == "selective" and ac.selective_ac_option == "op"
+    modes = ("none", "full", *(["selective"] if by_op else []))
+    found = {mode: measure(spec, job_config, mode, gpu_loss) for mode in modes}
+    if ac.mode == "selective" and not by_op:  # every n-th block as a whole
         every = int(ac.selective_ac_option) or 1
         pairs = zip(found["none"].blocks, found["full"].blocks, strict=True)
         blocks = [full if i % every == 0 else none for i, (none, full) in enumerate(pairs, 1)]

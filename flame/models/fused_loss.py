@@ -14,6 +14,7 @@ from torch import Tensor
 from torchtitan.components.loss import IGNORE_INDEX
 
 L2WARP = 1e-4  # weight of RWKV's penalty
+GPU_CHUNK = 8192  # tokens whose logits a GPU holds at a time
 
 
 def fused_loss(
@@ -46,7 +47,7 @@ class _FusedLoss(torch.autograd.Function):
         train: bool,
     ) -> Tensor:
         # A chunk costs a GPU its logits once, a CPU several times in fp32, and both a pass over the weight's gradient.
-        size = 8192 if hidden.is_cuda else 1024
+        size = GPU_CHUNK if hidden.is_cuda else 1024
         rank = 0 if group is None else dist.get_rank(group)
         parts = [hidden, weight, *([] if bias is None else [bias])]
         sums = [torch.zeros_like(part, dtype=torch.float32) for part in parts if train]

@@ -70,7 +70,7 @@ def run_rank(flags: list[str]) -> None:
     config = parse(flags)
     context = RunContext(config)
     register(config, context)
-    parts = measure_modes(get_train_spec(config.model.name), config)[config.activation_checkpoint.mode]
+    parts = measure_modes(get_train_spec(config.model.name), config, gpu_loss=False)[config.activation_checkpoint.mode]
     estimated = max(rank.peak for rank in estimate(parts, config, world_size()))
     peak = before = resident()
     done = threading.Event()

@@ -21,6 +21,20 @@ def test_full_checkpointing_keeps_a_block_input_and_selective_2_does_so_in_every
     assert half == [none[0], full[1]] and none[0] > 5 * full[0]
 
 
+@pytest.mark.parametrize("degree", [1, 2])
+@pytest.mark.parametrize("tokens", [1024, 16_384])
+def test_the_loss_takes_what_the_fused_loss_takes_on_a_gpu(tmp_path, tokens, degree):
+    flags = [f"--training.local_batch_size={tokens // 128}", f"{TENSOR}={degree}"]
+    config, spec = build_job(tmp_path, "llama", *flags, vocab_size=32_000)
+    head = measure(spec, config, "none").head
+    vocab, hidden, size = 32_000 // degree, 64, 4  # of float32
+    gradients, logits = size * hidden * (tokens + vocab), size * min(8192, tokens) * vocab
+    assert head.forward == pytest.approx(gradients + logits, rel=0.05)
+    norm = 2 * size * hidden * tokens  # at least what the last norm keeps
+    assert gradients <= head.saved <= gradients + 2 * norm
+    assert gradients <= head.backward <= gradients + 2 * norm  # once more, rounded
+
+
 @pytest.mark.parametrize("model", ["llama", "llama3 debugmodel"])
 def test_tensor_parallel_ranks_share_activations_and_logits(tmp_path, model):
     parts = {}
