@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -153,6 +154,9 @@ def run_part(part: Part, bench: Bench, limit: float) -> None:
         status, reason = "out of time", f"{limit:.0f} s"
     except PartError as error:
         status, reason = "failed", str(error)
+    except Exception as error:  # a mistake of the part itself; the others are done all the same
+        traceback.print_exc()
+        status, reason = "failed", f"{type(error).__name__}: {error}"
     finally:
         kill_all(bench.running)
     verdicts = {check["ok"] for check in bench.checks}

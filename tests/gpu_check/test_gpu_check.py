@@ -111,6 +111,11 @@ def test_a_process_that_fails_gives_its_last_line(check):
     assert Path(reason.split("(")[1].rstrip(")")).exists()
 
 
+def test_a_part_that_breaks_leaves_the_others_alone(check):
+    assert check.run({"broken": lambda bench: 1 / 0, "next": says(True)}) == (1, ["broken", "next"])
+    assert check.results["broken"]["reason"] == "ZeroDivisionError: division by zero"
+
+
 def test_no_value_passes_or_fails_in_a_rehearsal_and_no_speed_of_a_tiny_model(tmp_path):
     def verdicts(**machine):
         bench = Bench(tmp_path, {}, {}, {**MACHINE, "tiny": False, "rehearsal": False, **machine}, 0)
@@ -200,7 +205,7 @@ def test_the_peak_of_this_job_is_found_on_the_page_of_a_dry_run(tmp_path):
     def page(*flags):
         command = ["bash", str(REPO / "train.sh"), "--dry_run", "--training.seq_len=256", *flags]
         run = environment(FLAME_PYTHON=sys.executable)
-        return subprocess.run(command, env=run, cwd=tmp_path, capture_output=True, text=True, timeout=120).stdout
+        return subprocess.run(command, env=run, cwd=tmp_path, capture_output=True, text=True, timeout=400).stdout
 
     model = f"--model.config={REPO / 'configs/gla_debug.json'}"
     plain, full = (parts.peak(page(model, *flags)) for flags in ([], ["--activation_checkpoint.mode=full"]))
