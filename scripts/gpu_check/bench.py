@@ -76,18 +76,19 @@ class Bench:
         print(f"  {mark(ok)}  {name}: {figure}", flush=True)
 
     # -- processes -----------------------------------------------------------------------------------------------------
-    def start(self, command: list[str], *, cpu: bool = False, **environment: str) -> subprocess.Popen:
-        """Start a process with its output in a log of this part. cpu: it sees no GPU."""
-        own = {"CUDA_VISIBLE_DEVICES": ""} if cpu else self._stub
+    def start(self, *command: str, cpu: bool = False) -> subprocess.Popen:
+        """Start a process, "python" being that of the check, with a log of its own. cpu: it sees no GPU."""
         logs = self.out / "logs"
         logs.mkdir(exist_ok=True)
-        number = sum(1 for _ in logs.glob(f"{self.part}-*.log")) + 1
-        path = logs / f"{self.part}-{number}.log"
-        given = self._environment | {"NGPU": "1", "NO_COLOR": "1", "HF_HUB_OFFLINE": "1"} | own | environment
+        path = logs / f"{self.part}-{sum(1 for _ in logs.glob(f'{self.part}-*.log')) + 1}.log"
+        given = {"NGPU": "1", "NO_COLOR": "1", "HF_HUB_OFFLINE": "1"}
+        given |= {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}  # as train.sh does
+        given |= {"CUDA_VISIBLE_DEVICES": ""} if cpu else self._stub
+        program = self._environment["FLAME_PYTHON"] if command[0] == "python" else command[0]
         with path.open("w") as log:
             process = subprocess.Popen(
-                command, cwd=ROOT, env=given, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                start_new_session=True, pass_fds=[self._lock],
+                [program, *command[1:]], cwd=ROOT, env=self._environment | given, stdin=subprocess.DEVNULL,
+                stdout=log, stderr=log, start_new_session=True, pass_fds=[self._lock],
             )  # fmt: skip
         process.log = path  # type: ignore[attr-defined]
         self.running.add(process)
@@ -106,39 +107,30 @@ class Bench:
             raise PartError(f"exit code {code}: {lines[-1] if lines else 'no output'} ({path})")
 
     def train(self, folder: Path, *flags: str, cpu: bool = False) -> subprocess.Popen:
-        """Start flame's train.sh. On a GPU its kernels take their first configuration (rank.py)."""
-        rank = {} if cpu or not self.on_gpu else {"PYTHON_EXEC": str(ROOT / "scripts/gpu_check/rank.sh")}
-        return self.start(["bash", "train.sh", f"--job.dump_folder={folder}", *flags], cpu=cpu, **rank)
+        """Start a job: on a CPU with train.sh, on a GPU with its launcher and a rank that tunes no kernel (rank.py)."""
+        job = [f"--job.dump_folder={folder}", *flags]
+        if cpu or not self.on_gpu:
+            return self.start("bash", "train.sh", *job, cpu=True)
+        return self.start("python", "-m", "flame.runtime.launch", "-m", "scripts.gpu_check.rank", *job)
 
-    def ask(self, module: str, spec: dict[str, Any], *, cpu: bool = False) -> list[dict[str, Any]]:
+    def ask(self, module: str, spec: dict[str, Any]) -> list[dict[str, Any]]:
         """Run a module of this folder on a spec; what it wrote, line by line, even if it ran out of time.
 
-        Raises PartError. What it raises for want of time comes with the next call.
+        Raises PartError; call `check_time` when what was written has been judged.
         """
         path = self.work / f"{module}.jsonl"
         path.unlink(missing_ok=True)
-        process = self.start(
-            [
-                self._environment["FLAME_PYTHON"],
-                "-m",
-                f"scripts.gpu_check.{module}",
-                json.dumps({**spec, "result": str(path)}),
-            ],
-            cpu=cpu,
-        )
         with suppress(OutOfTime):
-            self.wait(process)
+            self.wait(
+                self.start("python", "-m", f"scripts.gpu_check.{module}", json.dumps({**spec, "result": str(path)}))
+            )
         return records(path)
 
     def small_model(self, name: str) -> Path:
         """A Hugging Face folder with the first weights of a model: shrunk, or the debug job's; made once."""
         folder = self.out / "models" / name
         if not folder.exists():
-            self.wait(
-                self.start(
-                    [self._environment["FLAME_PYTHON"], "-m", "scripts.gpu_check.models", name, str(folder)], cpu=True
-                )
-            )
+            self.wait(self.start("python", "-m", "scripts.gpu_check.models", name, str(folder), cpu=True))
         return folder
 
     def check_time(self) -> None:

@@ -232,7 +232,7 @@ def memory(bench: Bench) -> None:
     for name, numbers in jobs.items():
         if not numbers:
             continue
-        page = bench.start(["bash", "train.sh", "--dry_run", *numbers["job"]])
+        page = bench.start("bash", "train.sh", "--dry_run", *numbers["job"])
         bench.wait(page)
         estimate = peak(page.log.read_text())  # type: ignore[attr-defined]
         ratio = estimate / numbers["memory_gib"]

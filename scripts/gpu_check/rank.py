@@ -1,4 +1,4 @@
-"""A rank of train.sh whose Triton kernels take their first configuration: tuning takes minutes, and changes no value.
+"""A rank whose Triton kernels take their first configuration: tuning takes minutes, and changes no value.
 
 On the rehearsal's GPU it is the rank of a job whose steps are all good.
 """

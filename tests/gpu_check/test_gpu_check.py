@@ -54,7 +54,7 @@ def skips(bench):
 
 
 def starts(code):
-    return lambda bench: bench.wait(bench.start([sys.executable, "-c", code]))
+    return lambda bench: bench.wait(bench.start("python", "-c", code))
 
 
 def test_what_passed_is_not_done_again_and_what_failed_comes_last(check):
