@@ -32,6 +32,7 @@ from flame.models import reference  # noqa: E402
 from flame.models.audit import perturb_weights  # noqa: E402
 from flame.models.causal_lm import CausalLM, ModelArgs  # noqa: E402
 from flame.models.hf import choose_attention  # noqa: E402
+from flame.runtime.device import upload  # noqa: E402
 from scripts.gpu_check.models import small  # noqa: E402
 
 ROWS, LENGTH, CUT = 2, 192, 70  # CUT: where a row's second document begins
@@ -52,7 +53,7 @@ class Recorder:
     def __init__(self) -> None:
         self.calls: dict[Any, Call] | None = None
         for module in vars(reference).values():
-            if hasattr(module, "pairs"):
+            if hasattr(module, "pairs") and module is not reference.packing:  # which is on every device
                 module.pairs = functools.partial(self._recorded, module.pairs)
 
     @contextmanager
@@ -80,11 +81,11 @@ def keep(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
-def build(source: str, dtype: torch.dtype, where: str) -> CausalLM:
-    """A small model as the trainer would build it, with perturbed weights in a type."""
+def build(source: str, dtype: torch.dtype, where: str, packed: bool = False) -> CausalLM:
+    """A small model as the trainer would build it, for packed documents or not, with perturbed weights in a type."""
     family, config = small(source)
     if where != "cpu":
-        choose_attention(config, family, str(dtype).removeprefix("torch."))
+        choose_attention(config, family, str(dtype).removeprefix("torch."), packed)
     model = CausalLM(ModelArgs(seed=0).bind(family, config))
     model.init_weights()
     perturb_weights(model, seed=0)
@@ -179,23 +180,23 @@ def run(
 # -- packed ------------------------------------------------------------------------------------------------------------
 def compare_packed(source: str, _: Recorder) -> dict[str, Any]:
     """Two documents in each of two rows, beside each document alone; logits None: the model has no packing."""
-    model = build(source, torch.bfloat16, WHERE)
-    if model.family.packing is None:
+    separate = build(source, torch.bfloat16, WHERE)
+    if separate.family.packing is None:
         return {"logits": None}
-    tokens = batch(model)
+    together = build(source, torch.bfloat16, WHERE, packed=True)
+    tokens = batch(separate)
     edges = [edge for row in range(ROWS) for edge in (row * LENGTH, row * LENGTH + CUT)] + [ROWS * LENGTH]
     positions = torch.cat([torch.arange(b - a) for a, b in itertools.pairwise(edges)]).view(ROWS, LENGTH)
-    packing = {"positions": positions.to(WHERE), "cu_seqlens": torch.tensor(edges, dtype=torch.int32).to(WHERE)}
+    packing = {"positions": positions, "cu_seqlens": torch.tensor(edges, dtype=torch.int32)}
+    packing = {name: upload(tensor, tokens.device) for name, tensor in packing.items()}
     documents = tokens[:, :CUT].contiguous(), tokens[:, CUT:].contiguous()
-    found = {}
     with torch.no_grad():
-        alone = torch.cat([model(document) for document in documents], 1)
-        found = {"logits": distance(model(tokens, **packing), alone), "leaking": distance(model(tokens), alone)}
-    model(tokens, labels=tokens, **packing).backward()
-    together = gradients(model)
+        alone = torch.cat([separate(document) for document in documents], 1)
+        found = {"logits": distance(together(tokens, **packing), alone), "leaking": distance(separate(tokens), alone)}
+    together(tokens, labels=tokens, **packing).backward()
     for document in documents:
-        model(document, labels=document).backward()
-    return found | {"gradients": distance(together, gradients(model))}
+        separate(document, labels=document).backward()
+    return found | {"gradients": distance(gradients(together), gradients(separate))}
 
 
 def main(spec: dict[str, Any]) -> None:
