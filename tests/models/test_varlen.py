@@ -3,6 +3,7 @@
 import importlib.util
 import inspect
 import itertools
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from flame.models import reference, varlen
 from flame.models.causal_lm import CausalLM, ModelArgs
 from flame.models.hf import choose_attention
-from flame.models.reference import attention, packing
+from flame.models.reference import attention
+from flame.runtime.device import source, upload
 from tests.models.kernels import gradients, worst
 from tests.models.small import OTHERS, distinct, small
 
@@ -201,23 +203,40 @@ def test_it_serves_half_precision_on_a_gpu(device, dtype, head_dim, served, gpu)
     assert varlen.serves(SimpleNamespace(is_cuda=device, dtype=dtype, shape=(12, 4, head_dim))) is served
 
 
-def test_what_flas_kernels_ask_of_boundaries_on_a_gpu_is_read_on_the_host(monkeypatch):
+@pytest.fixture
+def far(monkeypatch):
+    """A device of which no number can be read, but to which tensors are uploaded."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    return torch.device("meta")
+
+
+def test_what_was_uploaded_is_known_on_the_host_as_long_as_it_lives(far):
+    tensor = torch.arange(4)
+    copy = upload(tensor, far)
+    assert copy.device == far and source(copy) is tensor and source(tensor) is tensor
+    assert source(torch.empty(4, device=far)) is None
+    seen = weakref.ref(tensor)
+    del tensor, copy
+    assert seen() is None
+
+
+def test_what_flas_kernels_ask_of_boundaries_on_a_gpu_is_read_on_the_host(far):
     from fla.modules import token_shift
     from fla.ops.common import chunk_h
     from fla.ops.gla import chunk
 
     reference.enable()
-    host, uploaded = torch.tensor([0, 5, 6, 200], dtype=torch.int32), []
-    boundaries = host.to("meta")  # which no number can be read from
-    monkeypatch.setattr(packing, "source", lambda tensor: host if tensor is boundaries else None)
-    monkeypatch.setattr(packing, "upload", lambda value, device: uploaded.append(value) or value.to(device))
-
-    offsets = chunk_h.prepare_chunk_offsets(boundaries, 64)
-    assert chunk_h.prepare_chunk_offsets(boundaries, 64) is offsets and offsets.device == boundaries.device
-    assert offsets[-1].item() == 6 and offsets[:-1].shape == (3,)
-    indices = chunk.prepare_chunk_indices(boundaries, 64)
-    assert indices.device == boundaries.device and len(indices) == 6
-    assert [value.tolist() for value in uploaded] == [[0, 1, 2, 6], [[0, 0], [1, 0], [2, 0], [2, 1], [2, 2], [2, 3]]]
+    host = torch.tensor([0, 5, 6, 200], dtype=torch.int32)
+    boundaries = upload(host, far)
+    offsets, indices = chunk_h.prepare_chunk_offsets(boundaries, 64), chunk.prepare_chunk_indices(boundaries, 64)
+    assert offsets.device == indices.device == far
+    assert chunk_h.prepare_chunk_offsets(boundaries, 64) is offsets  # fla's cache
+    assert offsets[-1].item() == 6 and offsets[:-1].shape == (3,) and len(indices) == 6
+    assert source(indices).tolist() == [[0, 0], [1, 0], [2, 0], [2, 1], [2, 2], [2, 3]]
     assert token_shift.prepare_maxlens(boundaries) == 194
-    assert len(uploaded) == 2
-    assert torch.equal(chunk.prepare_chunk_indices(host, 64), uploaded[1])  # elsewhere fla's own
+    assert torch.equal(chunk.prepare_chunk_indices(host, 64), source(indices))  # elsewhere fla's own
+
+
+def test_documents_that_the_kernel_does_not_take_are_told_apart_on_the_host(far):
+    q, boundaries = torch.empty(12, 4, 8, device=far), upload(torch.tensor([0, 5, 12], dtype=torch.int32), far)
+    assert attention.flash_attn_varlen_func(q, q, q, boundaries, boundaries, 12, 12, causal=True).shape == q.shape

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from flame.models import varlen
 from flame.models.reference.common import place_tokens
+from flame.runtime.device import source
 
 
 def rotary_embedding(
@@ -67,10 +68,15 @@ def flash_attn_varlen_func(
         bounds = (cu_seqlens_q, cu_seqlens_k)
         longest = (varlen.longest(cu_seqlens_q, max_seqlen_q), varlen.longest(cu_seqlens_k, max_seqlen_k))
         return varlen.attention(q, k, v, bounds, longest, softmax_scale, (window_size[0], 0) if causal else window_size)
-    queries, keys = (x.diff().tolist() for x in (cu_seqlens_q, cu_seqlens_k))
+    queries, keys = _lengths(cu_seqlens_q), _lengths(cu_seqlens_k)
     documents = zip(q.split(queries), k.split(keys), v.split(keys), strict=True)
     options = (dropout_p, softmax_scale, causal, window_size)
     return torch.cat([flash_attn_func(a[None], b[None], c[None], *options)[0] for a, b, c in documents])
+
+
+def _lengths(cu_seqlens: Tensor) -> list[int]:
+    known = source(cu_seqlens)
+    return (cu_seqlens if known is None else known).diff().tolist()
 
 
 def pairs() -> list[tuple[Callable, Callable]]:
