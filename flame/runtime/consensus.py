@@ -44,25 +44,33 @@ class RankConsensus:
         return gathered
 
     def each(self, ask: Callable[[], Answer]) -> list[Answer]:
-        """What `ask` returns on every rank, in rank order.
+        """What `ask` returns on every rank, in rank order: each rank is told the answers of all.
 
         Raises UserError, on all ranks, if `ask` raises one on any, or an OSError, which becomes one of the run folder.
         """
-        answer: Answer | UserError
-        try:
-            answer = ask()
-        except UserError as error:
-            answer = error
-        except OSError as error:
-            answer = UserError("--job.dump_folder", hint=str(error))
-        answers = self.gather(answer)
-        if first_error := next((answer for answer in answers if isinstance(answer, UserError)), None):
-            raise first_error
-        return answers
+        return [_given(answer) for answer in self.gather(_try(ask))]
 
     def first(self, ask: Callable[[], Answer]) -> Answer:
         """What `ask` returns on rank 0, on all ranks. Raises as `each` does."""
-        return cast(Answer, self.each(lambda: ask() if dist.get_rank() == 0 else None)[0])
+        answer = [_try(ask) if dist.get_rank() == 0 else None]
+        if self._group is not None:
+            dist.broadcast_object_list(answer, src=0, group=self._group)
+        return _given(cast(Answer, answer[0]))
+
+
+def _try(ask: Callable[[], Answer]) -> Answer | UserError:
+    try:
+        return ask()
+    except UserError as error:
+        return error
+    except OSError as error:
+        return UserError("--job.dump_folder", hint=str(error))
+
+
+def _given(answer: Answer | UserError) -> Answer:
+    if isinstance(answer, UserError):
+        raise answer
+    return answer
 
 
 @contextmanager
