@@ -100,10 +100,12 @@ class Clock:
 
 def count_events(events: Iterable[Any]) -> dict[str, Any]:
     """Waits of the host and kernels of the step that a profile saw, from its events."""
-    events = list(events)
-    step = next(event.time_range for event in events if event.name == "the step")
-    inside = [event for event in events if step.start <= event.time_range.start < step.end]
-    on_device = [e for e in events if str(e.device_type).endswith("CUDA") and not e.is_user_annotation]
+    on_device, on_host = [], []
+    for event in events:
+        (on_device if str(event.device_type).endswith("CUDA") else on_host).append(event)
+    step = next(event.time_range for event in on_host if event.name == "the step")
+    inside = [event for event in on_host if step.start <= event.time_range.start < step.end]
+    on_device = [event for event in on_device if not event.is_user_annotation]
     # A copy that the host waits for is a wait for its stream, or, to pageable memory, a cudaMemcpy.
     waits = [event for event in inside if event.name.endswith("Synchronize") or event.name == "cudaMemcpy"]
     return {

@@ -150,10 +150,10 @@ def test_a_steps_waits_and_kernels_are_counted_without_the_profilers_own():
     step = event("the step", 10)
     step.time_range.end = 100
     events = [
-        event("cudaDeviceSynchronize", 5, cpu=9), step, event("cudaLaunchKernel", 20, cpu=3),
-        event("gemm", 30, device=2000, kind="CUDA"), event("cudaEventSynchronize", 60, cpu=1500),
-        event("cudaMemcpyAsync", 70, cpu=1), event("copy", 71, device=500, kind="CUDA"),
-        event("the step", 30, device=7, kind="CUDA"), event("cudaDeviceSynchronize", 101, cpu=9),
+        event("the step", 30, device=7, kind="CUDA"), event("cudaDeviceSynchronize", 5, cpu=9), step,
+        event("cudaLaunchKernel", 20, cpu=3), event("gemm", 30, device=2000, kind="CUDA"),
+        event("cudaEventSynchronize", 60, cpu=1500), event("cudaMemcpyAsync", 70, cpu=1),
+        event("copy", 71, device=500, kind="CUDA"), event("cudaDeviceSynchronize", 101, cpu=9),
     ]  # fmt: skip
     assert speed.count_events(events) == {"waits": {"count": 1, "ms": 1.5}, "kernels": {"count": 2, "ms": 2.5}}
 
