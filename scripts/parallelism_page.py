@@ -23,7 +23,9 @@ def row(model_type: str, family: Family) -> str:
     """A row of the table: what a model type supports, and why it does not support the rest."""
     allowed = layouts(family)
     cells = ["yes" if column in allowed else "no" for column in COLUMNS]
-    cells += ["one graph" if family.fullgraph else "graph breaks", "no" if family.packing is None else "yes"]
+    cells += ["one graph" if family.fullgraph else "graph breaks"]
+    cells[-1] += ", by default" if family.compiles else ""
+    cells += ["no" if family.packing is None else "yes"]
     cells += ["not in PP" if "PP" in allowed else "yes"]
     cells += ["no" if family.float8 is not True else "not gathered" if family.from_fla else "yes"]
     reasons = [f"TP, CP: {family.tp_plan}"] if isinstance(family.tp_plan, str) else []

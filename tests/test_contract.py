@@ -227,10 +227,31 @@ class Broken(torch.nn.Module):
 def test_blocks_with_graph_breaks_compile_unless_the_family_is_one_graph(fullgraph):
     torch._dynamo.reset()
     off = dict.fromkeys(("cp_enabled", "tp_enabled", "fsdp_enabled", "dp_replicate_enabled"), False)
-    model = SimpleNamespace(layers=torch.nn.ModuleDict({"0": Broken()}), family=SimpleNamespace(fullgraph=fullgraph))
+    family, layers = SimpleNamespace(fullgraph=fullgraph), torch.nn.ModuleDict({"0": Broken()})
+    model = SimpleNamespace(layers=layers, family=family, norm=None)
     parallelize(model, SimpleNamespace(**off), parse(["--compile.enable", "--compile.backend=eager"]))
     with pytest.raises(Unsupported) if fullgraph else nullcontext():
         assert model.layers["0"](torch.zeros(1)) == 1
+
+
+def test_training_keeps_its_graph_after_rows_of_another_length_have_made_one_of_any_length():
+    torch._dynamo.reset()
+    torch._C._dynamo.eval_frame._set_lru_cache(True)  # torch's default
+    ran = []
+
+    def backend(graph, examples):
+        return lambda *inputs: (ran.append(graph), graph.forward(*inputs))[1]
+
+    off = dict.fromkeys(("cp_enabled", "tp_enabled", "fsdp_enabled", "dp_replicate_enabled"), False)
+    layers = torch.nn.ModuleDict({"0": torch.nn.Linear(2, 2)})
+    config = parse(["--compile.enable"])
+    config.compile.backend = backend
+    model = SimpleNamespace(layers=layers, family=SimpleNamespace(fullgraph=True), norm=None)
+    parallelize(model, SimpleNamespace(**off), config)
+    for length in (4, 5, 6, 4):
+        layers["0"](torch.zeros(length, 2))
+    assert len(set(map(id, ran))) == 2, "lengths 5 and 6 share a graph"
+    assert ran[-1] is ran[0]
 
 
 class Calls(TorchDispatchMode):

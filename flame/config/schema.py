@@ -247,7 +247,20 @@ class ActivationCheckpoint(titan.ActivationCheckpoint):
 
 
 @dataclass
+class Compile(titan.Compile):
+    enable: bool | None = None
+    """Compile each block of the model with torch.compile. none: on a GPU, for the families that gain from it
+    (docs/parallelism.md), unless the job has what excludes it; torchtitan's own models are compiled if it is true."""
+
+    backend: str = "inductor"
+    """Compiler of torch.compile."""
+
+
+@dataclass
 class Comm(titan.Comm):
+    init_timeout_seconds: int = 1800
+    """Timeout in seconds of communication until the first step is done; long, as ranks compile kernels in it"""
+
     train_timeout_seconds: int = 1800
     """Timeout in seconds of communication after the first step; long, as slow reading of data must not kill the job"""
 
@@ -281,6 +294,7 @@ class JobConfig(titan.JobConfig):
     validation: Validation = field(default_factory=Validation)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
+    compile: Compile = field(default_factory=Compile)
     comm: Comm = field(default_factory=Comm)
     memory_estimation: MemoryEstimation = field(default_factory=MemoryEstimation)
     experimental: Experimental = field(default_factory=Experimental)

@@ -98,7 +98,7 @@ def typed(setting: Setting, kind: Any) -> Any:
     """The value of a setting converted to the type of its field. Raises UserError if it is not one of that type."""
     value = setting.value
     arms = _arms(kind)
-    if setting.negated and kind is not bool:
+    if setting.negated and bool not in arms:
         raise UserError(setting.where, hint=f"not a setting, as {setting.path} is not true or false")
     if isinstance(value, tuple):
         if value == () and bool in arms:

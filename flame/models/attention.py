@@ -109,6 +109,7 @@ MOE = Family(  # https://arxiv.org/abs/2401.04088; the balance loss is trained i
     packing="positions",
     router_loss=_router_loss,
     fullgraph=False,  # tokens per expert are known in the step only
+    compiles=False,
     tp_plan=TPPlan(  # every rank has all experts, for its shard of the sequence
         token_mixers=("self_attn",),
         shard_dims=_ATTENTION,

@@ -59,8 +59,8 @@ class Family:
     router_loss(config, logits): the load-balancing loss of the routers' logits, one (tokens, experts) per layer.
     fused_loss: False if only transformers' own forward knows how hidden states become logits.
     tp_plan: how tensor and context parallelism divide blocks, or why they cannot. stages: True if pipeline parallelism
-    can divide the model, else why not. fullgraph: whether a block compiles as one graph. float8: True if torchao's
-    linear layers work, else why not.
+    can divide the model, else why not. fullgraph: whether a block compiles as one graph. compiles: whether blocks are
+    compiled on a GPU unless the job says otherwise. float8: True if torchao's linear layers work, else why not.
     """
 
     model_types: tuple[str, ...]
@@ -74,6 +74,7 @@ class Family:
     router_loss: Callable[[Any, Any], Any] | None = None
     fused_loss: bool = True
     fullgraph: bool = True
+    compiles: bool = True
     tp_plan: TPPlan | str = "its row has no TP plan"
     stages: bool | str = True
     float8: bool | str = True

@@ -15,7 +15,7 @@ from flame.models.flops import attention_flops, state_flops
 def _family(model_type: str, flops: Callable[[Any, int], float], tp_plan: TPPlan | str, **others: Any) -> Family:
     """A row of fla, whose models share names and whose mixers take `cu_seqlens`, unless `others` differ."""
     # its kernels are torch.compiler.disable'd, and its rotary embedding breaks the graph too
-    fields: dict[str, Any] = {"norm": "norm", "packing": "cu_seqlens", "fullgraph": False, **others}
+    fields: dict[str, Any] = {"norm": "norm", "packing": "cu_seqlens", "fullgraph": False, "compiles": False, **others}
     fields |= {"blocks": "layers", "embedding": "embeddings", "from_fla": True}
     return Family(model_types=(model_type,), mixer_flops=flops, tp_plan=tp_plan, **fields)
 

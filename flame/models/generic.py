@@ -52,6 +52,7 @@ def read_family(hf: nn.Module, model_type: str, from_fla: bool) -> Family:
         from_fla=from_fla,
         fused_loss=False,
         fullgraph=False,
+        compiles=False,
         tp_plan=_read_tp_plan(config, blocks[0], children[blocks[0]]),
     )
 

@@ -1,6 +1,7 @@
 """Activation checkpointing, compile, then FSDP2 in all its forms: torchtitan's functions in torchtitan's order."""
 
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,10 +13,11 @@ from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.distributed.tensor_parallel import maybe_enable_async_tp
-from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list, apply_compile, apply_fsdp
+from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list, apply_fsdp
 from torchtitan.tools.utils import device_type
 
-from flame.config.schema import JobConfig
+from flame.config.schema import Compile, JobConfig
+from flame.parallel import layout
 from flame.parallel.context import apply_context_parallel, shard_sequence
 from flame.parallel.tensor import apply_tensor_parallel, shard_activations
 
@@ -30,14 +32,12 @@ def parallelize(model: Any, parallel_dims: ParallelDims, job_config: JobConfig) 
             model.head.gather = job_config.parallelism.disable_loss_parallel
         if job_config.parallelism.enable_async_tensor_parallel:
             enable_async_tp(parallel_dims.get_mesh("tp"), job_config)
-    compiled, ac = job_config.compile.enable, job_config.activation_checkpoint
+    compiled, ac = layout.compiles(model.family, job_config), job_config.activation_checkpoint
     if ac.mode != "none":
         folder = job_config.job.dump_folder
         apply_ac(model, ac, model_compile_enabled=compiled, op_sac_save_list=_op_sac_save_list, base_folder=folder)
-    if compiled and not model.family.fullgraph:
-        _compile_with_graph_breaks(model, job_config.compile.backend)
-    elif compiled:
-        apply_compile(model, job_config.compile)
+    if compiled:
+        _compile(model, job_config.compile)
     if parallel_dims.tp_enabled:
         shard_activations(model, parallel_dims.get_mesh("tp"))
     if parallel_dims.cp_enabled:
@@ -89,10 +89,24 @@ def enable_async_tp(mesh: DeviceMesh, job_config: JobConfig) -> None:
         enable_symm_mem_for_group(mesh.get_group().group_name)
 
 
-def _compile_with_graph_breaks(model: Any, backend: str) -> None:
-    """Compile each block; torchtitan 0.2.2's `apply_compile` (models/llama3/infra/parallelize.py) forces fullgraph."""
+def _compile(model: Any, config: Compile) -> None:
+    """Compile each block, so that a run that compiles anew, as a resumed one does, computes the same, bit for bit.
+
+    And the norm behind them, where it is as many operators as those in the blocks.
+
+    torchtitan 0.2.2's `apply_compile` (models/llama3/infra/parallelize.py) forces fullgraph, and takes no options.
+    """
+    # No kernel is chosen by its speed if the choice changes a sum.
+    options = {"deterministic": True} if config.backend == "inductor" else None
+    # Graphs are tried in the order in which they were compiled: rows of another length, as a validation may have, make
+    # one of any length, which would then serve the training as well. torchtitan's `apply_ac` does the same.
+    torch._C._dynamo.eval_frame._set_lru_cache(False)
+    family = model.family
+    compiled = partial(torch.compile, backend=config.backend, fullgraph=family.fullgraph, options=options)
     for name, block in model.layers.items():
-        model.layers.register_module(name, torch.compile(block, backend=backend))
+        model.layers.register_module(name, compiled(block))
+    if family.fullgraph and model.norm is not None:
+        setattr(model.backbone, family.norm, compiled(model.norm))
 
 
 def force_sum_reduction(model: nn.Module) -> None:

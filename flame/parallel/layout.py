@@ -4,6 +4,7 @@ from typing import Any
 
 import torch.nn as nn
 from torchtitan.distributed.pipeline_parallel import generate_llm_fqn_per_model_part
+from torchtitan.tools.utils import device_type
 
 from flame.config.schema import JobConfig
 from flame.errors import UserError
@@ -55,6 +56,22 @@ def _validate_division(family: Family, config: Any, model: Any, job_config: JobC
     for section in ("training", "validation") if job_config.validation.enable else ("training",):
         if (seq_len := getattr(job_config, section).seq_len) % degree:
             raise UserError(f"--{section}.seq_len", seq_len, f"a multiple of {product}")
+
+
+def compiles(family: Family, job_config: JobConfig) -> bool:
+    """Whether blocks are compiled: as the job says, else on a GPU if the family gains and nothing excludes it."""
+    layout, asked = job_config.parallelism, job_config.compile.enable
+    if asked is not None:
+        return asked
+    recomputes_shards = layout.tensor_parallel_degree > 1 and job_config.activation_checkpoint.mode != "none"
+    return (
+        device_type == "cuda"
+        and family.compiles
+        and "model" in job_config.compile.components
+        and not recomputes_shards
+        and not (layout.pipeline_parallel_degree > 1 and pipeline_schedule.splits_backward(layout))
+        and not job_config.quantize.linear.float8.emulate
+    )
 
 
 def _validate_compile(job_config: JobConfig) -> None:

@@ -14,6 +14,7 @@ from flame.runtime import stop
 from flame.runtime.consensus import RankConsensus
 from flame.runtime.run_folder import Run
 
+CONNECT_SECONDS = 300  # all ranks are there and only connect: a wrong interface is named before kernels could compile
 
 class RunContext:
     """Made before the process group; `consensus` and `start` are collectives when they are first used."""
@@ -29,7 +30,8 @@ class RunContext:
     @cached_property
     def consensus(self) -> RankConsensus:
         """The one gloo group of the run."""
-        return RankConsensus(VERIFY_TIMEOUT, timedelta(seconds=self.job_config.comm.init_timeout_seconds))
+        connect = min(CONNECT_SECONDS, self.job_config.comm.init_timeout_seconds)
+        return RankConsensus(VERIFY_TIMEOUT, timedelta(seconds=connect))
 
     @cached_property
     def plan(self) -> StartPlan | None:

@@ -69,8 +69,6 @@ def register(job_config: JobConfig, context: RunContext | None = None) -> None:
     if flag and not torch.accelerator.is_available():
         raise UserError(f"--{flag}", hint="needs a GPU, and none is visible")
     quantize.check(job_config)
-    if job_config.compile.enable:
-        _check_backend(job_config.compile.backend)
     if job_config.experimental.custom_import:
         import_models(job_config.experimental.custom_import)
     tokenizer = load_tokenizer(job_config)
@@ -104,6 +102,8 @@ def register(job_config: JobConfig, context: RunContext | None = None) -> None:
 def _load_titan(job_config: JobConfig, tokenizer: Tokenizer, context: RunContext) -> Loaded:
     """torchtitan's own model."""
     model, checkpoint = job_config.model, job_config.checkpoint
+    if job_config.compile.enable:
+        _check_backend(job_config.compile.backend)
     fields = titan_model.load(job_config, tokenizer)
     published, adapter = fields["model_cls"].hf_equivalent, None
     if isinstance(published, str):
@@ -136,6 +136,8 @@ def _load_hf(job_config: JobConfig, tokenizer: Tokenizer, context: RunContext) -
     hf_model = build_on_meta(hf_config, model.config, model.trust_remote_code)
     fit_positions(hf_model, job_config)
     layout.validate(family, hf_config, hf_model, job_config)
+    if layout.compiles(family, job_config):
+        _check_backend(job_config.compile.backend)
     quantize.adapt(job_config, family, hf_model)
     fields = {
         "model_cls": CausalLM,

@@ -1,6 +1,7 @@
 """torchtitan's Trainer with a step that is right in every layout, a provable data stream, and a run folder."""
 
 import math
+import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, NamedTuple, NoReturn
@@ -164,6 +165,8 @@ class FlameTrainer(torchtitan.train.Trainer):
             maybe_enable_memory_snapshot(config.profiling, **observed) as memory_profiler,
         ):
             batches = self.batch_generator(self.dataloader)
+            if self.device.type != "cpu" or config.compile.enable:
+                logger.info(f"step {first}: compiling kernels, which may take minutes")
             while self.step < last:
                 self.step += 1
                 self.gc_handler.run(self.step)
@@ -177,6 +180,8 @@ class FlameTrainer(torchtitan.train.Trainer):
                 if self.step == first:
                     timeout = timedelta(seconds=config.comm.train_timeout_seconds)
                     dist_utils.set_pg_timeouts(timeout=timeout, parallel_dims=self.parallel_dims)
+                    if seconds := compile_seconds():
+                        logger.info(f"step {first}: torch.compile took {seconds:.0f} s (--compile.enable)")
                 self.checkpointer.save(self.step, last_step=self.step == last)
                 if config.validation.enable and self.validator.should_validate(self.step):
                     self.validator.validate(self.model_parts, self.step)
@@ -375,6 +380,12 @@ def can_skip_on_device(optimizers: OptimizersContainer) -> bool:
     """Whether a step of the optimizers obeys `found_inf`: all are fused, and nothing else is updated before them."""
     fused = all(group.get("fused") for optimizer in optimizers for group in optimizer.param_groups)
     return fused and not optimizers._optimizer_step_pre_hooks  # of mixtures: the experts' biases
+
+
+def compile_seconds() -> float:
+    """Seconds that torch.compile has taken in this process."""
+    utils = sys.modules.get("torch._dynamo.utils")  # seconds to import: only a job that compiles has done so
+    return 0.0 if utils is None else utils.calculate_time_spent()["total_wall_time"]
 
 
 def use_our_checkpoint_manager() -> None:

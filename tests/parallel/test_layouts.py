@@ -18,7 +18,7 @@ from flame.errors import UserError
 from flame.models.hf import build_on_meta
 from flame.models.table import BY_MODEL_TYPE
 from flame.parallel.apply import enable_async_tp
-from flame.parallel.layout import ASYNC_TP_FLAG, CP_FLAG, PP_FLAG, TP_FLAG, stages
+from flame.parallel.layout import ASYNC_TP_FLAG, CP_FLAG, PP_FLAG, TP_FLAG, compiles, stages
 from flame.parallel.pipeline_schedule import SCHEDULE_FLAG, SCHEDULES
 from tests.launch import REPO
 from tests.layouts import JOBS, LAYOUTS, MODELS, STEPS, differences, error_of, layout_error, run
@@ -243,6 +243,40 @@ def test_what_inductor_compiles_has_the_numbers_of_one_rank(name, tmp_path, monk
     runs = run(tmp_path, [(name, layout) for layout in layouts])
     for layout in layouts:
         compare(name, layout, runs)
+
+
+@pytest.mark.parametrize(
+    "flags, compiled",
+    [
+        ("", True),
+        ("--compile.enable=false", False),
+        ("--compile.components=loss", False),
+        ("--activation_checkpoint.mode=full", True),
+        (f"{TP_FLAG}=2", True),
+        (f"{TP_FLAG}=2 --activation_checkpoint.mode=full", False),
+        (f"{PP_FLAG}=2", True),
+        (f"{PP_FLAG}=2 {SCHEDULE_FLAG}=ZBVZeroBubble", False),
+        (f"{PP_FLAG}=2 {SCHEDULE_FLAG}_csv=order.csv", False),
+        (f"{SCHEDULE_FLAG}=ZBVZeroBubble", True),  # there is no pipeline
+        ("--quantize.linear.float8.emulate", False),
+    ],
+)
+def test_blocks_are_compiled_on_a_gpu_unless_the_job_says_no_or_has_what_excludes_it(flags, compiled, monkeypatch):
+    monkeypatch.setattr("flame.parallel.layout.device_type", "cuda")
+    assert compiles(BY_MODEL_TYPE["llama"], parse(flags.split())) == compiled
+
+
+def test_only_families_that_gain_from_it_are_compiled_unasked_and_none_on_a_cpu(monkeypatch):
+    llama, mixtral, unasked, asked = (
+        BY_MODEL_TYPE["llama"],
+        BY_MODEL_TYPE["mixtral"],
+        parse([]),
+        parse(["--compile.enable"]),
+    )
+    monkeypatch.setattr("flame.parallel.layout.device_type", "cpu")
+    assert not compiles(llama, unasked) and compiles(llama, asked)
+    monkeypatch.setattr("flame.parallel.layout.device_type", "cuda")
+    assert not compiles(mixtral, unasked) and compiles(mixtral, asked)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "gla", "tied"])

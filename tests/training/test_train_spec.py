@@ -22,7 +22,7 @@ def rejected(*flags):
 
 
 def test_a_compile_backend_that_torch_does_not_have_is_rejected():
-    error = rejected("--compile.enable", "--compile.backend=nonsense")
+    error = rejected("--model.config=configs/gla_debug.json", "--compile.enable", "--compile.backend=nonsense")
     assert (error.setting, error.found) == ("--compile.backend", "'nonsense'")
     assert error.allowed.startswith("one of eager, ") and "inductor" in error.allowed
 
