@@ -16,6 +16,7 @@ from flame.runtime.run_folder import Run
 
 CONNECT_SECONDS = 300  # all ranks are there and only connect: a wrong interface is named before kernels could compile
 
+
 class RunContext:
     """Made before the process group; `consensus` and `start` are collectives when they are first used."""
 

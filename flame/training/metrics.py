@@ -33,6 +33,8 @@ from flame.errors import first_line
 from flame.runtime.atomic import write_atomically
 from flame.training.context import RunContext
 
+_USUAL_MFU = 0.5
+_LAUNCH_SECONDS = 2e-3  # of the host for a block, forward and backward; see docs/benchmarks.md
 _FALLBACK_PEAK = 312e12  # torchtitan 0.2.2 (tools/utils.py) takes an unknown device for an A100
 
 
@@ -166,6 +168,23 @@ def known_peak_flops(device_name: str) -> float | None:
         return 148e12  # as torchtitan's table has it; torchtitan asks lspci first, which calls the chip GH100
     peak = get_peak_flops(device_name)
     return peak if peak != _FALLBACK_PEAK or "A100" in device_name else None
+
+
+def advise_rows(rows: int, seq_len: int, flops_per_token: float, blocks: int, peak_flops: float) -> str | None:
+    """What to say of microbatches that a GPU computes faster than the host launches their kernels; None if it does not.
+
+    rows, seq_len: of a microbatch; flops_per_token, blocks: of the model on this rank, forward and backward.
+    """
+    computed = rows * seq_len * flops_per_token / (_USUAL_MFU * peak_flops)
+    launched = blocks * _LAUNCH_SECONDS
+    if computed >= launched:
+        return None
+    needed = math.ceil(rows * launched / computed)
+    return (
+        f"the GPU may wait for the host: {rows} x {seq_len:,} tokens of a microbatch take it {1e3 * computed:.0f} ms at"
+        f" {_USUAL_MFU:.0%} MFU, and the host about {1e3 * launched:.0f} ms, {1e3 * _LAUNCH_SECONDS:.0f} for each of"
+        f" {blocks} blocks, to launch; {needed} rows would fill it (docs/benchmarks.md)"
+    )
 
 
 def _report_once(others: Callable[..., object], failure: threading.ExceptHookArgs) -> None:

@@ -35,6 +35,7 @@ from flame.training import nonfinite
 from flame.training.context import RunContext
 from flame.training.data_accounting import DataAccounting
 from flame.training.gradients import Gradients
+from flame.training.metrics import advise_rows
 from flame.training.outcome import Agreement
 from flame.training.pipeline import Pipeline
 
@@ -137,6 +138,18 @@ class FlameTrainer(torchtitan.train.Trainer):
         self.started = True
         if self.step < self.job_config.training.steps:
             self.metrics_processor.open(self.step)
+            self._advise()
+
+    def _advise(self) -> None:
+        """Log it if microbatches are too small for the GPU."""
+        training, layout, metrics = self.job_config.training, self.job_config.parallelism, self.metrics_processor
+        if metrics.peak_flops is None:
+            return
+        rows = layout.pipeline_parallel_microbatch_size if self.parallel_dims.pp_enabled else training.local_batch_size
+        own_flops = metrics.num_flops_per_token / self.parallel_dims.non_data_parallel_size
+        blocks = sum(len(part.layers) for part in self.model_parts)
+        if advice := advise_rows(rows, training.seq_len, own_flops, blocks, metrics.peak_flops):
+            logger.info(advice)
 
     def _record(self) -> None:
         trains = self.step < self.job_config.training.steps  # else the records of the finished run stay

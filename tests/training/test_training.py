@@ -62,9 +62,9 @@ def test_recomputation_compilation_precision_and_threads_leave_losses_alone(name
     assert [r["data_digest"] for r in seen] == [r["data_digest"] for r in expected]
 
 
-# Inductor sums in another order, and in bf16 rounds less often than one operator after another does, each of which gives
-# up to 2^-9 = 2e-3 of an activation, most of which cancels in a mean over 1,024 tokens. Seen: 9e-8 and 1.4e-7 in fp32,
-# 5e-6 and 3e-4 in bf16.
+# Inductor sums in another order, and in bf16 rounds less often than one operator after another does. A rounding is up
+# to 2^-9 = 2e-3 of an activation, most of which cancels in a mean over 1,024 tokens. Seen: 9e-8 of the loss and 1.4e-7
+# of the norm in fp32, 5e-6 and 3e-4 in bf16.
 @pytest.mark.slow
 @pytest.mark.parametrize("precision, loss_bound, norm_bound", [("float32", 1e-6, 1e-5), ("bfloat16", 1e-4, 3e-3)])
 def test_blocks_that_inductor_compiles_train_as_eager_ones_do(precision, loss_bound, norm_bound, root, job):
