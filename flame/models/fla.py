@@ -137,11 +137,11 @@ _RWKV7 = TPPlan(
 )
 
 ROWS = (
-    _family("transformer", _transformer, _tp_plan()),
+    _family("transformer", _transformer, _tp_plan(), compiles=True),
     _family("mla", _mla, "its low-rank keys and values are not divided"),  # https://arxiv.org/abs/2405.04434
     _family("linear_attn", _hybrid(_linear), _tp_plan(), packing=None),  # https://arxiv.org/abs/2006.16236
     _family("retnet", _hybrid(_linear), _RETNET),  # https://arxiv.org/abs/2307.08621
-    _family("gla", _hybrid(_linear), _tp_plan("gk_proj.1.*")),  # https://arxiv.org/abs/2312.06635
+    _family("gla", _hybrid(_linear), _tp_plan("gk_proj.1.*"), compiles=True),  # https://arxiv.org/abs/2312.06635
     _family("gsa", _hybrid(_gsa), _NORM),  # https://arxiv.org/abs/2409.07146
     _family("hgrn", _hybrid(lambda _: 0.0), _NORM, **_HGRN),  # elementwise only; https://arxiv.org/abs/2311.04823
     _family("hgrn2", _hybrid(_hgrn2), _NORM, **_HGRN),  # https://arxiv.org/abs/2404.07904
