@@ -100,7 +100,7 @@ def _compile(model: Any, config: Compile) -> None:
     options = {"deterministic": True} if config.backend == "inductor" else None
     # Graphs are tried in the order in which they were compiled: rows of another length, as a validation may have, make
     # one of any length, which would then serve the training as well. torchtitan's `apply_ac` does the same.
-    torch._C._dynamo.eval_frame._set_lru_cache(False)
+    torch._C._dynamo.eval_frame._set_lru_cache(False)  # type: ignore[attr-defined]
     family = model.family
     compiled = partial(torch.compile, backend=config.backend, fullgraph=family.fullgraph, options=options)
     for name, block in model.layers.items():
