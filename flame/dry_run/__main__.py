@@ -10,8 +10,8 @@ from flame.runtime import device, imports, log
 def main(argv: list[str]) -> int:
     """Print the page of the job that `argv` describes. Exit code: 0, or 2 with one line on stderr if it cannot run."""
     log.configure()
-    device.choose(cpu=True)  # before the imports below, which import torchtitan, which reads the device
     with imports.on_demand():
+        device.choose(cpu=True)  # before the imports below, which import torchtitan, which reads the device
         from flame.config.parser import parse, world_size
         from flame.dry_run.summary import summarize
         from flame.preflight.validate import check

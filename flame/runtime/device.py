@@ -21,7 +21,8 @@ def choose(cpu: bool = False) -> str:
 
     Without an accelerator, or with `cpu`, torch is patched where torchtitan takes one for granted; else nothing is.
     """
-    device_type = torch._utils._get_available_device_type()
+    ask = torch._utils._get_available_device_type
+    device_type = ask()
     if device_type not in (None, "cpu") and not cpu:
         return device_type
     if device_type != "cpu":
@@ -30,6 +31,10 @@ def choose(cpu: bool = False) -> str:
         _complete_cpu_module()
         _drop_barrier_device()
         _drop_missing_activity()
+    if device_type not in (None, "cpu"):
+        import torchtitan  # noqa: F401  (asks now; later, torch's own functions for the accelerator ask, too)
+
+        torch._utils._get_available_device_type = ask
     return "cpu"
 
 

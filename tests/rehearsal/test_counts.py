@@ -42,6 +42,7 @@ BOUNDS = {
     (LLAMA, 1): (1, 0, 0, 0, 0, 0.0, 224, 24.4),
     (LLAMA, 8): (1, 0, 0, 0, 0, 0.0, 248, 21.0),
     (GLA, 8): (1, 0, 0, 0, 0, 0.0, 296, 10.1),
+    ("configs/mamba2_340M.json", 1): (1, 0, 0, 0, 0, 0.0, 307, 12.9),
 }
 
 
@@ -62,3 +63,27 @@ def test_packed_documents_need_neither_waits_nor_masks(config, kernels):
     assert (waits["step"], waits["before_update"], waits["microbatch"]) == (1, 0, 0), waits
     found = [(kernel["kernel"], kernel["q"].split()[0], kernel["mask"], kernel["calls"]) for kernel in run["sdpa"]]
     assert found == ([("torch_attn::_varlen_attn", "bfloat16", "", kernels)] if kernels else [])
+
+
+@pytest.mark.parametrize("config", ["configs/transformer_340M.json", "configs/retnet_340M.json"])
+def test_models_with_rotary_embeddings_train_with_offloaded_parameters(config):
+    rehearse(config, 1, "--training.enable_cpu_offload", "--training.local_batch_size=1")
+
+
+DRY_RUN = """
+import ctypes, sys
+from flame.dry_run.__main__ import main
+assert not main(sys.argv[1:])
+print(ctypes.c_long.in_dll(ctypes.CDLL(None), "rehearsal_launches").value)
+"""
+
+
+@pytest.mark.parametrize("config, tensor", [(LLAMA, 2), (GLA, 1), ("configs/mamba2_340M.json", 1)])
+def test_a_dry_run_launches_nothing(config, tensor):
+    where = os.environ["FLAME_REHEARSAL"]
+    stub = {"LD_PRELOAD": f"{where}/libcudart_stub.so", "LD_LIBRARY_PATH": where, "PYTHONPATH": str(ROOT), "NGPU": "2"}
+    flags = [f"--model.config={ROOT / config}", f"--parallelism.tensor_parallel_degree={tensor}"]
+    command = [f"{where}/venv/bin/python", "-c", DRY_RUN, *flags]
+    done = subprocess.run(command, env=os.environ | stub, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr
+    assert "time on 2 NVIDIA H100" in done.stdout and done.stdout.splitlines()[-1] == "0"
