@@ -130,6 +130,10 @@ class Loader(BaseDataLoader):
         None for those of skipped steps.
         """
         batch, handed_out = self._batch_size * self._dp_degree, 0  # sequences on all ranks
+        if not self._order.skip:  # no need to go through the batches between two rows of a lane
+            for number in count(row, stride):
+                batches, row = divmod(number, self._batch_size)
+                yield batches * batch % self._order.step + row * self._dp_degree + self._dp_rank
         for first in count(sequence, batch):
             skipped = self._order.skips(first)
             while row < self._batch_size:
@@ -167,11 +171,11 @@ class Loader(BaseDataLoader):
     def _collate(
         self, inputs: Sequence[np.ndarray], labels: Sequence[np.ndarray], starts: Sequence[Sequence[int]]
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        batch = {"input": torch.from_numpy(np.stack(inputs).astype(np.int64))}
+        batch = {"input": torch.from_numpy(np.array(inputs, np.int64))}
         if self._varlen:
             positions, cu_seqlens = pack.find_pieces(starts, self._seq_len, self._context_len)
             batch |= {"positions": torch.from_numpy(positions), "cu_seqlens": torch.from_numpy(cu_seqlens)}
-        return batch, torch.from_numpy(np.stack(labels).astype(np.int64))
+        return batch, torch.from_numpy(np.array(labels, np.int64))
 
     def blank(self) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """A batch without a label, for a rank whose data ended to take part in a step that the others began."""

@@ -12,9 +12,9 @@ from flame.runtime.device import download, upload
 class Outcome(NamedTuple):
     """What the host reads of a step.
 
-    bad: a loss or the norm is not finite. exhausted: a rank has no data for the step. asked: 0, or the largest number
-    that asks a rank to stop, as in flame.runtime.stop. due: a save is due by the clock of a rank. norm: of the whole
-    job's gradients, before clipping. sums: what was summed over the ranks' data.
+    bad: a loss or the norm is not finite, while all ranks have data. exhausted: a rank has no data for the step.
+    asked: 0, or the largest number that asks a rank to stop, as in flame.runtime.stop. due: a save is due by the clock
+    of a rank. norm: of the whole job's gradients, before clipping. sums: what was summed over the ranks' data.
     """
 
     bad: bool
@@ -38,16 +38,17 @@ class Agreement:
         self, loss: torch.Tensor, norm: torch.Tensor, sums: torch.Tensor, *, exhausted: bool, asked: int, due: bool
     ) -> None:
         norm = norm.to(loss.device)
-        flags = upload(torch.tensor([0, exhausted, asked, due]), loss.device)
-        flags[0] = ~(loss.isfinite() & norm.isfinite())
+        flags = upload(torch.tensor([1, exhausted, asked, due]), loss.device)
+        if not exhausted:
+            flags[0] = (loss - loss + norm - norm).isnan()  # zero of what is finite; isfinite() takes four kernels
         if dist.get_world_size() > 1:
             dist.all_reduce(flags, dist.ReduceOp.MAX)
-        self.unfit = flags[:2].amax().float()
+        self.unfit = flags[0].float()
         bits = norm.double().view(torch.int64)  # one copy carries integers and the norm
         self._read = download(torch.cat([flags, bits[None], sums]))
 
     def wait(self) -> Outcome:
         """Wait until the ranks have agreed, not for what was launched since."""
-        bad, exhausted, asked, due, bits, *sums = self._read().tolist()
+        unfit, exhausted, asked, due, bits, *sums = self._read().tolist()
         (norm,) = struct.unpack("d", struct.pack("q", bits))
-        return Outcome(bool(bad), bool(exhausted), asked, bool(due), norm, sums)
+        return Outcome(bool(unfit and not exhausted), bool(exhausted), asked, bool(due), norm, sums)

@@ -271,7 +271,7 @@ class FlameTrainer(torchtitan.train.Trainer):
         try:
             for _ in range(self.gradient_accumulation_steps):
                 microbatches.append(next(data_iterator))
-                valid_tokens += int((microbatches[-1][1] != IGNORE_INDEX).sum())
+                valid_tokens += int(torch.count_nonzero(microbatches[-1][1] != IGNORE_INDEX))
                 digest += self.dataloader.digest
         except DataloaderExhaustedError:
             return StepData(microbatches, valid_tokens, digest, True)
