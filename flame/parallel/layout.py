@@ -69,7 +69,7 @@ def compiles(family: Family, job_config: JobConfig) -> bool:
         and family.compiles
         and "model" in job_config.compile.components
         and not recomputes_shards
-        and not (layout.pipeline_parallel_degree > 1 and pipeline_schedule.splits_backward(layout))
+        and layout.pipeline_parallel_degree == 1  # compiled stages were not rehearsed
         and not job_config.quantize.linear.float8.emulate
     )
 

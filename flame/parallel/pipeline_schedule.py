@@ -55,11 +55,6 @@ def stage_rank(stage: int, layout: Any) -> int:
     return stage % degree
 
 
-def splits_backward(layout: Any) -> bool:
-    """Whether a backward may be split in two, as a schedule from a file may do in any action."""
-    return bool(layout.pipeline_parallel_schedule_csv) or get_schedule(layout).split_backward
-
-
 def num_microbatches(job_config: JobConfig) -> int:
     """Microbatches of a local batch."""
     return job_config.training.local_batch_size // job_config.parallelism.pipeline_parallel_microbatch_size

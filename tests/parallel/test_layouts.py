@@ -254,10 +254,7 @@ def test_what_inductor_compiles_has_the_numbers_of_one_rank(name, tmp_path, monk
         ("--activation_checkpoint.mode=full", True),
         (f"{TP_FLAG}=2", True),
         (f"{TP_FLAG}=2 --activation_checkpoint.mode=full", False),
-        (f"{PP_FLAG}=2", True),
-        (f"{PP_FLAG}=2 {SCHEDULE_FLAG}=ZBVZeroBubble", False),
-        (f"{PP_FLAG}=2 {SCHEDULE_FLAG}_csv=order.csv", False),
-        (f"{SCHEDULE_FLAG}=ZBVZeroBubble", True),  # there is no pipeline
+        (f"{PP_FLAG}=2", False),
         ("--quantize.linear.float8.emulate", False),
     ],
 )
