@@ -32,7 +32,7 @@ def choose(cpu: bool = False) -> str:
         _drop_barrier_device()
         _drop_missing_activity()
     if device_type not in (None, "cpu"):
-        import torchtitan  # noqa: F401  (asks now; later, torch's own functions for the accelerator ask, too)
+        import torchtitan.tools.utils  # noqa: F401  (asks now; later, torch's own functions for the accelerator ask, too)
 
         torch._utils._get_available_device_type = ask
     return "cpu"

@@ -12,7 +12,7 @@ from flame import train
 from flame.config import legacy
 from flame.config.parser import parse, recorded, setting_types, to_toml
 from flame.errors import PREEMPTED, UserError
-from flame.preflight.__main__ import DRY_RUN, HELP_SHOWN, main
+from flame.preflight.__main__ import ANSWERED, DRY_RUN, main
 from tests.fuzz.mutation import BYTES, NUMBERS, ODD, spoil_bytes
 from tests.fuzz.oracle import Area, check
 from tests.tiny import write_config
@@ -130,7 +130,7 @@ def run(case):
     argv = arguments(case)
     code = main(argv)
     if code not in (0, DRY_RUN):
-        return 0 if code == HELP_SHOWN else code
+        return 0 if code == ANSWERED else code
     kept = recorded(parse(argv))
     Path("out/recorded.toml").write_text(to_toml(kept), encoding="utf-8")
     again = parse(["--job.config_file=out/recorded.toml"])
