@@ -189,7 +189,10 @@ def test_types_with_a_tp_plan_in_transformers_have_the_numbers_of_one_rank(tmp_p
     ("fields", "words"),
     [
         ({"model_type": "olmo3"}, "transformers' plan for it (base_model_tp_plan) has colwise_gather_output"),
-        ({"model_type": "youtu", "q_lora_rank": 32, "head_dim": 64, "num_key_value_heads": 4}, "leaves out self_attn.q_a_proj.weight"),
+        (
+            {"model_type": "youtu", "q_lora_rank": 32, "head_dim": 64, "num_key_value_heads": 4},
+            "leaves out self_attn.q_a_proj.weight",
+        ),
         ({"model_type": "cohere", "use_qk_norm": True}, "leaves out self_attn.q_norm.weight"),
         ({"model_type": "gpt2", "n_head": 4, "n_embd": 64}, "transformers has no plan for it"),
     ],
