@@ -12,10 +12,9 @@ from flame.models.family import Family, layouts
 from flame.models.table import BY_MODEL_TYPE
 from flame.preflight.inputs import TITAN
 from flame.titan.parallelize import has_experts, has_right_masks
+from scripts.tables import fill
 
 PAGE = Path(__file__).parents[1] / "docs" / "parallelism.md"
-MARKS = ("<!-- families -->\n", "<!-- /families -->\n")  # around the table
-TITAN_MARKS = ("<!-- torchtitan -->\n", "<!-- /torchtitan -->\n")
 COLUMNS = ("FSDP2", "HSDP", "DDP", "TP", "CP", "PP")
 
 
@@ -66,11 +65,7 @@ def _list(flavors: list[str]) -> str:
 
 def page(text: str) -> str:
     """The page with its tables up to date."""
-    for (begin, end), made in ((MARKS, table()), (TITAN_MARKS, titan_table())):
-        before, rest = text.split(begin)
-        _, after = rest.split(end)
-        text = f"{before}{begin}\n{made}\n{end}{after}"
-    return text
+    return fill(text, {"families": table(), "torchtitan": titan_table()})
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from flame.dry_run.memory import Memory, estimate  # noqa: E402
 from flame.errors import UserError  # noqa: E402
 from flame.parallel.layout import fsdp_degree  # noqa: E402
 from flame.training.train_spec import register  # noqa: E402
+from scripts.tables import fill  # noqa: E402
 
 PAGE = ROOT / "docs" / "scaling.md"
 MODELS = {
@@ -49,19 +50,19 @@ MEMORY = 72 * 2**30  # of 80 GiB, without what CUDA, NCCL and fragmentation take
 
 
 class Layout(NamedTuple):
-    """How a job is divided; `replicas` of 0 are one per node."""
+    """How a job is divided; `shards`: ranks among which each replica of the parameters is sharded, None: all."""
 
     name: str
-    replicas: int = 1
+    shards: int | None = None
     tensor: int = 1
     pipeline: int = 1
 
 
 LAYOUTS = (
     Layout("FSDP"),
-    Layout("HSDP", replicas=0),
+    Layout("HSDP", shards=NODE),
     Layout("FSDP, TP 8", tensor=8),
-    Layout("HSDP of 64, TP 8", replicas=-64, tensor=8),
+    Layout("HSDP of 64, TP 8", shards=64, tensor=8),
     Layout("FSDP, TP 8, PP 4", tensor=8, pipeline=4),
     Layout("FSDP, TP 8, PP 8", tensor=8, pipeline=8),
 )
@@ -87,9 +88,9 @@ def job(model: str, layout: Layout, gpus: int, rows: int, mode: str) -> Any:
     """The job, or None if the ranks cannot be divided so."""
     group = layout.tensor * layout.pipeline
     data = gpus // group
-    replicas = {0: data * layout.tensor // NODE, -64: data // 64}.get(layout.replicas, layout.replicas)
+    replicas = data // layout.shards if layout.shards else 1
     fields = json.loads((ROOT / MODELS[model]).read_text())
-    if data < 1 or replicas < 1 or (layout.replicas < 1 and replicas < 2) or rows < layout.pipeline:
+    if data < 1 or (layout.shards and replicas < 2) or rows < layout.pipeline:
         return None
     degrees = {
         "data_parallel_replicate": replicas,
@@ -107,7 +108,7 @@ def job(model: str, layout: Layout, gpus: int, rows: int, mode: str) -> Any:
 @cache
 def parts(model: str, tensor: int, pipeline: int, rows: int, mode: str) -> tuple[ModelParts, int, Any] | None:
     """The parts of a model on a rank before FSDP2, its FLOPs per token and its config; None if the job is rejected."""
-    job_config = job(model, Layout("", 1, tensor, pipeline), tensor * pipeline, rows, mode)
+    job_config = job(model, Layout("", None, tensor, pipeline), tensor * pipeline, rows, mode)
     train_spec._extra_train_specs.clear()
     try:
         register(job_config)
@@ -216,12 +217,7 @@ TABLES = {"fastest": (tuple(MODELS), False), "layouts": (("7B", "70B"), True)}
 
 def page(text: str) -> str:
     """The page with its tables up to date."""
-    for name, (models, every) in TABLES.items():
-        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
-        before, rest = text.split(begin)
-        _, after = rest.split(end)
-        text = f"{before}{begin}\n{table(models, every)}\n{end}{after}"
-    return text
+    return fill(text, {name: table(models, every) for name, (models, every) in TABLES.items()})
 
 
 if __name__ == "__main__":
