@@ -7,4 +7,4 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PYTHONSAFEPATH=1 # a file of the working folder stands in for no module; see flame/config/user_module.py
 python=$(bash "$root/scripts/setup.sh")
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} # this checkout's flame
-exec "$python" -m flame "$@"
+exec "$python" -m flame.config.commands "$@"

@@ -22,7 +22,6 @@ ROOMS = {  # lowest first; a room imports itself, `errors`, and the rooms named 
     "dry_run": "config runtime preflight data models parallel titan training",
     "train": "config runtime preflight training",
     "drills": "config checkpoint training train",
-    "__main__": "",
 }
 FILES = sorted(path.relative_to(FLAME).as_posix() for path in FLAME.rglob("*.py"))
 

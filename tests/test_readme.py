@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from flame.__main__ import SCRIPTS
+from flame.config.commands import SCRIPTS
 from flame.config.parser import parse
 from flame.data import __main__ as data_command
 from flame.drills import __main__ as drills_command

@@ -246,7 +246,7 @@ def test_a_python_that_is_not_there_is_one_line(script, shell):
 def test_the_other_commands_run_from_any_folder(shell):
     shell.run(ROOT / "scripts/flame.sh", "data", "show", "a run", "--step", "3")
     (call,) = shell.calls
-    assert call["args"] == ["-m", "flame", "data", "show", "a run", "--step", "3"]
+    assert call["args"] == ["-m", "flame.config.commands", "data", "show", "a run", "--step", "3"]
     assert call["cwd"] == str(shell.cwd)
     done = shell.run(ROOT / "scripts/flame.sh", "drills", "nope", FLAME_PYTHON=sys.executable)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1) and done.stderr.startswith("flame: drill:")
@@ -259,7 +259,7 @@ def test_the_other_commands_run_from_any_folder(shell):
     [
         (["-m", "flame.data", "show", "a run"], "scripts/flame.sh data show 'a run'"),
         (["-m", "flame.drills"], "scripts/flame.sh drills"),
-        (["-m", "flame"], "scripts/flame.sh"),
+        (["-m", "flame.config.commands"], "scripts/flame.sh"),
         (["-m", "flame.train", "--x"], "train.sh --x"),
         ([str(ROOT / "scripts/convert_dcp_to_hf.py"), "--path", "run"], "scripts/flame.sh export ..."),
         ([str(ROOT / "scripts/convert_hf_to_dcp.py")], "scripts/flame.sh import ..."),

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from flame.__main__ import main
+from flame.config.commands import main
 
 
 @pytest.mark.parametrize(

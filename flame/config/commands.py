@@ -14,7 +14,7 @@ COMMANDS = {
     "export": "convert a checkpoint to a Hugging Face folder",
     "import": "convert a Hugging Face folder to a checkpoint",
 }
-FOLDER = Path(__file__).parents[1] / "scripts"
+FOLDER = Path(__file__).parents[2] / "scripts"
 SCRIPTS = {"export": "convert_dcp_to_hf.py", "import": "convert_hf_to_dcp.py"}  # the other commands are modules
 
 
