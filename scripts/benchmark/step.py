@@ -20,7 +20,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # this checkout's flame
-WARM_UP = 10  # steps
+WARM_UP = 100  # steps; the first row of each of the 64 lanes reads and tokenizes a block of documents
 
 from flame.runtime import device, log  # noqa: E402
 
