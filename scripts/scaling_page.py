@@ -28,7 +28,7 @@ from flame.config.parser import parse  # noqa: E402
 from flame.dry_run.activation import ModelParts, measure  # noqa: E402
 from flame.dry_run.memory import Memory, estimate  # noqa: E402
 from flame.errors import UserError  # noqa: E402
-from flame.parallel.layout import fsdp_degree  # noqa: E402
+from flame.parallel.layout import fsdp_degree, reshard_policy  # noqa: E402
 from flame.training.train_spec import register  # noqa: E402
 from scripts.tables import fill  # noqa: E402
 
@@ -139,7 +139,8 @@ def step(model: str, layout: Layout, gpus: int, rows: int, mode: str) -> Step | 
     compute = flops * tokens / gpus * recomputed / (PEAK * MFU)
     blocks = config.num_hidden_layers / layout.pipeline
     tensor = tensor_seconds(layout.tensor, blocks, rows * seq_len, config.hidden_size, mode == "full")
-    sent = max(_fsdp_seconds(job_config, rank, gpus, blocks) for rank in ranks)
+    keeps = reshard_policy(job_config, fsdp_degree(job_config.parallelism, gpus), pieces.parameters) == "never"
+    sent = max(_fsdp_seconds(job_config, rank, gpus, blocks, 1 if keeps else 2) for rank in ranks)
     bubble = (layout.pipeline - 1) / rows
     total = max((compute + tensor) * (1 + bubble), sent)
     mfu = flops * tokens / gpus / PEAK / total
@@ -165,10 +166,9 @@ def fsdp_seconds(params: float, blocks: float, shards: int, replicas: int, per_n
     return seconds
 
 
-def _fsdp_seconds(job_config: Any, rank: Memory, gpus: int, blocks: float) -> float:
+def _fsdp_seconds(job_config: Any, rank: Memory, gpus: int, blocks: float, gathers: int) -> float:
     layout = job_config.parallelism
     shards, replicas = fsdp_degree(layout, gpus), layout.data_parallel_replicate_degree
-    gathers = 1 if layout.pipeline_parallel_degree > 1 else 2  # a pipeline keeps what it gathered
     per_node = NODE // layout.tensor_parallel_degree
     return fsdp_seconds(rank.parameters * shards, blocks, shards, replicas, per_node, gathers)
 

@@ -75,12 +75,13 @@ def _batch(local: int, steps: int = 1) -> list[str]:
     return [f"--training.local_batch_size={local}", f"--training.gradient_accumulation_steps={steps}"]
 
 
+_RESHARDED = "--parallelism.fsdp_reshard_after_forward=always"  # as by default in models that are not tiny
 _COMPILED = ["--compile.enable", "--compile.backend=aot_eager"]  # its graphs are those that inductor is given
 LAYOUTS: dict[str, tuple[int, list[str]]] = {  # name: (ranks, flags)
     "one": (1, _batch(8)),
     "accumulated": (1, _batch(2, 4)),
     "fsdp2": (2, _batch(4)),
-    "fsdp2_accumulated": (2, _batch(1, 4)),
+    "fsdp2_accumulated": (2, [*_batch(1, 4), _RESHARDED]),
     "ddp2": (2, [*_batch(4), f"{_DP}2"]),
     "ddp2_accumulated": (2, [*_batch(2, 2), f"{_DP}2"]),
     "tp2": (2, [*_batch(8), f"{_TP}2"]),
@@ -90,10 +91,10 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {  # name: (ranks, flags)
     "cp2_compiled": (2, [*_batch(8), f"{_CP}2", *_COMPILED, "--activation_checkpoint.mode=full"]),
     "pp2": (2, [*_batch(8), f"{_PP}2"]),
     "pp2_accumulated": (2, [*_batch(4, 2), f"{_PP}2", "--parallelism.pipeline_parallel_schedule=GPipe"]),
-    "fsdp4": (4, _batch(2)),
+    "fsdp4": (4, [*_batch(2), _RESHARDED]),
     "hsdp2x2": (4, [*_batch(2), f"{_DP}2"]),
-    "fsdp2_tp2": (4, [*_batch(4), f"{_TP}2"]),
-    "fsdp2_cp2": (4, [*_batch(4), f"{_CP}2"]),
+    "fsdp2_tp2": (4, [*_batch(4), f"{_TP}2", _RESHARDED]),
+    "fsdp2_cp2": (4, [*_batch(4), f"{_CP}2", _RESHARDED]),
     "fsdp2_pp2": (4, [*_batch(4), f"{_PP}2"]),
     "pp2_tp2": (4, [*_batch(8), f"{_PP}2", f"{_TP}2"]),
     "ddp2_tp2": (4, [*_batch(4), f"{_DP}2", f"{_TP}2"]),

@@ -247,6 +247,14 @@ class ActivationCheckpoint(titan.ActivationCheckpoint):
 
 
 @dataclass
+class Parallelism(titan.Parallelism):
+    fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
+    """Whether FSDP2 frees gathered parameters after the forward of a block and gathers them again for its backward,
+    which takes less memory and more communication. "default": it does, but not in a pipeline, not where each rank holds
+    whole parameters, and not if all of the model takes at most 1 GiB in training.mixed_precision_param."""
+
+
+@dataclass
 class Compile(titan.Compile):
     enable: bool | None = None
     """Compile each block of the model with torch.compile. none: on a GPU, for the families that gain from it
@@ -294,6 +302,7 @@ class JobConfig(titan.JobConfig):
     validation: Validation = field(default_factory=Validation)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
+    parallelism: Parallelism = field(default_factory=Parallelism)
     compile: Compile = field(default_factory=Compile)
     comm: Comm = field(default_factory=Comm)
     memory_estimation: MemoryEstimation = field(default_factory=MemoryEstimation)

@@ -67,11 +67,15 @@ class ModulePart:
 
 @dataclass(frozen=True)
 class ModelParts:
-    """A model's parts in order; untraceable: why the bytes of its blocks come from a formula, "" if from a trace."""
+    """A model's parts in order, and the number of parameters of the whole model.
+
+    untraceable: why the bytes of its blocks come from a formula, "" if from a trace.
+    """
 
     embedding: ModulePart
     blocks: list[ModulePart]
     head: ModulePart
+    parameters: int
     untraceable: str = ""
 
 
@@ -125,6 +129,7 @@ def measure(spec: TrainSpec, job_config: JobConfig, mode: str, gpu_loss: bool = 
     group = fake_process_group(tensor * context) if tensor * context > 1 else nullcontext()
     with group, torch.device("meta"), set_default_dtype(dtype):
         model: Any = spec.model_cls(args)
+        parameters = sum(p.numel() for p in model.parameters())
         kinds = [repr(block) for block in model.layers.values()]
         for number in (i for i, kind in enumerate(kinds) if kind in kinds[:i]):
             del model.layers[str(number)]
@@ -158,7 +163,7 @@ def measure(spec: TrainSpec, job_config: JobConfig, mode: str, gpu_loss: bool = 
             _apply_formula(model, parts, batch * training.seq_len // context, tensor, top_k or 0, mode)
     embedding, *blocks, last = parts
     of_kind = dict(zip(dict.fromkeys(kinds), blocks, strict=True))
-    return ModelParts(embedding, [of_kind[kind] for kind in kinds], last, untraceable)
+    return ModelParts(embedding, [of_kind[kind] for kind in kinds], last, parameters, untraceable)
 
 
 class _GpuLoss(torch.autograd.Function):

@@ -1,6 +1,7 @@
 """The memory of each pipeline rank, in bytes: its parts, and what FSDP2, AdamW and pipeline schedules hold."""
 
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 from torchtitan.config import TORCH_DTYPE_MAP
@@ -9,7 +10,7 @@ from torchtitan.protocols.train_spec import TrainSpec
 from flame.config.schema import JobConfig
 from flame.dry_run.activation import ModelParts, ModulePart, measure
 from flame.parallel import pipeline_schedule
-from flame.parallel.layout import dp_degree, fsdp_degree, module_fqns, stages, uses_fsdp
+from flame.parallel.layout import dp_degree, fsdp_degree, module_fqns, reshard_policy, stages, uses_fsdp
 
 ADAM_STATES = 2  # of the size of the weights each; torchtitan 0.2.2 has Adam and AdamW only
 
@@ -81,7 +82,8 @@ def _estimate_rank(
         fixed += microbatches * parts.embedding.saved * (2 * len(own) - ends)
     buffers = [(0, 0)] * len(flat)
     if uses_fsdp(job_config, world_size):
-        buffers = _fsdp_buffers(flat, job_config, microbatches, shards)
+        keeps = reshard_policy(job_config, shards, parts.parameters) == "never"
+        buffers = _fsdp_buffers(flat, job_config, microbatches, shards, keeps)
 
     batch = training.local_batch_size * dp_degree(layout, world_size)
     accumulated = pipeline > 1 or training.global_batch_size > batch  # gradients exist before the last microbatch
@@ -122,21 +124,26 @@ def _in_flight(layout: Any, rank: int, microbatches: int, stages_here: int) -> i
 
 
 def _fsdp_buffers(
-    flat: list[ModulePart], job_config: JobConfig, microbatches: int, shards: int
+    flat: list[ModulePart], job_config: JobConfig, microbatches: int, shards: int, keeps: bool
 ) -> list[tuple[int, int]]:
-    """What FSDP2 holds gathered or is reducing during the forward and the backward of each part."""
+    """What FSDP2 holds gathered or is reducing during the forward and the backward of each part.
+
+    keeps: whether a part stays gathered from its forward to its backward.
+    """
     training, layout = job_config.training, job_config.parallelism
     param, reduce = TORCH_DTYPE_MAP[training.mixed_precision_param], TORCH_DTYPE_MAP[training.mixed_precision_reduce]
-    pipeline, policy = layout.pipeline_parallel_degree, layout.fsdp_reshard_after_forward
+    pipeline = layout.pipeline_parallel_degree
     numels = [part.numel(expert_degree=layout.expert_parallel_degree) for part in flat]
     gathered, reduced = ([dtype.itemsize * numel for numel in numels] for dtype in (param, reduce))
     copies = 3 if shards == 1 else 1  # what goes in, its quotient and what comes out, if that is not a shard
-    if policy == "never" or (policy == "default" and (pipeline > 1 or shards == 1)):
+    if keeps and pipeline > 1:  # all of it for all microbatches
         held = sum(gathered)
         # Between microbatches a pipeline keeps unsharded gradients, and reduces them after the last one.
-        unsharded = sum(reduced) if pipeline > 1 and microbatches > 1 else 0
+        unsharded = sum(reduced) if microbatches > 1 else 0
         return [(held + unsharded, held + unsharded + copies * own) for own in reduced]
     following, previous = [*gathered[1:], 0], [0, *gathered[:-1]]  # FSDP2 prefetches the next part
+    if keeps:
+        gathered, previous = list(accumulate(gathered)), [0] * len(gathered)  # those before it are there already
     return [
         (own + after, own + before + copies * gradient)
         for own, after, before, gradient in zip(gathered, following, previous, reduced, strict=True)

@@ -52,16 +52,12 @@ def parallelize(model: Any, parallel_dims: ParallelDims, job_config: JobConfig) 
             reduce_dtype=TORCH_DTYPE_MAP[job_config.training.mixed_precision_reduce],
             pp_enabled=parallel_dims.pp_enabled,
             cpu_offload=job_config.training.enable_cpu_offload,
-            reshard_after_forward_policy=reshard_policy(parallel_dims, job_config),
+            reshard_after_forward_policy=layout.reshard_policy(
+                job_config, parallel_dims.dp_shard * parallel_dims.cp, sum(p.numel() for p in model.parameters())
+            ),
         )
         force_sum_reduction(model)
     return model
-
-
-def reshard_policy(parallel_dims: ParallelDims, job_config: JobConfig) -> str:
-    """`fsdp_reshard_after_forward` for FSDP2: of one shard nothing is gathered, and the backward would cast again."""
-    policy = job_config.parallelism.fsdp_reshard_after_forward
-    return "never" if policy == "default" and parallel_dims.dp_shard * parallel_dims.cp == 1 else policy
 
 
 class FSDPDims(ParallelDims):

@@ -1,8 +1,9 @@
 """Which layouts a model can be trained in, checked before a process group exists, and which modules each stage gets."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch.nn as nn
+from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed.pipeline_parallel import generate_llm_fqn_per_model_part
 from torchtitan.tools.utils import device_type
 
@@ -13,6 +14,7 @@ from flame.parallel import pipeline_schedule
 
 TP_FLAG, PP_FLAG, CP_FLAG = (f"--parallelism.{kind}_parallel_degree" for kind in ("tensor", "pipeline", "context"))
 ASYNC_TP_FLAG = "--parallelism.enable_async_tensor_parallel"
+KEPT_BYTES = 2**30  # a model of this size stays gathered between forward and backward
 
 
 def validate(family: Family, config: Any, model: nn.Module, job_config: JobConfig) -> None:
@@ -120,6 +122,19 @@ def uses_fsdp(job_config: JobConfig, world_size: int) -> bool:
 def fsdp_degree(layout: Any, world_size: int) -> int:
     """The number of ranks over which FSDP2 shards each parameter."""
     return dp_degree(layout, world_size) * layout.context_parallel_degree // layout.data_parallel_replicate_degree
+
+
+def reshard_policy(job_config: JobConfig, shards: int, parameters: int) -> Literal["default", "always", "never"]:
+    """`fsdp_reshard_after_forward` for torchtitan: "default" becomes "never" where resharding frees little or nothing.
+
+    shards: ranks over which FSDP2 shards each parameter; parameters: of the whole model, all its stages and TP ranks.
+    """
+    layout, dtype = job_config.parallelism, TORCH_DTYPE_MAP[job_config.training.mixed_precision_param]
+    if layout.fsdp_reshard_after_forward != "default":
+        return layout.fsdp_reshard_after_forward
+    small = parameters * dtype.itemsize <= KEPT_BYTES
+    # Of one shard nothing is gathered, and the backward would cast again. A pipeline would gather each microbatch.
+    return "never" if small or shards == 1 or layout.pipeline_parallel_degree > 1 else "default"
 
 
 def module_fqns(num_layers: int) -> list[str]:

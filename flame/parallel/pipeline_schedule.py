@@ -3,7 +3,7 @@
 import copy
 import csv
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from flame.config.schema import JobConfig
 from flame.errors import UserError
@@ -135,6 +135,6 @@ def disable_dualpipev_overlap(job_config: JobConfig) -> JobConfig:
     forward, to hide the communication of expert parallelism, whatever the model is. The threads of other models would
     share one random number generator and lose each other's exceptions. Effect: one action at a time.
     """
-    changed = copy.copy(job_config)
-    changed.parallelism = replace(job_config.parallelism, pipeline_parallel_expert_parallel_overlap=False)
+    changed, layout = copy.copy(job_config), cast(Any, job_config.parallelism)  # mypy does not see torchtitan's fields
+    changed.parallelism = replace(layout, pipeline_parallel_expert_parallel_overlap=False)
     return changed

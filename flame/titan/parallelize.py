@@ -19,8 +19,8 @@ from flame.config.parser import world_size
 from flame.config.schema import JobConfig
 from flame.errors import UserError
 from flame.parallel import pipeline_schedule
-from flame.parallel.apply import force_sum_reduction, reshard_policy
-from flame.parallel.layout import ASYNC_TP_FLAG, CP_FLAG, PP_FLAG, TP_FLAG, fsdp_degree, stages
+from flame.parallel.apply import force_sum_reduction
+from flame.parallel.layout import ASYNC_TP_FLAG, CP_FLAG, PP_FLAG, TP_FLAG, fsdp_degree, reshard_policy, stages
 from flame.parallel.sequence_parallel import redistribute, transform_hidden
 
 _EP_FLAG = "--parallelism.expert_parallel_degree"
@@ -114,7 +114,8 @@ def parallelize(
         _sum_router_gradients(model, parallel_dims.get_mesh("tp"))
         _pass_local_heads(model)
     changed = copy.copy(job_config)
-    policy = reshard_policy(parallel_dims, job_config)
+    shards, parameters = parallel_dims.dp_shard * parallel_dims.cp, sum(p.numel() for p in model.parameters())
+    policy = reshard_policy(job_config, shards, parameters)
     changed.parallelism = replace(job_config.parallelism, fsdp_reshard_after_forward=policy)
     with _hide_tied_ends(model):
         model = parallelize_fn(model, parallel_dims, changed)

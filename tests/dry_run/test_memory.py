@@ -10,6 +10,7 @@ from torchtitan.distributed import ParallelDims
 from flame.dry_run.activation import fake_process_group, measure
 from flame.dry_run.memory import estimate, stage_modules
 from flame.dry_run.summary import count_stage
+from flame.parallel import layout
 from tests.dry_run.jobs import CONTEXT, EXPERT, PIPELINE, TENSOR, build_job, build_model
 from tests.launch import REPO, environment
 
@@ -86,6 +87,21 @@ def test_a_pipeline_holds_activations_of_more_microbatches_on_its_first_rank(tmp
     first, last = estimate(measure(spec, config, "none"), config, 2)
     assert first.activations > 1.5 * last.activations > 0
     assert (first.logits_and_loss, first.parameters) < (last.logits_and_loss, last.parameters)
+
+
+def test_a_rank_holds_the_gathered_parameters_of_a_small_model_until_the_backward(tmp_path, monkeypatch):
+    config, spec = build_job(tmp_path, "llama", num_hidden_layers=6)
+    parts = measure(spec, config, "none")
+
+    def gathered(policy):
+        config.parallelism.fsdp_reshard_after_forward = policy
+        return estimate(parts, config, 2)[0].communication
+
+    kept, freed, default = (gathered(policy) for policy in ("never", "always", "default"))
+    assert kept == 4 * (parts.parameters + parts.head.numel()) and freed < kept  # all of it, in fp32
+    assert default == kept
+    monkeypatch.setattr(layout, "KEPT_BYTES", 0)
+    assert gathered("default") == freed
 
 
 @pytest.mark.slow

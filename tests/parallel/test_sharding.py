@@ -13,6 +13,7 @@ from torchtitan.protocols.train_spec import get_train_spec
 from flame.config.parser import parse
 from flame.models.causal_lm import CausalLM, ModelArgs
 from flame.models.hf import read_config, read_fields
+from flame.parallel import layout
 from flame.parallel.apply import FSDPDims, parallelize
 from flame.titan.parallelize import parallelize as titan_parallelize
 from tests.tiny import write_config
@@ -39,23 +40,39 @@ def loss_of(model):
 
 
 @pytest.mark.parametrize("name", ["llama", "gla"])
-@pytest.mark.parametrize(("policy", "freed"), [("default", True), ("always", True), ("never", False)])
-def test_blocks_are_freed_after_their_forward_or_kept_as_asked(name, policy, freed, tmp_path):
+@pytest.mark.parametrize(
+    ("policy", "small", "freed"),
+    [("default", 2**30, False), ("default", 0, True), ("always", 2**30, True), ("never", 0, False)],
+)
+def test_blocks_are_freed_after_their_forward_or_kept_as_asked(name, policy, small, freed, tmp_path, monkeypatch):
+    monkeypatch.setattr(layout, "KEPT_BYTES", small)
     model = sharded(tmp_path, name, f"--parallelism.fsdp_reshard_after_forward={policy}")
     assert all(isinstance(p, DTensor) for p in model.layers.parameters())
     loss_of(model)
     assert {isinstance(p, DTensor) for p in model.layers.parameters()} == {freed}  # a whole one is a plain tensor
 
 
-def test_one_shard_of_a_model_of_torchtitan_keeps_its_cast_parameters_for_the_backward():
+@pytest.mark.parametrize("dtype, most", [("bfloat16", 2**29), ("float32", 2**28)])
+def test_by_default_a_model_of_more_than_a_gibibyte_is_freed_where_ranks_share_it(dtype, most):
+    config = parse([f"--training.mixed_precision_param={dtype}"])
+    assert layout.reshard_policy(config, 2, most) == "never"
+    assert layout.reshard_policy(config, 2, most + 1) == "default"  # torchtitan's
+    assert layout.reshard_policy(config, 1, most + 1) == "never"
+    config.parallelism.pipeline_parallel_degree = 2
+    assert layout.reshard_policy(config, 2, most + 1) == "never"
+
+
+@pytest.mark.parametrize("shards, small, freed", [(1, 0, False), (2, 0, True), (2, 2**30, False)])
+def test_a_model_of_torchtitan_is_freed_or_kept_by_the_same_rule(shards, small, freed, monkeypatch):
+    monkeypatch.setattr(layout, "KEPT_BYTES", small)
     spec, config = get_train_spec("llama3"), parse(["--model.name=llama3", "--model.flavor=debugmodel"])
     with torch.device("meta"):
         model = spec.model_cls(spec.model_args["debugmodel"])
-    model = titan_parallelize(spec.parallelize_fn, model, FSDPDims(2, 1, 1, 1, 1, 1, 1, 2), config)
+    model = titan_parallelize(spec.parallelize_fn, model, FSDPDims(2 // shards, shards, 1, 1, 1, 1, 1, 2), config)
     with torch.no_grad():
         model.to_empty(device="cpu").init_weights()
     model(torch.randint(0, 320, (2, 16)))
-    assert not any(isinstance(p, DTensor) for p in model.layers.parameters())
+    assert {isinstance(p, DTensor) for p in model.layers.parameters()} == {freed}
 
 
 @pytest.mark.parametrize("name", ["llama", "gla"])
