@@ -144,9 +144,10 @@ ROWS = (
     _family("gla", _hybrid(_linear), _tp_plan("gk_proj.1.*"), compiles=True),  # https://arxiv.org/abs/2312.06635
     _family("gsa", _hybrid(_gsa), _NORM),  # https://arxiv.org/abs/2409.07146
     _family("hgrn", _hybrid(lambda _: 0.0), _NORM, **_HGRN),  # elementwise only; https://arxiv.org/abs/2311.04823
-    _family("hgrn2", _hybrid(_hgrn2), _NORM, **_HGRN),  # https://arxiv.org/abs/2404.07904
+    _family("hgrn2", _hybrid(_hgrn2), _NORM, **_HGRN, compiles=True),  # https://arxiv.org/abs/2404.07904
     _family("lightnet", _hybrid(_lightnet), _NORM),  # https://arxiv.org/abs/2405.21022
-    _family("rwkv6", _hybrid(_linear), "its token shift is not divided"),  # https://arxiv.org/abs/2404.05892
+    # https://arxiv.org/abs/2404.05892
+    _family("rwkv6", _hybrid(_linear), "its token shift is not divided", compiles=True),
     # https://arxiv.org/abs/2503.14456
     _family("rwkv7", _hybrid(_rwkv7), _RWKV7, stages="every block reads the values of the first"),
     _family("mamba", _hybrid(_mamba), _SCAN, **_STATE_SPACE),  # https://arxiv.org/abs/2312.00752
