@@ -184,7 +184,10 @@ def _replace_libraries() -> None:
         library.impl("_scaled_dot_product_cudnn_attention", attend, "CUDA")
         library.impl("_scaled_dot_product_cudnn_attention_backward", attend_backward, "CUDA")
     _replace_libraries.library = library  # type: ignore[attr-defined]  # what it holds ends with it
-    torch.nn.init.orthogonal_ = lambda tensor, gain=1, generator=None: tensor
+    draw = torch.nn.init.orthogonal_
+    torch.nn.init.orthogonal_ = lambda tensor, *args, **options: (
+        tensor if tensor.is_cuda else draw(tensor, *args, **options)  # offloaded weights are drawn on the CPU
+    )
 
 
 def _answer_values(stub: Stub, packed: bool) -> None:

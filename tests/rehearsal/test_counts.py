@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from tests.layouts import MODELS
+
 ROOT = Path(__file__).parents[2]
 LLAMA, GLA = "scripts/rehearsal/tinyllama_1.1B.json", "configs/gla_340M.json"
 DELTA, TRANSFORMER = "configs/gated_deltanet_340M.json", "configs/transformer_340M.json"
@@ -23,7 +25,7 @@ pytestmark = [
 ]
 
 
-def rehearse(config: str, world: int, *flags: str) -> dict[str, Any]:
+def rehearse(config: str | Path, world: int, *flags: str) -> dict[str, Any]:
     command = [sys.executable, ROOT / "scripts/rehearsal/rehearse.py", ROOT / config, f"--world={world}", "--depth=2"]
     done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
@@ -65,9 +67,11 @@ def test_packed_documents_need_neither_waits_nor_masks(config, kernels):
     assert found == ([("torch_attn::_varlen_attn", "bfloat16", "", kernels)] if kernels else [])
 
 
-@pytest.mark.parametrize("config", ["configs/transformer_340M.json", "configs/retnet_340M.json"])
-def test_models_with_rotary_embeddings_train_with_offloaded_parameters(config):
-    rehearse(config, 1, "--training.enable_cpu_offload", "--training.local_batch_size=1")
+@pytest.mark.parametrize("name", ["transformer", "retnet", "rwkv7", "kda", "mamba2"])
+def test_models_train_with_offloaded_parameters(name, tmp_path):
+    config = tmp_path / "model.json"
+    config.write_text(json.dumps(MODELS[name]))
+    rehearse(config, 8, "--training.enable_cpu_offload", "--training.seq_len=128", "--training.local_batch_size=2")
 
 
 DRY_RUN = """
