@@ -90,6 +90,27 @@ def enter(world: int, compile_kernels: bool, packed: bool) -> Stub:
     return stub
 
 
+def describe_stages(batch: int, seq_len: int, hidden_size: int, dtype: torch.dtype) -> None:
+    """Give each pipeline stage what it would hear of its neighbours: the shapes that it receives and sends.
+
+    batch: rows of a pipeline's microbatch. dtype: of the hidden states between stages.
+    """
+    import torchtitan.distributed.pipeline_parallel as pipeline_parallel
+
+    stage = pipeline_parallel.PipelineStage
+    tokens = torch.empty(batch, seq_len, dtype=torch.int64, device="meta")
+    hidden = torch.empty(batch, seq_len, hidden_size, dtype=dtype, device="meta", requires_grad=True)
+    loss = torch.empty((), dtype=torch.float32, device="meta", requires_grad=True)
+
+    def describe(model: Any, index: int, stages: int, *args: Any, **options: Any) -> Any:
+        received, sent = tokens if index == 0 else hidden, loss if index == stages - 1 else hidden
+        described = stage(model, index, stages, *args, input_args=received, output_args=sent, **options)
+        described._runtime_validate = True  # what it receives and sends is compared with this
+        return described
+
+    pipeline_parallel.PipelineStage = describe
+
+
 def _fake_groups(world: int, stub: Stub) -> None:
     """Process groups whose collectives return at once; those that were asked of gloo are counted."""
     init, new_group, gloo = c10d.init_process_group, c10d.new_group, set()

@@ -93,6 +93,8 @@ def run_flame(spec: Spec, job: Any, make_meter: MakeMeter, building: Building) -
     context = RunContext(job)
     check(job, world_size())
     register(job, context)
+    if job.parallelism.pipeline_parallel_degree > 1:
+        _describe_stages(job)
     with building():
         trainer = FlameTrainer(job, context)
     meter = _measure_steps(trainer, make_meter)
@@ -107,6 +109,17 @@ def run_flame(spec: Spec, job: Any, make_meter: MakeMeter, building: Building) -
         "parameters": sum(p.numel() for part in trainer.model_parts for p in part.parameters()),
         "versions": {name: importlib.metadata.version(name) for name in names},
     }
+
+
+def _describe_stages(job: Any) -> None:
+    from torchtitan.config import TORCH_DTYPE_MAP
+
+    from flame.models.hf import read_config, read_fields
+
+    config = read_config(read_fields(job.model.config), job.model.config)[1]
+    dtype = TORCH_DTYPE_MAP[job.training.mixed_precision_param]
+    rows = job.parallelism.pipeline_parallel_microbatch_size
+    device.describe_stages(rows, job.training.seq_len, config.hidden_size, dtype)
 
 
 def run_torchtitan(spec: Spec, job: Any, make_meter: MakeMeter, building: Building) -> dict[str, Any]:

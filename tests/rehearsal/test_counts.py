@@ -67,6 +67,12 @@ def test_packed_documents_need_neither_waits_nor_masks(config, kernels):
     assert found == ([("torch_attn::_varlen_attn", "bfloat16", "", kernels)] if kernels else [])
 
 
+def test_a_pipeline_stage_computes_in_bfloat16():
+    run = rehearse(LLAMA, 2, "--parallelism.pipeline_parallel_degree=2", "--training.local_batch_size=2")
+    assert {kernel[name].split()[0] for kernel in run["sdpa"] for name in "qkv"} == {"bfloat16"}
+    assert float32_products(run) == 0
+
+
 @pytest.mark.parametrize("name", ["transformer", "retnet", "rwkv7", "kda", "mamba2"])
 def test_models_train_with_offloaded_parameters(name, tmp_path):
     config = tmp_path / "model.json"
