@@ -67,6 +67,17 @@ def test_packed_documents_need_neither_waits_nor_masks(config, kernels):
     assert found == ([("torch_attn::_varlen_attn", "bfloat16", "", kernels)] if kernels else [])
 
 
+def test_all_products_but_those_of_the_head_are_in_float8():
+    run = rehearse(LLAMA, 8, "--model.converters=quantize.linear.float8")
+    waits = run["waits"]
+    assert (waits["step"], waits["before_update"], waits["microbatch"]) == (1, 0, 0), waits
+    products = [row for row in run["roofline"]["rows"] if row["kind"] == "product"]
+    float8 = {row["dtype"]: row["calls"] for row in products if row["name"] == "_scaled_mm"}
+    assert float8 == {"float8_e4m3fn": 14, "float8_e5m2": 28}  # two blocks of 7 layers, and two gradients of each
+    # 6 FLOPs for each of 16,384 tokens and each of the head's 32,000 x 2,048 weights
+    assert sum(row["flops"] for row in products if row["name"] != "_scaled_mm") == 6 * 16384 * 32000 * 2048
+
+
 def test_a_pipeline_stage_computes_in_bfloat16():
     run = rehearse(LLAMA, 2, "--parallelism.pipeline_parallel_degree=2", "--training.local_batch_size=2")
     assert {kernel[name].split()[0] for kernel in run["sdpa"] for name in "qkv"} == {"bfloat16"}
