@@ -95,16 +95,30 @@ def make(file: str, suffix: str, work: str, write: Callable[[BinaryIO], Iterator
 
 
 def _lock(lock: IO[bytes], file: str, folder: Path) -> None:
-    """Wait until no other process of this node, or where the file system shares locks, of any, holds the lock."""
-    try:
-        for _ in range(10):
-            with suppress(BlockingIOError):
-                return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    """Wait until no other process of this node, or where the file system shares locks, of any, holds the lock.
+
+    The log says how far the other is: it may be of a rank whose lines are not shown.
+    """
+    to_say = time.monotonic() + 1
+    while True:
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             time.sleep(0.1)
-        logger.info(f"{file}: waiting for another process that is at work in {folder}")
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    except OSError as error:
-        raise _unusable(folder, error) from error
+        except OSError as error:
+            raise _unusable(folder, error) from error
+        if time.monotonic() > to_say:
+            done = f"{_unfinished_bytes(folder) >> 20:,} MiB so far"
+            logger.info(f"{file}: waiting for another process that is at work in {folder}, {done}")
+            to_say = time.monotonic() + SECONDS
+
+
+def _unfinished_bytes(folder: Path) -> int:
+    size = 0
+    for path in folder.glob("*.tmp"):
+        with suppress(OSError):  # it has just got its name
+            size += path.stat().st_size
+    return size
 
 
 def _unusable(folder: Path, error: OSError) -> UserError:

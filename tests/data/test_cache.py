@@ -21,16 +21,19 @@ from tests.data.fakes import COMPRESS, build
 MAKER = """
 import logging, sys, time
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
-from flame.data.cache import make
+from flame.data import cache
+
+cache.SECONDS = 1
 
 def write(out):
+    out.write(b"one " + bytes(3 << 20))
+    out.flush()
     print("writing", flush=True)
-    out.write(b"one ")
     time.sleep(float(sys.argv[2]))
     out.write(b"two")
     yield 7
 
-print(make(sys.argv[1], ".made", "making", write))
+print(cache.make(sys.argv[1], ".made", "making", write))
 """
 
 
@@ -46,17 +49,17 @@ def start(file, seconds):
     return subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
 
 
-def test_one_process_makes_a_copy_and_the_others_say_that_they_wait(tmp_path):
+def test_one_process_makes_a_copy_and_the_others_say_that_they_wait_and_how_far_it_is(tmp_path, folder):
     (tmp_path / "a").write_bytes(b"content")
-    first = start(tmp_path / "a", 2)
+    first = start(tmp_path / "a", 5)
     assert first.stdout.readline() == "writing\n"
     others = [start(tmp_path / "a", 0) for _ in range(2)]
-    made = first.communicate()[0].strip()
-    assert Path(made).read_bytes() == b"one two"
+    made = first.communicate()[0].splitlines()[-1]
+    assert Path(made).read_bytes() == b"one " + bytes(3 << 20) + b"two"
     for other in others:
         said = other.communicate()[0]
         assert "writing" not in said and said.endswith(f"{made}\n")
-        assert f"{tmp_path}/a: waiting for another process" in said
+        assert said.count(f"{tmp_path}/a: waiting for another process that is at work in {folder}, 3 MiB so far\n") > 1
 
 
 def test_what_a_killed_process_left_is_removed_and_its_work_is_done(tmp_path, folder):

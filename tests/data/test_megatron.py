@@ -126,10 +126,19 @@ def test_packing_any_source_keeps_its_documents_in_order_and_names_bad_rows(tmp_
     assert main(["pack", str(tmp_path / "out"), *flags]) == 0
     said = capsys.readouterr()
     assert f"source t: {tmp_path}/t.jsonl:2 is skipped: empty" in said.err and "tokens" in said.out
+    assert said.out.startswith("source t: 3 rows, 1 json file, ")
     packed = read(tmp_path / "out")
     assert packed[:2] == [[*"héllo".encode(), EOS], [*b"two", EOS]] and len(packed) > 500
     assert main(["pack", str(tmp_path / "again"), "--dataset", f"{tmp_path}/out.bin", "--tokenizer", "byte"]) == 0
     assert all((tmp_path / f"again.{e}").read_bytes() == (tmp_path / f"out.{e}").read_bytes() for e in ("bin", "idx"))
+
+
+def test_packing_names_the_files_that_it_leaves_out(tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    for name in ("a.jsonl", "b.rst"):
+        (tmp_path / "mine" / name).write_text('{"text": "a"}\n')
+    assert main(["pack", str(tmp_path / "out"), "--dataset", f"{tmp_path}/mine", "--tokenizer", "byte"]) == 0
+    assert "source mine: not read: " in (said := capsys.readouterr().out) and "b.rst\n" in said
 
 
 @pytest.mark.parametrize("name", ["out.bin", "out.idx"])
