@@ -76,8 +76,8 @@ def main(argv: list[str]) -> int:
                 documents, tokens = write(given.out, ids, tokenizer.vocab_size)
             except OSError as error:
                 raise UserError("OUT", hint=str(error)) from None
-            for line in (line for source in sources for line in source.describe()):
-                print(line)
+            for source in sources:
+                print(*source.describe(), sep="\n")
             print(f"{documents:,} documents, {tokens:,} tokens: {given.out}.bin, {given.out}.idx")
     except UserError as error:
         print(f"flame: {error}", file=sys.stderr)

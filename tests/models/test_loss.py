@@ -115,7 +115,7 @@ class Products(TorchDispatchMode):
 
 @contextmanager
 def pretending_to_be_a_gpu():
-    """Tensors of a CPU are said to be on a GPU, and its GEMM from bf16 to fp32 is at hand."""
+    """CPU tensors report a GPU as their device, and its GEMM from bf16 to fp32 is available."""
 
     def addmm(total, a, b, out_dtype, out):
         return torch.addmm(total, a.to(out_dtype), b.to(out_dtype), out=out)

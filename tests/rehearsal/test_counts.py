@@ -84,11 +84,12 @@ def test_a_pipeline_stage_computes_in_bfloat16():
     assert float32_products(run) == 0
 
 
+@pytest.mark.parametrize("world", [1, 8])
 @pytest.mark.parametrize("name", ["transformer", "retnet", "rwkv7", "kda", "mamba2"])
-def test_models_train_with_offloaded_parameters(name, tmp_path):
+def test_models_train_with_offloaded_parameters(name, world, tmp_path):
     config = tmp_path / "model.json"
     config.write_text(json.dumps(MODELS[name]))
-    rehearse(config, 8, "--training.enable_cpu_offload", "--training.seq_len=128", "--training.local_batch_size=2")
+    rehearse(config, world, "--training.enable_cpu_offload", "--training.seq_len=128", "--training.local_batch_size=2")
 
 
 DRY_RUN = """
